@@ -1,0 +1,26 @@
+"""GPT-2 with a factorized vocabulary, at home in transformers, PEFT and accelerate."""
+
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+
+from .configuration_factorized_gpt2 import FactorizedGPT2Config
+from .conversion import from_gpt2, to_gpt2
+from .factorization import Factors, factorize, factorize_ranks
+from .modeling_factorized_gpt2 import FactorizedGPT2, FactorizedGPT2Model, FactorizedGPT2PreTrainedModel
+
+__version__ = "0.1.0"
+
+AutoConfig.register(FactorizedGPT2Config.model_type, FactorizedGPT2Config, exist_ok=True)
+AutoModel.register(FactorizedGPT2Config, FactorizedGPT2Model, exist_ok=True)
+AutoModelForCausalLM.register(FactorizedGPT2Config, FactorizedGPT2, exist_ok=True)
+
+__all__ = [
+    "FactorizedGPT2",
+    "FactorizedGPT2Config",
+    "FactorizedGPT2Model",
+    "FactorizedGPT2PreTrainedModel",
+    "Factors",
+    "factorize",
+    "factorize_ranks",
+    "from_gpt2",
+    "to_gpt2",
+]

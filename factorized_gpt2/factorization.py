@@ -1,0 +1,101 @@
+"""Matrices to factors: arrays in, arrays out. No model, no files."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from sklearn.decomposition import PCA
+
+
+@dataclass(frozen=True)
+class Factors:
+    """Low-rank factors of one vocabulary matrix, or of an input and an output matrix.
+
+    Input side: `wte @ scale_up + mean` stands for the token embedding (V, d). Output side: hidden states h (..., d)
+    meet `h @ scale_down @ lm_head`, where `lm_head` is `wte.T` when the head is tied.
+
+    Attributes:
+        wte: (V, k) float32.
+        scale_up: (k, d) float32.
+        scale_down: (d, k) float32.
+        mean: (d,) float32.
+        explained_variance_ratio: Share, in [0, 1], of the embedding's variance about its mean that rank k keeps.
+        lm_head: (k, V) float32 when the head has a matrix of its own, `None` when it is tied.
+    """
+
+    wte: np.ndarray
+    scale_up: np.ndarray
+    scale_down: np.ndarray
+    mean: np.ndarray
+    explained_variance_ratio: float
+    lm_head: np.ndarray | None = None
+
+    @property
+    def rank(self) -> int:
+        """The rank k."""
+        return self.wte.shape[1]
+
+
+def factorize(weight: np.ndarray, rank: int, lm_head: np.ndarray | None = None) -> Factors:
+    """Factorize a vocabulary matrix at one rank; see `factorize_ranks`."""
+    return factorize_ranks(weight, [rank], lm_head)[rank]
+
+
+def factorize_ranks(weight: np.ndarray, ranks: Sequence[int], lm_head: np.ndarray | None = None) -> dict[int, Factors]:
+    """Factorize a vocabulary matrix by principal component analysis at several ranks, with one decomposition.
+
+    With U the k leading eigenvectors of the covariance of the rows, (d, k), and m their mean:
+    `wte = (W - m) U`, `scale_up = U.T`, `scale_down = U`. This is the affine rank-k map of least squared error
+    (Eckart & Young, 1936). Leading components are nested, so the largest rank serves all. On the head's side
+    `W h = wte U.T h + (m . h) 1`: the mean adds one number to all logits of a position, which softmax does not see.
+
+    Args:
+        weight: (V, d) floats, the token embedding; the head too when `lm_head` is `None`.
+        ranks: Ranks k, each 1 <= k <= min(V, d).
+        lm_head: (V, d) floats, the head's own matrix when it is not tied; it gets a decomposition of its own.
+
+    Returns:
+        Factors by rank.
+
+    Raises:
+        ValueError: A rank out of range or none, a matrix that is not two-dimensional, or NaN or infinity in it.
+    """
+    embedding = _fit_pca(weight, ranks, "the token embedding")
+    head = None if lm_head is None else _fit_pca(lm_head, ranks, "the head")
+    scores = embedding.transform(_as_float64(weight))
+    head_scores = None if head is None else head.transform(_as_float64(lm_head))
+    factors = {}
+    for rank in ranks:
+        output_side = embedding if head is None else head
+        factors[rank] = Factors(
+            wte=_as_float32(scores[:, :rank]),
+            scale_up=_as_float32(embedding.components_[:rank]),
+            scale_down=_as_float32(output_side.components_[:rank].T),
+            mean=_as_float32(embedding.mean_),
+            explained_variance_ratio=float(embedding.explained_variance_ratio_[:rank].sum()),
+            lm_head=None if head_scores is None else _as_float32(head_scores[:, :rank].T),
+        )
+    return factors
+
+
+def _fit_pca(weight: np.ndarray, ranks: Sequence[int], name: str) -> PCA:
+    if weight.ndim != 2:
+        raise ValueError(f"{name} must be a matrix (V, d), got shape {weight.shape}.")
+    largest = min(weight.shape)
+    if not ranks:
+        raise ValueError("No rank given.")
+    for rank in ranks:
+        if not 1 <= rank <= largest:
+            raise ValueError(f"Rank {rank} is out of range: {name} is {weight.shape}, so 1 <= rank <= {largest}.")
+    if not np.isfinite(weight).all():
+        raise ValueError(f"{name} contains NaN or infinity.")
+    # The covariance squares the condition number; in float64 the leading subspace is that of a full SVD.
+    return PCA(n_components=max(ranks), svd_solver="covariance_eigh").fit(_as_float64(weight))
+
+
+def _as_float64(array: np.ndarray) -> np.ndarray:
+    return np.asarray(array, dtype=np.float64)
+
+
+def _as_float32(array: np.ndarray) -> np.ndarray:
+    return np.ascontiguousarray(array, dtype=np.float32)
