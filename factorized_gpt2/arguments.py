@@ -1,0 +1,297 @@
+"""What a run is told: a JSON config first, flags over it, every check before any work."""
+
+import argparse
+import difflib
+import json
+import logging
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import HfArgumentParser, TrainingArguments
+
+from .data import TextSource
+from .errors import UserError
+from .files import read_json
+
+logger = logging.getLogger(__name__)
+
+LORA_TARGETS = ("wte", "scale_up", "scale_down", "q_proj", "k_proj", "v_proj", "c_proj", "mlp_up", "mlp_down")
+
+CONFIG_FOLDERS = (Path("configs"), Path(__file__).resolve().parents[1] / "configs")
+
+
+@dataclass
+class ModelArguments:
+    """The network, and where it starts."""
+
+    baseline: str | None = field(
+        default=None,
+        metadata={"help": "Folder or Hub id of a trained, unfactorized GPT-2 to start from. None: a random start."},
+    )
+    n_embd_wte: int | None = field(
+        default=None, metadata={"help": "Rank k of the token embedding. None or the width d: not factorized."}
+    )
+    n_layer: int | None = field(default=None, metadata={"help": "Blocks (random start only). Default: 12."})
+    n_head: int | None = field(default=None, metadata={"help": "Attention heads (random start only). Default: 12."})
+    n_embd: int | None = field(default=None, metadata={"help": "Width d (random start only). Default: 768."})
+    activation_function: str | None = field(
+        default=None, metadata={"help": "Of the MLP (random start only): gelu is exact. Default: gelu_new, GPT-2's."}
+    )
+    dropout: float | None = field(
+        default=None, metadata={"help": "Dropout of embeddings, attention and residuals while training. Default: 0.1."}
+    )
+    tie_word_embeddings: bool = field(
+        default=True,
+        metadata={
+            "help": "The head shares its matrix with wte. A LoRA adapter on wte then acts on the head too, and merges "
+            "into one matrix. False: the head gets a matrix of its own and an adapter on wte acts on the input alone; "
+            "the model grows by V k parameters."
+        },
+    )
+
+
+@dataclass
+class AdapterArguments:
+    """LoRA; without a rank the whole model trains."""
+
+    lora_rank: int = field(default=0, metadata={"help": "Rank of the LoRA adapters. 0: no adapters."})
+    lora_alpha: float = field(default=64, metadata={"help": "Adapters are scaled by lora_alpha / lora_rank."})
+    lora_dropout: float = field(default=0.1, metadata={"help": "Dropout before the adapters of linear layers."})
+    lora_target_modules: list[str] = field(
+        default_factory=lambda: list(LORA_TARGETS), metadata={"help": "Names of the modules that get an adapter."}
+    )
+
+
+@dataclass
+class DataArguments:
+    """Text and tokenizer."""
+
+    dataset_name: str | None = field(default=None, metadata={"help": "Dataset on the Hub with train and validation."})
+    dataset_config_name: str | None = field(default=None, metadata={"help": "Its configuration."})
+    train_file: list[str] | None = field(
+        default=None, metadata={"help": "Local .txt, .jsonl or .parquet files instead of the dataset's train split."}
+    )
+    validation_file: list[str] | None = field(
+        default=None, metadata={"help": "Local files instead of the dataset's validation split."}
+    )
+    text_column: str = field(default="text", metadata={"help": "Column of the text (JSON, parquet, Hub)."})
+    document_start: str | None = field(
+        default=None,
+        metadata={"help": "Regular expression; a row that it matches starts a document. None: every row is one."},
+    )
+    tokenizer: str | None = field(
+        default=None, metadata={"help": "Folder or Hub id of the tokenizer. None: the baseline's."}
+    )
+    block_size: int = field(default=1024, metadata={"help": "Tokens a block; positions of a model made from scratch."})
+    preprocessing_num_workers: int | None = field(default=None, metadata={"help": "Processes that tokenize."})
+
+    def source(self, split: str) -> TextSource:
+        """Where the text of `split`, train or validation, comes from."""
+        return TextSource(
+            files=tuple((self.train_file if split == "train" else self.validation_file) or ()),
+            dataset_name=self.dataset_name,
+            dataset_config_name=self.dataset_config_name,
+            split=split,
+            text_column=self.text_column,
+            document_start=self.document_start,
+        )
+
+
+@dataclass
+class RunArguments(TrainingArguments):
+    """`TrainingArguments`, and what they leave to the environment."""
+
+    effective_batch_size: int | None = field(
+        default=None,
+        metadata={"help": "Blocks a step over all processes; gradient_accumulation_steps follows from it."},
+    )
+    wandb_mode: str = field(
+        default="auto",
+        metadata={
+            "help": "auto: online when a W&B login is at hand, else offline.",
+            "choices": ["auto", "online", "offline", "disabled"],
+        },
+    )
+    overwrite_output_dir: bool = field(
+        default=False, metadata={"help": "Replace what another run, or another baseline, left in the output folders."}
+    )
+
+    def __post_init__(self) -> None:
+        has_cuda = torch.cuda.is_available() and not self.use_cpu
+        if not has_cuda and (self.fp16 or self.torch_compile):
+            if os.environ.get("LOCAL_RANK", "0") == "0":
+                logger.warning("No CUDA on this machine: training in float32, not compiled.")
+            self.fp16 = self.torch_compile = False
+        super().__post_init__()
+        if self.effective_batch_size is not None:
+            self.gradient_accumulation_steps = self._accumulation_for(self.effective_batch_size)
+
+    def _accumulation_for(self, effective_batch_size: int) -> int:
+        per_pass = self.train_batch_size * self.world_size
+        if effective_batch_size < 1 or effective_batch_size % per_pass:
+            per_device = self.per_device_train_batch_size
+            fitting = [n for n in range(1, 65) if effective_batch_size % (n * per_device) == 0]
+            raise UserError(
+                f"effective_batch_size={effective_batch_size} cannot be had from {per_pass // per_device} device(s) "
+                f"with per_device_train_batch_size={per_device}; "
+                f"device counts that fit: {', '.join(map(str, fitting)) or 'none'}."
+            )
+        return effective_batch_size // per_pass
+
+
+@dataclass(frozen=True)
+class Run:
+    """Everything that one run is told."""
+
+    model: ModelArguments
+    adapter: AdapterArguments
+    data: DataArguments
+    training: RunArguments
+
+    @property
+    def family(self) -> str:
+        """The protocol's name for this kind of run."""
+        if self.model.baseline is None:
+            return "baseline" if self.model.n_embd_wte is None else "lowrank-scratch"
+        if not self.training.do_train:
+            return "pca-nofinetune"
+        return "pca-lora" if self.adapter.lora_rank else "pca-finetune"
+
+    def settings(self) -> dict[str, Any]:
+        """Every setting by name, as JSON holds it, without those that say where and how verbosely to run."""
+        settings = self.training.to_dict()
+        for part in (self.model, self.adapter, self.data):
+            settings |= {item.name: getattr(part, item.name) for item in fields(part)}
+        for name in ("logging_dir", "local_rank", "overwrite_output_dir", "disable_tqdm", "hub_token"):
+            settings.pop(name, None)
+        return settings
+
+
+def parse_run(argv: list[str]) -> Run:
+    """Read a run from the command line: `--config NAME`, and flags that override it.
+
+    Args:
+        argv: The words after the program's name.
+
+    Returns:
+        The run, checked as far as that needs neither data nor weights.
+
+    Raises:
+        UserError: An unknown, mistyped or contradictory setting, by name.
+    """
+    selector = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    selector.add_argument("--config", action="append", default=[])
+    selected, flags = selector.parse_known_args(argv)
+    parser = _make_parser()
+    config: dict[str, Any] = {}
+    for name in selected.config:
+        config |= load_config(name)
+    parser.refuse_unknown(config, "config key")
+    model, adapter, data, training, _ = parser.parse(_as_flags(config) + flags)
+    run = Run(model, adapter, data, training)
+    _check(run)
+    return run
+
+
+def load_config(name: str) -> dict[str, Any]:
+    """Read a config by path, or by name under `configs/`, with what it `extends` below it.
+
+    Raises:
+        UserError: There is no such config; the message lists those there are.
+    """
+    candidates = [Path(name), *(folder / name for folder in CONFIG_FOLDERS)]
+    candidates += [path.with_name(path.name + ".json") for path in candidates]
+    found = next((path for path in candidates if path.is_file()), None)
+    if found is None:
+        known = sorted({path.name for folder in CONFIG_FOLDERS for path in folder.glob("*.json")})
+        near = difflib.get_close_matches(name, known, n=1)
+        raise UserError(
+            f"There is no config {name!r}, neither as a path nor under configs/."
+            + (f" Did you mean {near[0]!r}?" if near else f" Known: {', '.join(known)}.")
+        )
+    config = read_json(found)
+    parent = config.pop("extends", None)
+    return config if parent is None else load_config(str(found.parent / parent)) | config
+
+
+class ManualParser(HfArgumentParser):
+    """`HfArgumentParser` without abbreviations, whose every complaint is a `UserError`."""
+
+    def __init__(self, dataclass_types: Any, **kwargs: Any):
+        super().__init__(dataclass_types, allow_abbrev=False, **kwargs)
+
+    def error(self, message: str) -> None:
+        """Complain of one argument."""
+        raise UserError(message)
+
+    def parse(self, words: list[str]) -> tuple:
+        """Parse command-line words into the dataclasses.
+
+        Raises:
+            UserError: A word that is unknown, mistyped or refused by a dataclass, by name.
+        """
+        try:
+            *parts, rest = self.parse_args_into_dataclasses(
+                words, return_remaining_strings=True, look_for_args_file=False
+            )
+        except (ValueError, TypeError, ImportError) as error:
+            raise UserError(str(error)) from error
+        self.refuse_unknown((word.split("=")[0] for word in rest), "argument")
+        return tuple(parts)
+
+    def refuse_unknown(self, names: Iterable[str], kind: str) -> None:
+        """Refuse names that are no argument, and say which known one is nearest."""
+        known = sorted({action.dest for action in self._actions} - {"help", "config"})
+        for name in names:
+            if name not in known:
+                near = difflib.get_close_matches(name.lstrip("-"), known, n=1)
+                raise UserError(f"Unknown {kind} {name!r}." + (f" Did you mean {near[0]!r}?" if near else ""))
+
+
+def _make_parser() -> ManualParser:
+    parser = ManualParser(
+        (ModelArguments, AdapterArguments, DataArguments, RunArguments),
+        prog="train_hf.py",
+        description="Train, fine-tune with LoRA or evaluate a GPT-2 with a factorized vocabulary.",
+        epilog="All options can stand in a JSON config, by the same names; flags override it.",
+    )
+    parser.add_argument("--config", metavar="NAME", help="JSON config: a path, or a name under configs/.")
+    return parser
+
+
+def _as_flags(config: dict[str, Any]) -> list[str]:
+    """Spell a config as command-line words, so that one parser types and checks both."""
+    words = []
+    for name, value in config.items():
+        if isinstance(value, list):
+            words += [f"--{name}", *map(str, value)]
+        elif isinstance(value, dict):
+            words.append(f"--{name}={json.dumps(value)}")
+        elif value is not None:
+            words.append(f"--{name}={value}")
+    return words
+
+
+def _check(run: Run) -> None:
+    model, adapter, data, training = run.model, run.adapter, run.data, run.training
+    shape = [name for name in ("n_layer", "n_head", "n_embd", "activation_function") if getattr(model, name)]
+    if model.baseline is not None and shape:
+        raise UserError(f"{shape[0]} contradicts baseline: the shape of the network is the baseline's.")
+    if model.baseline is None and data.tokenizer is None:
+        raise UserError("Without a baseline, tokenizer must name one (a folder or Hub id).")
+    if model.baseline is None and not training.do_train:
+        raise UserError("Nothing to do: do_train is off and there is no baseline to evaluate.")
+    if adapter.lora_rank < 0 or (adapter.lora_rank and model.baseline is None):
+        raise UserError("lora_rank must be 0, or positive together with a baseline to adapt.")
+    if data.block_size < 2:
+        raise UserError(f"block_size must be at least 2, got {data.block_size}.")
+    if training.do_train and training.max_steps < 1 and training.num_train_epochs <= 0:
+        raise UserError("Nothing to train: set max_steps or num_train_epochs.")
+    if not (data.dataset_name or data.validation_file):
+        raise UserError("No validation text: set validation_file or dataset_name.")
+    if training.do_train and not (data.dataset_name or data.train_file):
+        raise UserError("No training text: set train_file or dataset_name.")

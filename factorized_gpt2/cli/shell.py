@@ -1,0 +1,32 @@
+"""What every command shares: logging, and errors that read as one line."""
+
+import logging
+import os
+import sys
+from collections.abc import Callable
+
+from ..errors import UserError
+
+
+def run_command(command: Callable[[list[str]], None], argv: list[str] | None = None) -> int:
+    """Run a command and turn its outcome into an exit code.
+
+    Args:
+        command: Takes the words after the program's name.
+        argv: Those words; by default the process's own.
+
+    Returns:
+        0 when it ends well, 2 after a `UserError`, whose message goes to stderr as one line, 130 after Ctrl-C.
+    """
+    words = sys.argv[1:] if argv is None else argv
+    logging.basicConfig(format="%(message)s", stream=sys.stderr)
+    is_main = os.environ.get("LOCAL_RANK", "0") == "0"
+    logging.getLogger("factorized_gpt2").setLevel(logging.INFO if is_main else logging.ERROR)
+    try:
+        command(words)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    return 0

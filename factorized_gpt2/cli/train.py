@@ -1,0 +1,23 @@
+"""`train_hf.py`: train, fine-tune or evaluate one model."""
+
+import sys
+
+from ..arguments import parse_run
+from ..training import run_experiment
+from .shell import run_command
+
+
+def train(argv: list[str]) -> None:
+    """Read the settings, do the run, say how it went."""
+    run = parse_run(argv)
+    results = run_experiment(run)
+    if run.training.should_log:
+        print(
+            f"{results.run_name}: validation loss {results.eval_loss:.4f}, perplexity {results.perplexity:.2f}, "
+            f"{results.parameters / 1e6:.1f} M parameters, {results.bytes / 1e6:.1f} MB -> {run.training.output_dir}"
+        )
+
+
+def main() -> None:
+    """Entry point of the console command and of `train_hf.py`."""
+    sys.exit(run_command(train))

@@ -1,0 +1,217 @@
+"""Text to packed blocks of token ids, through `datasets`: cached on disk, flat in memory."""
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from datasets import Dataset, Features, List, Value, load_dataset
+from datasets.exceptions import DatasetGenerationError
+from datasets.fingerprint import Hasher
+from torch.nn.utils.rnn import pad_sequence
+from transformers import AutoTokenizer, GPT2Tokenizer, PreTrainedTokenizerBase
+
+from .errors import UserError
+
+IGNORED_LABEL = -100
+
+_BUILDERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet"}
+_TEXT_SUFFIXES = {".txt", ".text", ".tokens", ".raw", ".md"}
+
+
+@dataclass(frozen=True)
+class TextSource:
+    """Where text comes from: a dataset of the Hub, or local files.
+
+    Attributes:
+        files: Local text (.txt, .tokens, .raw, .text, .md), JSON lines (.json, .jsonl) or .parquet files; when there
+            are none, `dataset_name` is read.
+        dataset_name: Hub id.
+        dataset_config_name: Configuration of that dataset.
+        split: Split of that dataset.
+        text_column: Column that holds the text.
+        document_start: Regular expression: a row that it matches at its beginning starts a document. `None`: every
+            row is a document, except that a text file is one document.
+    """
+
+    files: tuple[str, ...] = ()
+    dataset_name: str | None = None
+    dataset_config_name: str | None = None
+    split: str = "train"
+    text_column: str = "text"
+    document_start: str | None = field(default=None)
+
+    def load(self) -> list[tuple[Dataset, re.Pattern | None]]:
+        """Load the text.
+
+        Returns:
+            Datasets with one column `text`, a line or a row each, with the pattern that starts a document, or `None`
+            where the whole dataset is one.
+
+        Raises:
+            UserError: A file or dataset that cannot be read, or has no such column.
+        """
+        pattern = re.compile(self.document_start) if self.document_start else None
+        every_row = pattern or re.compile("")
+        if not self.files:
+            if self.dataset_name is None:
+                raise UserError("No text given: name files or a dataset.")
+            return [(self._load("", self.dataset_name, self.dataset_config_name, split=self.split), every_row)]
+        loaded = []
+        for name in self.files:
+            path = Path(name)
+            if not path.is_file():
+                raise UserError(f"The file {name} does not exist.")
+            if path.suffix in _TEXT_SUFFIXES:
+                dataset = self._load(name, "text", data_files=str(path), keep_linebreaks=True, split="train")
+                loaded.append((dataset, pattern))
+            elif path.suffix in _BUILDERS:
+                dataset = self._load(name, _BUILDERS[path.suffix], data_files=str(path), split="train")
+                loaded.append((dataset, every_row))
+            else:
+                known = ", ".join(sorted(_TEXT_SUFFIXES | _BUILDERS.keys()))
+                raise UserError(f"{name}: unknown kind of file {path.suffix!r}; known are {known}.")
+        return loaded
+
+    def _load(self, name: str, *args, **kwargs) -> Dataset:
+        column = "text" if args[0] == "text" else self.text_column
+        try:
+            dataset = load_dataset(*args, **kwargs)
+        except (DatasetGenerationError, OSError, ValueError) as error:
+            reason = str(error.__cause__ or error).strip().splitlines()
+            raise UserError(f"{name or args[0]} cannot be read: {reason[0] if reason else error!r}") from error
+        if column not in dataset.column_names:
+            raise UserError(
+                f"{name or args[0]} has no column {column!r}; its columns are {', '.join(dataset.column_names)}."
+            )
+        dataset = dataset.select_columns([column])
+        return dataset if column == "text" else dataset.rename_column(column, "text")
+
+
+def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
+    """Load a tokenizer from a Hub id or a folder with `tokenizer.json`, or with `vocab.json` and `merges.txt`.
+
+    Raises:
+        UserError: There is none, or it has no token that ends a text.
+    """
+    folder = Path(name_or_path)
+    try:
+        if (folder / "vocab.json").is_file() and not (folder / "tokenizer.json").is_file():
+            tokenizer = GPT2Tokenizer.from_pretrained(name_or_path)
+        else:
+            tokenizer = AutoTokenizer.from_pretrained(name_or_path)
+    except (OSError, ValueError) as error:
+        raise UserError(f"No tokenizer can be loaded from {name_or_path!r}: {str(error).splitlines()[0]}") from error
+    if tokenizer.eos_token_id is None:
+        raise UserError(f"The tokenizer {name_or_path!r} has no eos_token, which marks where a document ends.")
+    tokenizer.model_max_length = int(1e30)  # rows are tokenized whole and packed afterwards
+    return tokenizer
+
+
+def load_blocks(
+    source: TextSource,
+    tokenizer: PreTrainedTokenizerBase,
+    block_size: int,
+    keep_tail: bool,
+    num_proc: int | None = None,
+) -> Dataset:
+    """Tokenize text and pack it into blocks, in order, without overlap or padding.
+
+    Documents follow each other with the tokenizer's end-of-text token after each. Both steps are cached on disk, keyed
+    by the text, the tokenizer and the arguments.
+
+    Args:
+        source: The text.
+        tokenizer: Its `eos_token` marks the end of a document.
+        block_size: Tokens a block, at least 2.
+        keep_tail: Whether the rest that fills no block becomes a shorter one (evaluation) or is dropped (training).
+        num_proc: Processes that tokenize; `None` for one.
+
+    Returns:
+        Dataset with the column `input_ids`, int32 lists of `block_size`.
+
+    Raises:
+        UserError: The text cannot be read or gives no block.
+    """
+    tokenizer_hash = Hasher.hash((tokenizer.backend_tokenizer.to_str(), tokenizer.eos_token_id))
+    tokenized = []
+    for text, document_start in source.load():
+        text_hash = text._fingerprint
+        tokenized.append(
+            text.map(
+                _tokenize,
+                fn_kwargs={"tokenizer": tokenizer, "document_start": document_start},
+                batched=True,
+                remove_columns=["text"],
+                features=_TOKENIZED,
+                num_proc=num_proc if num_proc and len(text) > 10_000 else None,
+                new_fingerprint=Hasher.hash((text_hash, tokenizer_hash, document_start and document_start.pattern)),
+                desc="Tokenizing",
+            )
+        )
+    settings = {"block_size": block_size, "eos_token_id": tokenizer.eos_token_id, "keep_tail": keep_tail}
+    if not any(_pack(tokenized, **settings)):
+        tokens = sum(len(row) for dataset in tokenized for row in dataset["input_ids"])
+        raise UserError(f"The text has {tokens} tokens, too few for one block of {block_size}.")
+    return Dataset.from_generator(
+        _pack,
+        features=Features({"input_ids": List(Value("int32"))}),
+        gen_kwargs={"tokenized": tokenized, **settings},
+        fingerprint=Hasher.hash(([dataset._fingerprint for dataset in tokenized], sorted(settings.items()))),
+    )
+
+
+def collate_blocks(rows: list[dict]) -> dict[str, torch.Tensor]:
+    """Stack blocks into `input_ids` and `labels`, (B, T) int64; a shorter block is padded and its padding ignored.
+
+    There is no attention mask: padding stands on the right, where a causal model never looks back from.
+    """
+    blocks = [torch.tensor(row["input_ids"], dtype=torch.long) for row in rows]
+    return {
+        "input_ids": pad_sequence(blocks, batch_first=True, padding_value=0),
+        "labels": pad_sequence(blocks, batch_first=True, padding_value=IGNORED_LABEL),
+    }
+
+
+_TOKENIZED = Features({"input_ids": List(Value("int32")), "starts_document": Value("bool")})
+
+
+def _tokenize(
+    rows: dict[str, list[str | None]], tokenizer: PreTrainedTokenizerBase, document_start: re.Pattern | None
+) -> dict[str, list]:
+    texts = [text or "" for text in rows["text"]]
+    starts = [document_start is not None and bool(document_start.match(text)) for text in texts]
+    if document_start is not None and document_start.pattern:
+        texts = [text if text.endswith("\n") else text + "\n" for text in texts]  # rows are parts of one text
+    return {"input_ids": tokenizer(texts, add_special_tokens=False)["input_ids"], "starts_document": starts}
+
+
+def _pack(tokenized: list[Dataset], block_size: int, eos_token_id: int, keep_tail: bool) -> Iterator[dict]:
+    rest = np.empty(0, np.int32)
+    for stream in _token_stream(tokenized, eos_token_id):
+        tokens = np.concatenate([rest, stream])
+        whole = len(tokens) - len(tokens) % block_size
+        for start in range(0, whole, block_size):
+            yield {"input_ids": tokens[start : start + block_size]}
+        rest = tokens[whole:]
+    if keep_tail and len(rest) >= 2:
+        yield {"input_ids": rest}
+
+
+def _token_stream(tokenized: list[Dataset], eos_token_id: int) -> Iterator[np.ndarray]:
+    """Yield the tokens of all documents, with the end-of-text token after each document."""
+    end = np.array([eos_token_id], np.int32)
+    for dataset in tokenized:
+        is_first = True
+        for batch in dataset.with_format("arrow").iter(batch_size=1000):
+            rows = batch.column("input_ids").combine_chunks()
+            offsets = rows.offsets.to_numpy()
+            starts = batch.column("starts_document").to_numpy(zero_copy_only=False).copy()
+            if is_first:
+                starts[0] = False
+                is_first = False
+            tokens = rows.values.to_numpy()[offsets[0] : offsets[-1]]
+            yield np.insert(tokens, (offsets[:-1] - offsets[0])[starts], eos_token_id)
+        yield end

@@ -1,0 +1,117 @@
+"""Loss over a whole split, and the sizes of a model."""
+
+import math
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+
+import torch
+from datasets import Dataset
+from torch import nn
+from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
+
+from .data import IGNORED_LABEL, collate_blocks
+
+
+@dataclass(frozen=True)
+class LossSum:
+    """Negative log-likelihood summed over tokens.
+
+    Attributes:
+        nats: Sum over all predicted tokens, in nats.
+        tokens: How many tokens were predicted: in a block of T, all but the first.
+    """
+
+    nats: float
+    tokens: int
+
+    @property
+    def loss(self) -> float:
+        """Mean over tokens, in nats a token."""
+        return self.nats / self.tokens if self.tokens else math.nan
+
+
+def perplexity(loss: float) -> float:
+    """`exp(loss)` of a loss in nats a token; infinite where that overflows."""
+    return math.exp(loss) if loss < 700 else math.inf
+
+
+@torch.no_grad()
+def sum_loss(
+    model: nn.Module,
+    blocks: Dataset,
+    batch_size: int,
+    device: torch.device | str = "cpu",
+    context: Callable[[], AbstractContextManager] = nullcontext,
+    desc: str | None = None,
+) -> LossSum:
+    """Sum a causal language model's loss over every predicted token of `blocks`.
+
+    Within a batch the sum is the model's own, in float32 (`num_items_in_batch=1` turns its mean into a sum); over
+    batches it is kept in float64, so the result does not depend on the batch size beyond rounding.
+
+    Args:
+        model: Takes `input_ids`, `labels` (B, T) and `num_items_in_batch`, returns `loss`. Its mode is restored.
+        blocks: Column `input_ids`.
+        batch_size: Blocks a forward pass.
+        device: Where the model is.
+        context: Makes the context manager around every forward pass, such as autocast.
+        desc: Label of the progress bar; `None` for no bar.
+
+    Returns:
+        The sum and its number of tokens.
+    """
+    was_training = model.training
+    model.eval()
+    nats, tokens = torch.zeros((), dtype=torch.float64), 0
+    batches = DataLoader(blocks, batch_size=batch_size, collate_fn=collate_blocks)
+    try:
+        for batch in tqdm(batches, desc=desc, disable=desc is None, leave=False):
+            with context():
+                outputs = model(
+                    input_ids=batch["input_ids"].to(device),
+                    labels=batch["labels"].to(device),
+                    num_items_in_batch=1,
+                    use_cache=False,
+                )
+            nats += outputs.loss.double().cpu()
+            tokens += int((batch["labels"][:, 1:] != IGNORED_LABEL).sum())
+    finally:
+        model.train(was_training)
+    return LossSum(nats.item(), tokens)
+
+
+@dataclass(frozen=True)
+class ModelSize:
+    """Parameters and bytes of a model, shared weights counted once.
+
+    Attributes:
+        parameters: All parameters.
+        vocabulary_parameters: Those of token embedding, scale matrices and head.
+        bytes: Bytes of all parameters in their dtype.
+        vocabulary_bytes: Bytes of the vocabulary's.
+    """
+
+    parameters: int
+    vocabulary_parameters: int
+    bytes: int
+    vocabulary_bytes: int
+
+
+_VOCABULARY_MODULES = ("wte.", "scale_up.", "scale_down.", "lm_head.")
+
+
+def model_size(model: nn.Module) -> ModelSize:
+    """Count a model's parameters and bytes, and the vocabulary's share of them."""
+    named = list(model.named_parameters())
+    vocabulary = [
+        weight for name, weight in named if name.removeprefix("transformer.").startswith(_VOCABULARY_MODULES)
+    ]
+    weights = [weight for _, weight in named]
+    return ModelSize(
+        parameters=sum(weight.numel() for weight in weights),
+        vocabulary_parameters=sum(weight.numel() for weight in vocabulary),
+        bytes=sum(weight.numel() * weight.element_size() for weight in weights),
+        vocabulary_bytes=sum(weight.numel() * weight.element_size() for weight in vocabulary),
+    )

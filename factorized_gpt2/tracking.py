@@ -1,0 +1,53 @@
+"""Weights & Biases: online when there is an account, on disk when there is none, never a prompt."""
+
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+import wandb
+
+from .arguments import RunArguments
+
+logger = logging.getLogger(__name__)
+
+
+def start_tracking(training: RunArguments) -> None:
+    """Open the W&B run that the Trainer's callback then reports to.
+
+    A mode set in the environment (`WANDB_MODE`) counts; otherwise `wandb_mode` does, and `auto` is online when a
+    login is stored. What cannot be reached is recorded under the output folder, to be sent later by `wandb sync`.
+    """
+    if "wandb" not in training.report_to or not training.should_log:
+        return
+    mode = os.environ.get("WANDB_MODE") or training.wandb_mode
+    if mode == "auto":
+        mode = "online" if _has_login() else "offline"
+    init = {"project": training.project, "name": training.run_name, "dir": _made(training.output_dir)}
+    init["settings"] = wandb.Settings(quiet=True, show_info=False)
+    try:
+        run = wandb.init(mode=mode, **init)
+    except wandb.errors.Error as error:
+        logger.warning("W&B cannot be reached (%s); the run is recorded offline.", str(error).splitlines()[0])
+        run = wandb.init(mode="offline", **init)
+    if run.settings.mode == "offline":
+        logger.info("W&B records offline under %s", Path(run.dir).parent)
+
+
+def finish_tracking(summary: dict[str, Any]) -> None:
+    """Add a run's outcome to its W&B summary and close it, where there is one."""
+    if wandb.run is not None:
+        wandb.run.summary.update(summary)
+        wandb.finish()
+
+
+def _has_login() -> bool:
+    try:
+        return bool(wandb.login(prompt=False))
+    except (wandb.errors.Error, ValueError):
+        return False
+
+
+def _made(folder: str) -> str:
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    return folder

@@ -1,0 +1,312 @@
+"""One run, from its settings to its results: model, adapters, Trainer, outcome."""
+
+import logging
+import platform
+import shutil
+import tempfile
+import time
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from peft import PeftModel
+from transformers import PreTrainedTokenizerBase, Trainer, set_seed
+from transformers.trainer_utils import EvalLoopOutput, get_last_checkpoint
+
+from .adapters import add_lora, merge, untie_head
+from .arguments import ModelArguments, Run
+from .compression import Baseline, compressed_model, load_baseline
+from .configuration_factorized_gpt2 import FactorizedGPT2Config
+from .data import collate_blocks, load_blocks, load_tokenizer
+from .errors import UserError
+from .evaluation import LossSum, model_size, perplexity, sum_loss
+from .files import read_json, replacing_folder, write_json
+from .modeling_factorized_gpt2 import FactorizedGPT2
+from .tracking import finish_tracking, start_tracking
+
+logger = logging.getLogger(__name__)
+
+RESULTS_NAME = "results.json"
+SETTINGS_NAME = "run.json"
+ADAPTER_NAME = "adapter"
+
+MERGE_TOLERANCE = 1e-4  # largest difference of a logit, float32, between an adapter and the model it merged into
+
+
+@dataclass(frozen=True)
+class Results:
+    """The outcome of a run, as `results.json` holds it.
+
+    Attributes:
+        run_name: The protocol's name of the run.
+        family: Kind of run: baseline, lowrank-scratch, pca-nofinetune, pca-lora or pca-finetune.
+        n_embd_wte: Rank k; `None` when not factorized.
+        eval_loss: Mean over all predicted tokens of the validation split, nats a token.
+        perplexity: `exp(eval_loss)`.
+        train_loss: Last logged training loss, nats a token; `None` when nothing was trained.
+        best_step: Optimizer step of the weights that were kept; `None` when nothing was trained.
+        best_tokens: Tokens seen until then.
+        parameters, vocabulary_parameters: Of the plain (merged) model.
+        bytes, vocabulary_bytes: Of its parameters.
+        trained_parameters: Parameters that the optimizer changed.
+        train_seconds: Wall-clock time of training in this process; `None` when nothing was trained.
+        tokens_per_second: Training tokens over that time.
+        settings: The resolved settings.
+        versions: Of Python and the libraries.
+    """
+
+    run_name: str
+    family: str
+    n_embd_wte: int | None
+    eval_loss: float
+    perplexity: float
+    train_loss: float | None
+    best_step: int | None
+    best_tokens: int | None
+    parameters: int
+    vocabulary_parameters: int
+    bytes: int
+    vocabulary_bytes: int
+    trained_parameters: int
+    train_seconds: float | None
+    tokens_per_second: float | None
+    settings: dict[str, Any]
+    versions: dict[str, str]
+
+
+class FactorizedTrainer(Trainer):
+    """`Trainer` whose evaluation loss is the mean over all tokens of the split, whatever batch or world size."""
+
+    def evaluation_loop(
+        self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"
+    ) -> EvalLoopOutput:
+        """Sum each process's share of the blocks, then add the shares."""
+        blocks: Dataset = dataloader.dataset
+        rank, world_size = self.args.process_index, self.args.world_size
+        share = blocks.select(range(rank, len(blocks), world_size))
+        local = sum_loss(
+            self.model,
+            share,
+            self.args.eval_batch_size,
+            device=self.args.device,
+            context=self.compute_loss_context_manager,
+            desc=None if self.args.disable_tqdm or not self.is_local_process_zero() else description,
+        )
+        totals = torch.tensor([local.nats, local.tokens], dtype=torch.float64, device=self.args.device)
+        nats, tokens = self.accelerator.reduce(totals, "sum").tolist()
+        total = LossSum(nats, int(tokens))
+        metrics = {f"{metric_key_prefix}_loss": total.loss, f"{metric_key_prefix}_perplexity": perplexity(total.loss)}
+        return EvalLoopOutput(predictions=None, label_ids=None, metrics=metrics, num_samples=len(blocks))
+
+
+def run_experiment(run: Run) -> Results:
+    """Do what a run says, and leave a loadable model folder and `results.json` in its output folder.
+
+    Trains (or fine-tunes, or only evaluates), keeps the best checkpoint, and saves the plain model at the top of the
+    output folder, for LoRA beside the adapter in `adapter/`. A run that was cut off goes on from its last checkpoint;
+    one that is finished is not repeated.
+
+    Args:
+        run: The settings.
+
+    Returns:
+        The results.
+
+    Raises:
+        UserError: Anything that the settings, the data or the output folder make impossible.
+    """
+    output_dir = Path(run.training.output_dir)
+    finished = _claim(output_dir, run)
+    if finished is not None:
+        logger.info("%s is finished already; --overwrite_output_dir runs it again.", output_dir)
+        return finished
+    set_seed(run.training.seed)
+    with run.training.main_process_first(desc="preparing model and data"):
+        baseline = None if run.model.baseline is None else load_baseline(run.model.baseline)
+        tokenizer = load_tokenizer(run.data.tokenizer or run.model.baseline)
+        start = build_model(run, baseline, tokenizer)
+        splits = {split: _load_split(run, split, tokenizer) for split in ("train", "validation")}
+    model: FactorizedGPT2 | PeftModel = start
+    if run.adapter.lora_rank:
+        settings = run.adapter
+        model = add_lora(
+            start, settings.lora_rank, settings.lora_alpha, settings.lora_dropout, settings.lora_target_modules
+        )
+    if run.training.should_save:
+        write_json(output_dir / SETTINGS_NAME, run.settings())
+    start_tracking(run.training)
+    trainer = FactorizedTrainer(
+        model=model,
+        args=run.training,
+        train_dataset=splits["train"],
+        eval_dataset=splits["validation"],
+        data_collator=collate_blocks,
+        processing_class=tokenizer,
+    )
+    trained_parameters = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
+    began = time.perf_counter()
+    if run.training.do_train:
+        trainer.train(resume_from_checkpoint=get_last_checkpoint(output_dir))
+    seconds = time.perf_counter() - began
+    state = trainer.state
+    best_is_loaded = run.training.load_best_model_at_end and state.best_metric is not None
+    eval_loss = state.best_metric if best_is_loaded else trainer.evaluate()["eval_loss"]
+
+    probe = collate_blocks([splits["validation"][0]])["input_ids"]
+    expected = _logits(model, probe)
+    if isinstance(model, PeftModel) and run.training.should_save:
+        with replacing_folder(output_dir / ADAPTER_NAME) as folder:
+            model.save_pretrained(folder)
+    plain = merge(model) if isinstance(model, PeftModel) else model
+    size = model_size(plain)
+    tokens_per_step = (
+        run.training.train_batch_size
+        * run.training.gradient_accumulation_steps
+        * run.training.world_size
+        * run.data.block_size
+    )
+    best_step = (state.best_global_step or state.global_step) if run.training.do_train else None
+    results = Results(
+        run_name=run.training.run_name or run.family,
+        family=run.family,
+        n_embd_wte=plain.config.n_embd_wte if plain.config.is_factorized else None,
+        eval_loss=eval_loss,
+        perplexity=perplexity(eval_loss),
+        train_loss=next((row["loss"] for row in reversed(state.log_history) if "loss" in row), None),
+        best_step=best_step,
+        best_tokens=None if best_step is None else best_step * tokens_per_step,
+        **asdict(size),
+        trained_parameters=trained_parameters if run.training.do_train else 0,
+        train_seconds=seconds if run.training.do_train else None,
+        tokens_per_second=state.global_step * tokens_per_step / seconds if run.training.do_train else None,
+        settings=run.settings(),
+        versions={"python": platform.python_version()} | {name: version(name) for name in _REPORTED_LIBRARIES},
+    )
+    if trainer.is_world_process_zero():
+        _save(output_dir, plain, tokenizer)
+        _verify_saved(output_dir, probe, expected)
+        write_json(output_dir / RESULTS_NAME, asdict(results))
+    finish_tracking(
+        {"best_iteration": best_step, "best_tokens": results.best_tokens, "validation_loss": results.eval_loss}
+    )
+    trainer.accelerator.wait_for_everyone()
+    return results
+
+
+def build_model(run: Run, baseline: Baseline | None, tokenizer: PreTrainedTokenizerBase) -> FactorizedGPT2:
+    """Make the model that a run starts from.
+
+    Without a baseline it starts at random; with one it is the baseline, or, when `n_embd_wte` is smaller than its
+    width, the model that PCA makes of it, whose folder and factor files stand beside the run's output folder.
+
+    Raises:
+        UserError: Settings that contradict the baseline or the tokenizer.
+    """
+    arguments, training = run.model, run.training
+    if baseline is None:
+        model = FactorizedGPT2(_scratch_config(arguments, tokenizer, run.data.block_size))
+    else:
+        width, positions = baseline.model.config.n_embd, baseline.model.config.n_positions
+        if len(tokenizer) > baseline.model.config.vocab_size:
+            raise UserError(
+                f"The tokenizer has {len(tokenizer)} tokens, the baseline only {baseline.model.config.vocab_size}."
+            )
+        if run.data.block_size > positions:
+            raise UserError(f"block_size {run.data.block_size} exceeds the {positions} positions of the baseline.")
+        if arguments.n_embd_wte in (None, width):
+            model = baseline.model
+        else:
+            root = Path(training.output_dir).parent
+            model, folder = compressed_model(
+                baseline, arguments.n_embd_wte, root, tokenizer, training.overwrite_output_dir
+            )
+            model.name_or_path = str(folder)
+        if arguments.dropout is not None:
+            model.config.update(dict.fromkeys(_DROPOUTS, arguments.dropout))
+            for module in model.modules():
+                if isinstance(module, torch.nn.Dropout):
+                    module.p = arguments.dropout
+    if not arguments.tie_word_embeddings:
+        untie_head(model)
+    return model
+
+
+_DROPOUTS = ("resid_pdrop", "embd_pdrop", "attn_pdrop")
+_REPORTED_LIBRARIES = ("torch", "transformers", "peft", "accelerate", "datasets", "scikit-learn")
+
+
+def _scratch_config(
+    arguments: ModelArguments, tokenizer: PreTrainedTokenizerBase, block_size: int
+) -> FactorizedGPT2Config:
+    shape = {name: getattr(arguments, name) for name in ("n_layer", "n_head", "n_embd", "activation_function")}
+    dropouts = dict.fromkeys(_DROPOUTS, arguments.dropout)
+    try:
+        return FactorizedGPT2Config(
+            vocab_size=len(tokenizer),
+            n_positions=block_size,
+            n_embd_wte=arguments.n_embd_wte,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+            **{name: value for name, value in (shape | dropouts).items() if value is not None},
+        )
+    except Exception as error:  # the validation errors of strict dataclasses have no public common base here
+        raise UserError(str(error).strip().splitlines()[-1].strip()) from error
+
+
+def _load_split(run: Run, split: str, tokenizer: PreTrainedTokenizerBase) -> Dataset | None:
+    if split == "train" and not run.training.do_train:
+        return None
+    return load_blocks(
+        run.data.source(split),
+        tokenizer,
+        run.data.block_size,
+        keep_tail=split == "validation",
+        num_proc=run.data.preprocessing_num_workers,
+    )
+
+
+def _claim(output_dir: Path, run: Run) -> Results | None:
+    """Check that an output folder is this run's to use; return the results if it finished there before."""
+    settings_path, results_path = output_dir / SETTINGS_NAME, output_dir / RESULTS_NAME
+    if output_dir.exists() and run.training.overwrite_output_dir and run.training.should_save:
+        for checkpoint in output_dir.glob("checkpoint-*"):
+            shutil.rmtree(checkpoint)
+        results_path.unlink(missing_ok=True)
+        settings_path.unlink(missing_ok=True)
+    if settings_path.exists():
+        if read_json(settings_path) != run.settings():
+            stored = read_json(settings_path)
+            changed = sorted(name for name, value in run.settings().items() if stored.get(name) != value)
+            raise UserError(
+                f"{output_dir} holds a run with other settings ({', '.join(changed[:5])}); choose another "
+                "--output_dir, or replace it with --overwrite_output_dir."
+            )
+        return Results(**read_json(results_path)) if results_path.exists() else None
+    return None
+
+
+def _save(output_dir: Path, model: FactorizedGPT2, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Write the plain model and its tokenizer, every file beside its place first and then moved there."""
+    with tempfile.TemporaryDirectory(prefix=".model.", dir=output_dir) as temporary:
+        model.save_pretrained(temporary)
+        tokenizer.save_pretrained(temporary)
+        for path in Path(temporary).iterdir():
+            path.replace(output_dir / path.name)
+
+
+@torch.no_grad()
+def _logits(model: torch.nn.Module, input_ids: torch.Tensor) -> torch.Tensor:
+    device = next(model.parameters()).device
+    return model.eval()(input_ids=input_ids.to(device), use_cache=False).logits.float().cpu()
+
+
+def _verify_saved(folder: Path, input_ids: torch.Tensor, expected: torch.Tensor) -> None:
+    """Reload what was saved and compare its logits with those of the model that was trained."""
+    difference = (_logits(FactorizedGPT2.from_pretrained(folder), input_ids) - expected).abs().max().item()
+    if not difference <= MERGE_TOLERANCE * max(1.0, expected.abs().max().item()):
+        raise RuntimeError(f"The model saved in {folder} differs from the trained one: logits by {difference:.2e}.")
+    logger.info("Saved and reloaded %s: logits differ by at most %.1e", folder, difference)
