@@ -1,0 +1,148 @@
+"""`make demo`: the whole path on text that every Python carries, in minutes, without network or GPU."""
+
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset, disable_progress_bars
+from transformers import set_seed
+from transformers.utils import logging as transformers_logging
+
+from ..arguments import ManualParser, load_config, parse_run
+from ..corpus import hold_out, python_documents, train_tokenizer
+from ..data import load_tokenizer
+from ..files import replacing_folder
+from ..modeling_factorized_gpt2 import FactorizedGPT2
+from ..reporting import plot_loss_against_rank, read_results, results_table
+from ..training import run_experiment
+from .compress import compress
+from .shell import run_command
+
+PROMPT = "Return a list of"
+VOCAB_SIZE = 4096
+
+
+@dataclass
+class DemoArguments:
+    """Where the demo works."""
+
+    output_dir: str = field(default="demo_output", metadata={"help": "Folder for corpus, models, table and plot."})
+    max_steps: int | None = field(default=None, metadata={"help": "Steps of every run, for a shorter demo."})
+
+
+def demo(argv: list[str]) -> None:
+    """Corpus, baseline, compression, scratch models, LoRA; then the table, the plot and a sentence."""
+    arguments = ManualParser(
+        DemoArguments, prog="demo", description="Run the whole path on a small GPT-2, offline, on a CPU."
+    ).parse(argv)[0]
+    began = time.perf_counter()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    disable_progress_bars()
+    root = Path(arguments.output_dir)
+    _prepare_corpus(root / "corpus")
+    names = load_config("demo/runs.json")
+    models = root / "model_weights"
+
+    _announce("Training the baseline")
+    _run(names["baseline"], root, arguments)
+    _announce("Compressing it by PCA, without training")
+    ranks = [str(load_config(f"demo/{name}")["n_embd_wte"]) for name in names["pca_nofinetune"]]
+    corpus = root / "corpus"
+    compress(
+        f"--baseline={models / 'gpt_baseline'} --output_dir={models} --eval_batch_size=16 "
+        f"--eval_file={corpus / 'validation.jsonl'} --ranks {' '.join(ranks)}".split()
+    )
+    for family, title in (
+        ("pca_nofinetune", "Recording the compressed models"),
+        ("pca_lora", "Healing them with LoRA"),
+        ("lowrank_scratch", "Training low-rank models from scratch, for comparison"),
+    ):
+        _announce(title)
+        for name in names[family]:
+            _run(name, root, arguments)
+
+    results = read_results(models)
+    plot = root / "loss_against_rank.png"
+    plot_loss_against_rank(results, plot)
+    _announce("Results")
+    print(results_table(results))
+    print(f"\n{_verdict(results)}")
+    healed = max((row for row in results if row["family"] == "pca-lora"), key=lambda row: row["n_embd_wte"])
+    folder = Path(healed["settings"]["output_dir"])
+    print(f"\nPlot: {plot}\nA sentence from {folder}:\n  {_continue(folder, PROMPT)!r}")
+    print(f"\nThe demo took {time.perf_counter() - began:.0f} seconds.")
+
+
+def _prepare_corpus(folder: Path) -> None:
+    if folder.exists():
+        return
+    _announce("Collecting Python's own documentation and training a tokenizer on it")
+    training, validation = hold_out(python_documents())
+    with replacing_folder(folder) as temporary:
+        for name, texts in (("train", training), ("validation", validation)):
+            Dataset.from_dict({"text": texts}).to_json(temporary / f"{name}.jsonl")
+        train_tokenizer(training, VOCAB_SIZE).save_pretrained(temporary / "tokenizer")
+    print(f"{len(training):,} documents to train on, {len(validation):,} held out.")
+
+
+def _run(name: str, root: Path, arguments: DemoArguments) -> None:
+    models, corpus = root / "model_weights", root / "corpus"
+    config = load_config(f"demo/{name}")
+    words = ["--config", f"demo/{name}", "--output_dir", str(models / Path(config["output_dir"]).name)]
+    words += ["--train_file", str(corpus / "train.jsonl"), "--validation_file", str(corpus / "validation.jsonl")]
+    if "baseline" in config:
+        words += ["--baseline", str(models / "gpt_baseline")]
+    else:
+        words += ["--tokenizer", str(corpus / "tokenizer")]
+    if arguments.max_steps is not None and config.get("do_train", True):
+        words += ["--max_steps", str(arguments.max_steps)]
+    results = run_experiment(parse_run(words))
+    print(f"{results.run_name}: validation loss {results.eval_loss:.4f}")
+
+
+def _verdict(results: list[dict[str, Any]]) -> str:
+    """Say whether the rows stand in the order that theory predicts: baseline < PCA + LoRA < PCA at equal k."""
+    loss = {(row["family"], row["n_embd_wte"]): row["eval_loss"] for row in results}
+    baseline = loss["baseline", None]
+    misplaced = [
+        rank
+        for family, rank in loss
+        if family == "pca-lora" and not baseline < loss["pca-lora", rank] < loss["pca-nofinetune", rank]
+    ]
+    if not misplaced:
+        return "At every k: baseline < PCA + LoRA < PCA, as theory says."
+    return (
+        f"Not in the order baseline < PCA + LoRA < PCA at k = {', '.join(map(str, misplaced))}: a short baseline goes "
+        "on learning while it is healed, and so may be overtaken."
+    )
+
+
+def _continue(folder: Path, prompt: str) -> str:
+    set_seed(0)
+    tokenizer = load_tokenizer(str(folder))
+    model = FactorizedGPT2.from_pretrained(folder).eval()
+    inputs = tokenizer(prompt, return_tensors="pt")
+    with torch.no_grad():
+        output = model.generate(
+            inputs["input_ids"],
+            attention_mask=inputs["attention_mask"],
+            max_new_tokens=24,
+            do_sample=True,
+            top_k=20,
+            temperature=0.7,
+            pad_token_id=tokenizer.eos_token_id,
+        )
+    return tokenizer.decode(output[0], skip_special_tokens=True)
+
+
+def _announce(title: str) -> None:
+    print(f"\n== {title}", flush=True)
+
+
+def main() -> None:
+    """Entry point of the console command that `make demo` calls."""
+    sys.exit(run_command(demo))
