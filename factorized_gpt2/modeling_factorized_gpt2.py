@@ -39,6 +39,7 @@ class FactorizedGPT2Attention(nn.Module):
         self.k_proj = nn.Linear(config.n_embd, config.n_embd)
         self.v_proj = nn.Linear(config.n_embd, config.n_embd)
         self.c_proj = nn.Linear(config.n_embd, config.n_embd)
+        self.c_proj.leads_to_residual_stream = True
         self.resid_dropout = nn.Dropout(config.resid_pdrop)
 
     def forward(
@@ -76,6 +77,7 @@ class FactorizedGPT2MLP(nn.Module):
         inner = config.n_inner if config.n_inner is not None else 4 * config.n_embd
         self.mlp_up = nn.Linear(config.n_embd, inner)
         self.mlp_down = nn.Linear(inner, config.n_embd)
+        self.mlp_down.leads_to_residual_stream = True
         self.act = ACT2FN[config.activation_function]
         self.dropout = nn.Dropout(config.resid_pdrop)
 
@@ -114,11 +116,10 @@ class FactorizedGPT2PreTrainedModel(GPT2PreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
         # Each block adds two terms to the residual stream; GPT-2 keeps its variance independent of the depth.
-        residual_std = self.config.initializer_range / math.sqrt(2 * self.config.n_layer)
-        if isinstance(module, FactorizedGPT2Attention):
-            init.normal_(module.c_proj.weight, mean=0.0, std=residual_std)
-        elif isinstance(module, FactorizedGPT2MLP):
-            init.normal_(module.mlp_down.weight, mean=0.0, std=residual_std)
+        # transformers calls this for foreign classes only where they hold weights themselves, hence marked weights.
+        if getattr(module, "leads_to_residual_stream", False):
+            residual_std = self.config.initializer_range / math.sqrt(2 * self.config.n_layer)
+            init.normal_(module.weight, mean=0.0, std=residual_std)
 
 
 class FactorizedGPT2Model(FactorizedGPT2PreTrainedModel):
