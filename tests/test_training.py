@@ -89,8 +89,8 @@ def test_gradient_checkpointing_changes_no_gradient(variant, ids, use_reentrant,
     model = tiny_model(**variant, resid_pdrop=dropout, attn_pdrop=dropout).train()
     torch.manual_seed(1)
     expected = gradients(model, ids)
-    model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
-    assert model.is_gradient_checkpointing
+    model.activation_checkpointing_enable({"use_reentrant": use_reentrant})
+    assert model.is_activation_checkpointing
     calls = []
     hook = model.transformer.h[0].ln_1.register_forward_hook(lambda *_: calls.append(1))
     torch.manual_seed(1)
@@ -98,15 +98,15 @@ def test_gradient_checkpointing_changes_no_gradient(variant, ids, use_reentrant,
     hook.remove()
     assert len(calls) == 2  # once forward and once more backward
     torch.testing.assert_close(actual, expected, atol=1e-6, rtol=1e-5)
-    model.gradient_checkpointing_disable()
-    assert not model.is_gradient_checkpointing
+    model.activation_checkpointing_disable()
+    assert not model.is_activation_checkpointing
 
 
 def test_gradient_checkpointing_with_frozen_embeddings_trains_the_rest(ids):
     model = tiny_model().train()
     model.requires_grad_(False)
     model.transformer.h[0].attn.q_proj.requires_grad_(True)
-    model.gradient_checkpointing_enable({"use_reentrant": True})
+    model.activation_checkpointing_enable({"use_reentrant": True})
     model.enable_input_require_grads()
     model(ids, labels=ids).loss.backward()
     assert model.transformer.h[0].attn.q_proj.weight.grad.abs().max() > 1e-6
