@@ -25,7 +25,11 @@ every_strategy = pytest.mark.parametrize("strategy", STRATEGIES.values(), ids=ST
 def generate(model, ids=None, **options) -> torch.Tensor:
     """Generate exactly NEW_TOKENS tokens, the same ones for the same arguments."""
     torch.manual_seed(0)
-    return model.generate(ids, **({"max_new_tokens": NEW_TOKENS, "do_sample": False} | options))
+    defaults = {"max_new_tokens": NEW_TOKENS, "do_sample": False}
+    if ids is not None:
+        # Otherwise a padding token that the model generated itself would count as padding.
+        defaults["attention_mask"] = torch.ones_like(ids)
+    return model.generate(ids, **(defaults | options))
 
 
 def argmax_loop(model, ids: torch.Tensor, steps: int = NEW_TOKENS) -> torch.Tensor:
@@ -119,10 +123,11 @@ def test_left_padding_does_not_change_the_continuation(attention, name):
     strategy = STRATEGIES[name]
     model = tiny_model(attn_implementation=attention)
     rows = [random_ids(1, length, seed=length)[0] for length in (3, 8, 6)]
-    together = generate(model, **left_padded(rows), **strategy)
+    batch = left_padded(rows)
+    together = generate(model, batch["input_ids"], attention_mask=batch["attention_mask"], **strategy)
     returned = strategy.get("num_return_sequences", 1)
     for index, row in enumerate(rows):
-        alone = generate(model, row[None], attention_mask=torch.ones_like(row)[None], **strategy)
+        alone = generate(model, row[None], **strategy)
         of_row = together[index * returned : (index + 1) * returned]
         assert torch.equal(of_row[:, -NEW_TOKENS:], alone[:, -NEW_TOKENS:])
 
@@ -131,12 +136,11 @@ def test_left_padding_does_not_change_the_continuation(attention, name):
 def test_generating_from_embeddings(model, ids, strategy):
     embeds = model.get_input_embeddings()(ids)
     assert embeds.shape[-1] == model.config.embedding_size
-    mask = torch.ones_like(ids)
-    from_ids = generate(model, ids, attention_mask=mask, **strategy)
-    from_embeds = generate(model, inputs_embeds=embeds, attention_mask=mask, **strategy)
+    from_ids = generate(model, ids, **strategy)
+    from_embeds = generate(model, inputs_embeds=embeds, attention_mask=torch.ones_like(ids), **strategy)
     if "repetition_penalty" not in strategy:  # which counts the prompt's tokens too, and embeddings have none
         assert torch.equal(from_embeds, from_ids[:, 10:])
-    assert torch.equal(generate(model, ids, inputs_embeds=embeds, attention_mask=mask, **strategy), from_ids)
+    assert torch.equal(generate(model, ids, inputs_embeds=embeds, **strategy), from_ids)
 
 
 def test_continuing_from_a_cache(model, ids):
