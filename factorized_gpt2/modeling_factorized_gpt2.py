@@ -23,6 +23,11 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 from .configuration_factorized_gpt2 import FactorizedGPT2Config
 
 
+def residual_init_std(config: FactorizedGPT2Config) -> float:
+    """Spread of a projection into the residual stream, to which each block adds two terms (Radford et al., 2019)."""
+    return config.initializer_range / math.sqrt(2 * config.n_layer)
+
+
 class FactorizedGPT2Attention(nn.Module):
     """Causal self-attention with one projection per role, so that adapters can target each."""
 
@@ -39,7 +44,7 @@ class FactorizedGPT2Attention(nn.Module):
         self.k_proj = nn.Linear(config.n_embd, config.n_embd)
         self.v_proj = nn.Linear(config.n_embd, config.n_embd)
         self.c_proj = nn.Linear(config.n_embd, config.n_embd)
-        self.c_proj.leads_to_residual_stream = True
+        self.c_proj.init_std = residual_init_std(config)
         self.resid_dropout = nn.Dropout(config.resid_pdrop)
 
     def forward(
@@ -77,7 +82,7 @@ class FactorizedGPT2MLP(nn.Module):
         inner = config.n_inner if config.n_inner is not None else 4 * config.n_embd
         self.mlp_up = nn.Linear(config.n_embd, inner)
         self.mlp_down = nn.Linear(inner, config.n_embd)
-        self.mlp_down.leads_to_residual_stream = True
+        self.mlp_down.init_std = residual_init_std(config)
         self.act = ACT2FN[config.activation_function]
         self.dropout = nn.Dropout(config.resid_pdrop)
 
@@ -115,11 +120,9 @@ class FactorizedGPT2PreTrainedModel(GPT2PreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
-        # Each block adds two terms to the residual stream; GPT-2 keeps its variance independent of the depth.
-        # transformers calls this for foreign classes only where they hold weights themselves, hence marked weights.
-        if getattr(module, "leads_to_residual_stream", False):
-            residual_std = self.config.initializer_range / math.sqrt(2 * self.config.n_layer)
-            init.normal_(module.weight, mean=0.0, std=residual_std)
+        # Set on the weight's own module: for foreign classes without weights of their own, transformers calls nothing.
+        if hasattr(module, "init_std"):
+            init.normal_(module.weight, mean=0.0, std=module.init_std)
 
 
 class FactorizedGPT2Model(FactorizedGPT2PreTrainedModel):
