@@ -253,6 +253,19 @@ class FactorizedGPT2(FactorizedGPT2PreTrainedModel, GenerationMixin):
         self.lm_head = nn.Linear(config.embedding_size, config.vocab_size, bias=False)
         self.post_init()
 
+    def get_output_embeddings(self) -> nn.Module:
+        """Return the head; while it is tied, with the matrix that `wte` has now.
+
+        PEFT merges a trained copy of `wte` by putting it in the place of `wte`, then asks for the head to see whether
+        the two are still tied.
+        """
+        wte, lm_head = self.transformer.wte, self.lm_head
+        plain = isinstance(wte, nn.Embedding) and isinstance(lm_head, nn.Linear)
+        # Different shapes mean a resizing under way, which brings its own head.
+        if self.config.tie_word_embeddings and plain and lm_head.weight.shape == wte.weight.shape:
+            lm_head.weight = wte.weight
+        return lm_head
+
     def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Map final hidden states to logits: `lm_head(scale_down(hidden_states))`.
 
@@ -269,7 +282,7 @@ class FactorizedGPT2(FactorizedGPT2PreTrainedModel, GenerationMixin):
             hidden_states = self.scale_down(hidden_states)  # [..., d] -> [..., k]
         if not self.config.tie_word_embeddings:
             return self.lm_head(hidden_states)
-        if hasattr(self.lm_head, "base_layer"):
+        if hasattr(self.lm_head, "base_layer") or hasattr(self.lm_head, "modules_to_save"):
             raise ValueError(
                 "lm_head is tied to wte and cannot carry an adapter of its own: target wte (the head follows it), or "
                 "untie the head first (tie_word_embeddings=False)."
