@@ -7,6 +7,8 @@ from torch.nn.functional import layer_norm, softmax
 from transformers.cache_utils import DynamicCache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from factorized_gpt2 import modeling_factorized_gpt2
+
 
 @pytest.fixture(autouse=True)
 def _no_grad():
@@ -112,6 +114,8 @@ def test_cache_is_returned_exactly_when_asked_for(use_cache, ids):
     assert isinstance(cache, DynamicCache) is use_cache
     model.config.use_cache = use_cache
     assert (model(ids).past_key_values is not None) is use_cache
+    earlier = model(ids, use_cache=True).past_key_values
+    assert model(ids[:, :1], past_key_values=earlier).past_key_values is (earlier if use_cache else None)
 
 
 def test_embeddings_of_the_ids_give_what_the_ids_give(model, ids):
@@ -218,6 +222,27 @@ def test_bfloat16_is_close_to_float32(variant, attention, reorder_and_upcast_att
     assert (low.float() - logits).norm() / logits.norm() < 0.03
 
 
+@pytest.mark.parametrize(("upcast", "dtype"), [(True, torch.float32), (False, torch.bfloat16)])
+@pytest.mark.parametrize("autocast", [True, False])
+def test_upcast_attention_scores_in_float32(upcast, dtype, autocast, ids):
+    model = tiny_model(reorder_and_upcast_attn=upcast, attn_implementation="eager")
+    model = model if autocast else model.bfloat16()
+    seen = []
+    attend = modeling_factorized_gpt2.eager_attention_forward
+
+    def spy(module, query, key, value, *args, **kwargs):
+        seen.append((query @ key.transpose(-1, -2)).dtype)
+        return attend(module, query, key, value, *args, **kwargs)
+
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast),
+    ):
+        patch.setattr(modeling_factorized_gpt2, "eager_attention_forward", spy)
+        model(ids)
+    assert seen == [dtype] * 2
+
+
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 def test_bfloat16_autocast_is_close_to_float32(attention, ids):
     model = tiny_model(attn_implementation=attention, reorder_and_upcast_attn=True)
@@ -234,6 +259,13 @@ def test_dropout_acts_in_training_only(variant, which, attention, ids):
     assert torch.equal(model(ids).logits, tiny_model(**variant, attn_implementation=attention)(ids).logits)
     model.train()
     assert not torch.allclose(model(ids).logits, model(ids).logits, atol=1e-3)
+
+
+def test_residual_dropout_acts_on_both_terms_of_a_block(variant, ids):
+    model = tiny_model(**variant, resid_pdrop=1.0).train()
+    states = model(ids, output_hidden_states=True).hidden_states
+    assert torch.equal(states[1], states[0])
+    assert not torch.equal(model.eval()(ids, output_hidden_states=True).hidden_states[1], states[0])
 
 
 @pytest.mark.parametrize("kept", [1, 3, 10, torch.tensor([0, 4, 9]), torch.tensor([-1])])
