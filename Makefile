@@ -3,7 +3,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test lint format clean
+.PHONY: demo test lint format clean conformance
 
 demo: $(INSTALLED)  ## train, compress, heal and compare a small GPT-2 on text that every Python carries
 	$(BIN)/factorized-gpt2-demo --output_dir demo_output
@@ -26,3 +26,7 @@ $(INSTALLED): setup.cfg constraints.txt pyproject.toml
 
 clean:
 	rm -rf $(VENV) demo_output build *.egg-info
+
+conformance: $(INSTALLED)  ## transformers' own common model tests, from its source archive: needs network
+	$(BIN)/pip install --quiet --disable-pip-version-check parameterized
+	$(BIN)/python tests/conformance/run.py

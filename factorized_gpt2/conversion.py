@@ -56,10 +56,10 @@ def to_gpt2(model: FactorizedGPT2) -> GPT2LMHeadModel:
     """
     config = model.config
     state = dict(model.state_dict())
-    wte, lm_head = state.pop("transformer.wte.weight"), state.pop("lm_head.weight")
+    wte, lm_head = _take(state, "transformer.wte.weight"), _take(state, "lm_head.weight")
     tied = config.tie_word_embeddings and not config.is_factorized
     if config.is_factorized:
-        scale_up, scale_down = state.pop("transformer.scale_up.weight"), state.pop("scale_down.weight")
+        scale_up, scale_down = _take(state, "transformer.scale_up.weight"), _take(state, "scale_down.weight")
         bias = state.pop("transformer.scale_up.bias", None)
         wte = wte @ scale_up.T
         wte = wte if bias is None else wte + bias

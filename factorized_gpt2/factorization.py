@@ -19,7 +19,8 @@ class Factors:
         scale_up: (k, d) float32.
         scale_down: (d, k) float32.
         mean: (d,) float32.
-        explained_variance_ratio: Share, in [0, 1], of the embedding's variance about its mean that rank k keeps.
+        explained_variance_ratio: Share, in [0, 1], of the embedding's variance about its mean that rank k keeps; 1
+            when there is no variance to lose.
         lm_head: (k, V) float32 when the head has a matrix of its own, `None` when it is tied.
     """
 
@@ -50,7 +51,7 @@ def factorize_ranks(weight: np.ndarray, ranks: Sequence[int], lm_head: np.ndarra
     `W h = wte U.T h + (m . h) 1`: the mean adds one number to all logits of a position, which softmax does not see.
 
     Args:
-        weight: (V, d) floats, the token embedding; the head too when `lm_head` is `None`.
+        weight: (V, d) floats, V >= 2, the token embedding; the head too when `lm_head` is `None`.
         ranks: Ranks k, each 1 <= k <= min(V, d).
         lm_head: (V, d) floats, the head's own matrix when it is not tied; it gets a decomposition of its own.
 
@@ -72,15 +73,15 @@ def factorize_ranks(weight: np.ndarray, ranks: Sequence[int], lm_head: np.ndarra
             scale_up=_as_float32(embedding.components_[:rank]),
             scale_down=_as_float32(output_side.components_[:rank].T),
             mean=_as_float32(embedding.mean_),
-            explained_variance_ratio=float(embedding.explained_variance_ratio_[:rank].sum()),
+            explained_variance_ratio=_explained_share(embedding, rank),
             lm_head=None if head_scores is None else _as_float32(head_scores[:, :rank].T),
         )
     return factors
 
 
 def _fit_pca(weight: np.ndarray, ranks: Sequence[int], name: str) -> PCA:
-    if weight.ndim != 2:
-        raise ValueError(f"{name} must be a matrix (V, d), got shape {weight.shape}.")
+    if weight.ndim != 2 or len(weight) < 2:
+        raise ValueError(f"{name} must be a matrix (V, d) with V >= 2, got shape {weight.shape}.")
     largest = min(weight.shape)
     if not ranks:
         raise ValueError("No rank given.")
@@ -90,7 +91,13 @@ def _fit_pca(weight: np.ndarray, ranks: Sequence[int], name: str) -> PCA:
     if not np.isfinite(weight).all():
         raise ValueError(f"{name} contains NaN or infinity.")
     # The covariance squares the condition number; in float64 the leading subspace is that of a full SVD.
-    return PCA(n_components=max(ranks), svd_solver="covariance_eigh").fit(_as_float64(weight))
+    with np.errstate(invalid="ignore"):  # equal rows: no variance, and shares of it are 0 / 0
+        return PCA(n_components=max(ranks), svd_solver="covariance_eigh").fit(_as_float64(weight))
+
+
+def _explained_share(pca: PCA, rank: int) -> float:
+    share = pca.explained_variance_ratio_[:rank].sum()
+    return 1.0 if np.isnan(share) else min(float(share), 1.0)
 
 
 def _as_float64(array: np.ndarray) -> np.ndarray:

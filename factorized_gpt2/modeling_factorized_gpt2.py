@@ -23,6 +23,11 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 from .configuration_factorized_gpt2 import FactorizedGPT2Config
 
 
+def residual_init_std(config: FactorizedGPT2Config) -> float:
+    """Spread of a projection into the residual stream, to which each block adds two terms (Radford et al., 2019)."""
+    return config.initializer_range / math.sqrt(2 * config.n_layer)
+
+
 class FactorizedGPT2Attention(nn.Module):
     """Causal self-attention with one projection per role, so that adapters can target each."""
 
@@ -39,6 +44,7 @@ class FactorizedGPT2Attention(nn.Module):
         self.k_proj = nn.Linear(config.n_embd, config.n_embd)
         self.v_proj = nn.Linear(config.n_embd, config.n_embd)
         self.c_proj = nn.Linear(config.n_embd, config.n_embd)
+        self.c_proj.init_std = residual_init_std(config)
         self.resid_dropout = nn.Dropout(config.resid_pdrop)
 
     def forward(
@@ -76,6 +82,7 @@ class FactorizedGPT2MLP(nn.Module):
         inner = config.n_inner if config.n_inner is not None else 4 * config.n_embd
         self.mlp_up = nn.Linear(config.n_embd, inner)
         self.mlp_down = nn.Linear(inner, config.n_embd)
+        self.mlp_down.init_std = residual_init_std(config)
         self.act = ACT2FN[config.activation_function]
         self.dropout = nn.Dropout(config.resid_pdrop)
 
@@ -113,12 +120,9 @@ class FactorizedGPT2PreTrainedModel(GPT2PreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
-        # Each block adds two terms to the residual stream; GPT-2 keeps its variance independent of the depth.
-        residual_std = self.config.initializer_range / math.sqrt(2 * self.config.n_layer)
-        if isinstance(module, FactorizedGPT2Attention):
-            init.normal_(module.c_proj.weight, mean=0.0, std=residual_std)
-        elif isinstance(module, FactorizedGPT2MLP):
-            init.normal_(module.mlp_down.weight, mean=0.0, std=residual_std)
+        # Set on the weight's own module: for foreign classes without weights of their own, transformers calls nothing.
+        if hasattr(module, "init_std"):
+            init.normal_(module.weight, mean=0.0, std=module.init_std)
 
 
 class FactorizedGPT2Model(FactorizedGPT2PreTrainedModel):
@@ -249,6 +253,19 @@ class FactorizedGPT2(FactorizedGPT2PreTrainedModel, GenerationMixin):
         self.lm_head = nn.Linear(config.embedding_size, config.vocab_size, bias=False)
         self.post_init()
 
+    def get_output_embeddings(self) -> nn.Module:
+        """Return the head; while it is tied, with the matrix that `wte` has now.
+
+        PEFT merges a trained copy of `wte` by putting it in the place of `wte`, then asks for the head to see whether
+        the two are still tied.
+        """
+        wte, lm_head = self.transformer.wte, self.lm_head
+        plain = isinstance(wte, nn.Embedding) and isinstance(lm_head, nn.Linear)
+        # Different shapes mean a resizing under way, which brings its own head.
+        if self.config.tie_word_embeddings and plain and lm_head.weight.shape == wte.weight.shape:
+            lm_head.weight = wte.weight
+        return lm_head
+
     def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Map final hidden states to logits: `lm_head(scale_down(hidden_states))`.
 
@@ -265,7 +282,7 @@ class FactorizedGPT2(FactorizedGPT2PreTrainedModel, GenerationMixin):
             hidden_states = self.scale_down(hidden_states)  # [..., d] -> [..., k]
         if not self.config.tie_word_embeddings:
             return self.lm_head(hidden_states)
-        if hasattr(self.lm_head, "base_layer"):
+        if hasattr(self.lm_head, "base_layer") or hasattr(self.lm_head, "modules_to_save"):
             raise ValueError(
                 "lm_head is tied to wte and cannot carry an adapter of its own: target wte (the head follows it), or "
                 "untie the head first (tie_word_embeddings=False)."

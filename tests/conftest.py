@@ -1,0 +1,75 @@
+"""Tiny models, shared by the test modules."""
+
+import pytest
+import torch
+
+from factorized_gpt2 import FactorizedGPT2, FactorizedGPT2Config
+
+VOCAB_SIZE, WIDTH, RANK = 99, 32, 12
+SHAPE = {"vocab_size": VOCAB_SIZE, "n_positions": 48, "n_embd": WIDTH, "n_layer": 2, "n_head": 4}
+# Special tokens inside the tiny vocabulary; no end of sequence, so that generation always runs to its length.
+TOKENS = {"bos_token_id": 0, "eos_token_id": None, "pad_token_id": 1}
+NO_DROPOUT = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+
+VARIANTS = {
+    "tied": {"n_embd_wte": RANK},
+    "untied": {"n_embd_wte": RANK, "tie_word_embeddings": False},
+    "unfactorized": {"n_embd_wte": None},
+}
+
+
+def tiny_config(**overrides) -> FactorizedGPT2Config:
+    """Make a configuration small enough for a test: tied, rank 12 of width 32, no dropout."""
+    return FactorizedGPT2Config(**(SHAPE | TOKENS | NO_DROPOUT | {"n_embd_wte": RANK} | overrides))
+
+
+@torch.no_grad()
+def perturb(model, seed: int = 5):
+    """Move every weight far from where initialisation puts it, so that initialising again cannot go unnoticed."""
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in model.parameters():
+        scale = 0.3 if parameter.ndim == 2 else 0.1
+        parameter += scale * torch.randn(parameter.shape, generator=generator)
+    return model
+
+
+def tiny_model(seed: int = 5, **overrides) -> FactorizedGPT2:
+    """Make a tiny language model in evaluation mode, with weights that depend on nothing but the seed."""
+    torch.manual_seed(seed)
+    return perturb(FactorizedGPT2(tiny_config(**overrides)), seed).eval()
+
+
+def random_ids(batch: int = 2, length: int = 10, seed: int = 0) -> torch.Tensor:
+    """Draw token ids, none of them a special token."""
+    return torch.randint(2, VOCAB_SIZE, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+def left_padded(rows: list[torch.Tensor], pad_token_id: int = 1) -> dict[str, torch.Tensor]:
+    """Batch rows of unequal length the way `generate` wants them: padding first."""
+    longest = max(len(row) for row in rows)
+    ids = torch.full((len(rows), longest), pad_token_id)
+    mask = torch.zeros_like(ids)
+    for index, row in enumerate(rows):
+        ids[index, longest - len(row) :] = row
+        mask[index, longest - len(row) :] = 1
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+@pytest.fixture(params=VARIANTS)
+def variant(request) -> dict:
+    return VARIANTS[request.param]
+
+
+@pytest.fixture
+def model(variant) -> FactorizedGPT2:
+    return tiny_model(**variant)
+
+
+@pytest.fixture
+def ids() -> torch.Tensor:
+    return random_ids()
