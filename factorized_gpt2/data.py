@@ -1,7 +1,7 @@
 """Text to packed blocks of token ids, through `datasets`: cached on disk, flat in memory."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -155,10 +155,11 @@ def load_blocks(
     if not any(_pack(tokenized, **settings)):
         tokens = sum(len(row) for dataset in tokenized for row in dataset["input_ids"])
         raise UserError(f"The text has {tokens} tokens, too few for one block of {block_size}.")
+    # A list among the arguments would be split into shards, each packed for itself; a tuple stays whole.
     return Dataset.from_generator(
         _pack,
         features=Features({"input_ids": List(Value("int32"))}),
-        gen_kwargs={"tokenized": tokenized, **settings},
+        gen_kwargs={"tokenized": tuple(tokenized), **settings},
         fingerprint=Hasher.hash(([dataset._fingerprint for dataset in tokenized], sorted(settings.items()))),
     )
 
@@ -188,7 +189,7 @@ def _tokenize(
     return {"input_ids": tokenizer(texts, add_special_tokens=False)["input_ids"], "starts_document": starts}
 
 
-def _pack(tokenized: list[Dataset], block_size: int, eos_token_id: int, keep_tail: bool) -> Iterator[dict]:
+def _pack(tokenized: Sequence[Dataset], block_size: int, eos_token_id: int, keep_tail: bool) -> Iterator[dict]:
     rest = np.empty(0, np.int32)
     for stream in _token_stream(tokenized, eos_token_id):
         tokens = np.concatenate([rest, stream])
@@ -200,7 +201,7 @@ def _pack(tokenized: list[Dataset], block_size: int, eos_token_id: int, keep_tai
         yield {"input_ids": rest}
 
 
-def _token_stream(tokenized: list[Dataset], eos_token_id: int) -> Iterator[np.ndarray]:
+def _token_stream(tokenized: Sequence[Dataset], eos_token_id: int) -> Iterator[np.ndarray]:
     """Yield the tokens of all documents, with the end-of-text token after each document."""
     end = np.array([eos_token_id], np.int32)
     for dataset in tokenized:

@@ -28,6 +28,11 @@ def residual_init_std(config: FactorizedGPT2Config) -> float:
     return config.initializer_range / math.sqrt(2 * config.n_layer)
 
 
+def scale_init_std(config: FactorizedGPT2Config) -> float:
+    """Spread of a scale matrix: `wte @ scale_up` and `scale_down @ lm_head` then start as GPT-2's matrices do."""
+    return config.embedding_size**-0.5
+
+
 class FactorizedGPT2Attention(nn.Module):
     """Causal self-attention with one projection per role, so that adapters can target each."""
 
@@ -140,6 +145,8 @@ class FactorizedGPT2Model(FactorizedGPT2PreTrainedModel):
             if config.is_factorized
             else None
         )
+        if config.is_factorized:
+            self.scale_up.init_std = scale_init_std(config)
         self.wpe = nn.Embedding(config.n_positions, config.n_embd)
         self.drop = nn.Dropout(config.embd_pdrop)
         self.h = nn.ModuleList(FactorizedGPT2Block(config, layer_idx) for layer_idx in range(config.n_layer))
@@ -250,6 +257,8 @@ class FactorizedGPT2(FactorizedGPT2PreTrainedModel, GenerationMixin):
         self.loss_type = "ForCausalLM"
         self.transformer = FactorizedGPT2Model(config)
         self.scale_down = nn.Linear(config.n_embd, config.embedding_size, bias=False) if config.is_factorized else None
+        if config.is_factorized:
+            self.scale_down.init_std = scale_init_std(config)
         self.lm_head = nn.Linear(config.embedding_size, config.vocab_size, bias=False)
         self.post_init()
 

@@ -1,9 +1,18 @@
-"""Tiny models, shared by the test modules."""
+"""Tiny models and texts, shared by the test modules."""
 
+import json
+import os
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import datasets
 import pytest
 import torch
 
 from factorized_gpt2 import FactorizedGPT2, FactorizedGPT2Config
+from factorized_gpt2.corpus import train_tokenizer
+from factorized_gpt2.data import load_tokenizer
 
 VOCAB_SIZE, WIDTH, RANK = 99, 32, 12
 SHAPE = {"vocab_size": VOCAB_SIZE, "n_positions": 48, "n_embd": WIDTH, "n_layer": 2, "n_head": 4}
@@ -73,3 +82,35 @@ def model(variant) -> FactorizedGPT2:
 @pytest.fixture
 def ids() -> torch.Tensor:
     return random_ids()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _own_datasets_cache(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("datasets"))
+        yield
+
+
+DOCUMENTS = [
+    f"Chapter {number}. The {noun} of the {place} was {adjective}, and {number} people saw it.\nThen it went away."
+    for number in range(1, 9)
+    for noun in ("wife", "dog", "clock")
+    for place in ("mill", "harbour")
+    for adjective in ("old", "green")
+]
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory) -> Path:
+    """Make a folder with `tokenizer/`, `train.jsonl` and `validation.jsonl`."""
+    folder = tmp_path_factory.mktemp("corpus")
+    train_tokenizer(DOCUMENTS, 300).save_pretrained(folder / "tokenizer")
+    for name, texts in (("train", DOCUMENTS[8:]), ("validation", DOCUMENTS[:8])):
+        lines = [json.dumps({"text": text}) for text in texts]
+        (folder / f"{name}.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tokenizer(corpus):
+    return load_tokenizer(str(corpus / "tokenizer"))

@@ -53,8 +53,14 @@ def demo(argv: list[str]) -> None:
     ranks = [str(load_config(f"demo/{name}")["n_embd_wte"]) for name in names["pca_nofinetune"]]
     corpus = root / "corpus"
     compress(
-        f"--baseline={models / 'gpt_baseline'} --output_dir={models} --eval_batch_size=16 "
-        f"--eval_file={corpus / 'validation.jsonl'} --ranks {' '.join(ranks)}".split()
+        [
+            f"--baseline={models / 'gpt_baseline'}",
+            f"--output_dir={models}",
+            f"--eval_file={corpus / 'validation.jsonl'}",
+            "--eval_batch_size=16",
+            "--ranks",
+            *ranks,
+        ]
     )
     for family, title in (
         ("pca_nofinetune", "Recording the compressed models"),

@@ -1,0 +1,151 @@
+"""Text to packed blocks: nothing lost, nothing invented, document ends marked."""
+
+import json
+from itertools import chain
+
+import datasets
+import pytest
+import torch
+from conftest import DOCUMENTS
+
+from factorized_gpt2.data import IGNORED_LABEL, TextSource, collate_blocks, load_blocks, load_tokenizer
+from factorized_gpt2.errors import UserError
+
+
+def tokens_of(tokenizer, texts: list[str]) -> list[int]:
+    """Tokenize texts one by one, with the end-of-text token after each."""
+    return list(chain(*([*tokenizer.encode(text), tokenizer.eos_token_id] for text in texts)))
+
+
+def write_rows(path, texts, column="text"):
+    if path.suffix == ".parquet":
+        datasets.Dataset.from_dict({column: texts}).to_parquet(path)
+    else:
+        path.write_text("\n".join(json.dumps({column: text}) for text in texts), encoding="utf-8")
+    return str(path)
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.parquet"])
+@pytest.mark.parametrize("block_size", [2, 7, 64])
+def test_every_row_is_a_document(tmp_path, tokenizer, name, block_size):
+    source = TextSource(files=(write_rows(tmp_path / name, DOCUMENTS, "body"),), text_column="body")
+    blocks = load_blocks(source, tokenizer, block_size, keep_tail=True)["input_ids"]
+    expected = tokens_of(tokenizer, DOCUMENTS)
+    whole, rest = divmod(len(expected), block_size)
+    assert [len(block) for block in blocks] == [block_size] * whole + [rest] * (rest >= 2)
+    assert list(chain(*blocks)) == expected[: len(expected) - (rest if rest < 2 else 0)]
+
+
+def test_the_tail_is_dropped_for_training(corpus, tokenizer):
+    source = TextSource(files=(str(corpus / "validation.jsonl"),))
+    kept = load_blocks(source, tokenizer, 100, keep_tail=True)["input_ids"]
+    dropped = load_blocks(source, tokenizer, 100, keep_tail=False)["input_ids"]
+    assert len(kept[-1]) < 100
+    assert dropped[:] == kept[:-1]
+
+
+def test_a_text_file_is_one_document(tmp_path, tokenizer):
+    lines = "".join(f"{text}\n" for text in DOCUMENTS)
+    (tmp_path / "book.txt").write_text(lines, encoding="utf-8")
+    (blocks,) = load_blocks(TextSource(files=(str(tmp_path / "book.txt"),)), tokenizer, 10**6, keep_tail=True)[
+        "input_ids"
+    ]
+    assert tokenizer.decode(blocks[:-1]) == lines
+    assert blocks.count(tokenizer.eos_token_id) == 1
+    assert blocks[-1] == tokenizer.eos_token_id
+
+
+def test_several_files_are_several_documents(tmp_path, tokenizer):
+    for name in "ab":
+        (tmp_path / f"{name}.txt").write_text(f"file {name}\n", encoding="utf-8")
+    files = tuple(str(tmp_path / f"{name}.txt") for name in "ab")
+    (block,) = load_blocks(TextSource(files=files), tokenizer, 10**6, keep_tail=True)["input_ids"]
+    assert tokenizer.decode(block) == "file a\n<|endoftext|>file b\n<|endoftext|>"
+
+
+@pytest.mark.parametrize("name", ["wiki.tokens", "wiki.jsonl"])
+def test_a_pattern_starts_documents(tmp_path, tokenizer, name):
+    lines = [" = One = ", "first", " = = Part = = ", "second", " = Two = ", "third"]
+    if name.endswith("tokens"):
+        (tmp_path / name).write_text("\n".join(lines) + "\n", encoding="utf-8")
+    else:
+        write_rows(tmp_path / name, lines)
+    source = TextSource(files=(str(tmp_path / name),), document_start="^ = [^=]")
+    (block,) = load_blocks(source, tokenizer, 10**6, keep_tail=True)["input_ids"]
+    assert tokenizer.decode(block) == (
+        " = One = \nfirst\n = = Part = = \nsecond\n<|endoftext|> = Two = \nthird\n<|endoftext|>"
+    )
+
+
+def test_packing_does_not_depend_on_batches_or_processes(tmp_path, tokenizer):
+    texts = [f"{index} {text}" for index in range(120) for text in DOCUMENTS]
+    source = TextSource(files=(write_rows(tmp_path / "many.jsonl", texts),))
+    blocks = load_blocks(source, tokenizer, 50, keep_tail=True, num_proc=2)["input_ids"]
+    assert len(texts) > 10_000
+    assert list(chain(*blocks)) == tokens_of(tokenizer, texts)
+
+
+def test_a_second_load_reads_the_cache(corpus, tokenizer):
+    source = TextSource(files=(str(corpus / "train.jsonl"),))
+    first, second = (load_blocks(source, tokenizer, 16, keep_tail=False) for _ in range(2))
+    assert first.cache_files
+    assert first.cache_files == second.cache_files
+    assert load_blocks(source, tokenizer, 17, keep_tail=False).cache_files != first.cache_files
+
+
+def make_bad_source(folder, kind: str) -> TextSource:
+    path = folder / "text.txt"
+    if kind == "missing":
+        return TextSource(files=(str(path),))
+    if kind == "suffix":
+        (folder / "text.doc").write_text("x")
+        return TextSource(files=(str(folder / "text.doc"),))
+    if kind == "column":
+        return TextSource(files=(write_rows(folder / "rows.jsonl", ["x"]),), text_column="body")
+    if kind == "not UTF-8":
+        path.write_bytes(b"\xff\xfe\xfa" * 100)
+    elif kind == "not JSON":
+        path = folder / "rows.jsonl"
+        path.write_text("{")
+    elif kind == "short":
+        path.write_text("a")
+    elif kind == "nothing":
+        return TextSource()
+    return TextSource(files=(str(path),))
+
+
+@pytest.mark.parametrize(
+    ("kind", "complaint"),
+    [
+        ("missing", "text.txt does not exist"),
+        ("suffix", "unknown kind of file '.doc'"),
+        ("column", "no column 'body'; its columns are text"),
+        ("not UTF-8", "text.txt cannot be read"),
+        ("not JSON", "rows.jsonl cannot be read"),
+        ("short", "too few for one block of 50"),
+        ("nothing", "No text given"),
+    ],
+)
+def test_text_that_cannot_be_used(tmp_path, tokenizer, kind, complaint):
+    with pytest.raises(UserError, match=complaint) as caught:
+        load_blocks(make_bad_source(tmp_path, kind), tokenizer, 50, keep_tail=False)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_tokenizer_from_vocabulary_and_merges(corpus, tmp_path, tokenizer):
+    tokenizer.backend_tokenizer.model.save(str(tmp_path))
+    loaded = load_tokenizer(str(tmp_path))
+    assert loaded.encode(DOCUMENTS[0]) == tokenizer.encode(DOCUMENTS[0])
+    assert loaded.eos_token == "<|endoftext|>"
+
+
+def test_a_tokenizer_that_is_not_there(tmp_path):
+    with pytest.raises(UserError, match="No tokenizer can be loaded"):
+        load_tokenizer(str(tmp_path))
+
+
+def test_collation_ignores_padding():
+    batch = collate_blocks([{"input_ids": [5, 6, 7]}, {"input_ids": [8, 9]}])
+    assert torch.equal(batch["input_ids"], torch.tensor([[5, 6, 7], [8, 9, 0]]))
+    assert torch.equal(batch["labels"], torch.tensor([[5, 6, 7], [8, 9, IGNORED_LABEL]]))
+    assert batch["input_ids"].dtype == torch.int64
