@@ -1,5 +1,6 @@
 """GPT-2 weights to factorized weights and back. Pure: models in, models out."""
 
+import copy
 import hashlib
 from collections.abc import Iterator
 
@@ -222,6 +223,5 @@ def _build(model_class, config, weights, like: torch.Tensor, generation_config):
     copies = {name: weight.to(like.device, like.dtype, copy=True) for name, weight in weights.items()}
     model.load_state_dict(copies, strict=True, assign=True)
     model.tie_weights()
-    model.requires_grad_(True)
-    model.generation_config = generation_config
+    model.generation_config = copy.deepcopy(generation_config)
     return model.eval()

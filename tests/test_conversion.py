@@ -187,6 +187,7 @@ def test_factorized_model_expands_to_a_gpt2_of_the_same_logits(scale_up_bias, ti
     model = tiny_model(scale_up_bias=scale_up_bias, tie_word_embeddings=tied, attn_implementation=attention)
     expanded = to_gpt2(model)
     assert not expanded.config.tie_word_embeddings
+    assert expanded.config._attn_implementation == attention
     assert expanded.lm_head.weight.shape == expanded.transformer.wte.weight.shape == (VOCAB_SIZE, WIDTH)
     assert_close(expanded(ids).logits, model(ids).logits, atol=1e-4)
 
@@ -206,6 +207,16 @@ def test_dtype_is_kept(dtype, factorized):
     assert {parameter.dtype for parameter in converted.parameters()} == {dtype}
     assert converted.dtype == dtype
     assert {parameter.dtype for parameter in to_gpt2(converted).parameters()} == {dtype}
+
+
+def test_generation_settings_are_copied():
+    gpt2 = tiny_gpt2()
+    gpt2.generation_config.num_beams = 7
+    converted = from_gpt2(gpt2)
+    assert converted.generation_config.num_beams == 7
+    assert to_gpt2(converted).generation_config.num_beams == 7
+    converted.generation_config.num_beams = 2
+    assert gpt2.generation_config.num_beams == 7
 
 
 def without(name):
@@ -316,12 +327,19 @@ def test_fingerprint_notices_one_changed_number_in_any_weight(dtype):
     assert len(seen) == 1 + len(list(gpt2.parameters()))
 
 
-def test_fingerprint_tells_dtypes_and_ties_apart():
+def test_fingerprint_tells_ties_apart():
     untied = tiny_gpt2(tie_word_embeddings=False)
     untied.lm_head.weight.copy_(untied.transformer.wte.weight)
     tied = tiny_gpt2()
     tied.load_state_dict(untied.state_dict())
-    assert len({fingerprint(model) for model in (tied, untied, tiny_gpt2().bfloat16())}) == 3
+    assert fingerprint(tied) != fingerprint(untied)
+
+
+def test_fingerprint_tells_dtypes_of_the_same_bytes_apart():
+    bfloat16, float16 = tiny_gpt2().bfloat16(), tiny_gpt2().half()
+    for parameter, source in zip(float16.parameters(), bfloat16.parameters(), strict=True):
+        parameter.copy_(source.view(torch.float16))
+    assert fingerprint(bfloat16) != fingerprint(float16)
 
 
 @tied_and_untied

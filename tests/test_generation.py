@@ -74,10 +74,24 @@ def test_static_cache_changes_nothing(variant, attention, ids):
     torch.testing.assert_close(torch.stack(static.logits), torch.stack(dynamic.logits), atol=1e-5, rtol=1e-5)
 
 
-def test_sampling_differs_with_the_seed(model, ids):
-    assert not torch.equal(
-        generate(model, ids, do_sample=True), model.generate(ids, do_sample=True, max_new_tokens=12)
-    )
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_a_step_on_a_static_cache_is_one_graph(variant, attention, ids):
+    """`generate` compiles this step with `fullgraph=True`; what can fail is capturing the graph, so only that runs."""
+    model = tiny_model(**variant, attn_implementation=attention)
+    torch.compiler.reset()  # graphs of other models count towards a limit on recompilations
+    step = torch.compile(model.forward, fullgraph=True, backend="eager")
+    cache = StaticCache(config=model.config, max_cache_len=16)
+    following = random_ids(2, 1, seed=7)
+    with torch.no_grad():
+        model(ids, past_key_values=cache)
+        logits = step(following, past_key_values=cache, position_ids=torch.tensor([[10]])).logits
+        expected = model(torch.cat([ids, following], dim=1)).logits[:, -1:]
+    torch.testing.assert_close(logits, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_sampling_differs_from_draw_to_draw(model, ids):
+    drawn = generate(model, ids[:1], do_sample=True, num_return_sequences=5)
+    assert len(drawn.unique(dim=0)) == 5
 
 
 def test_wide_beam_search_finds_the_likeliest_continuation(model, ids):
