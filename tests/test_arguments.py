@@ -1,0 +1,155 @@
+"""Settings: the protocol's figures, flags over configs, and complaints that name the culprit."""
+
+import json
+
+import pytest
+
+from factorized_gpt2.arguments import LORA_TARGETS, load_config, parse_run
+from factorized_gpt2.errors import UserError
+
+RANKS = (64, 128, 256, 512)
+
+SHARED = {
+    "per_device_train_batch_size": 4,
+    "effective_batch_size": 16,
+    "adam_beta1": 0.9,
+    "adam_beta2": 0.95,
+    "max_grad_norm": 1.0,
+    "lr_scheduler_type": "cosine_with_min_lr",
+    "fp16": True,
+    "torch_compile": True,
+    "project": "new-small-gpt",
+    "block_size": 2048,
+    "dropout": 0.1,
+    "tie_word_embeddings": True,
+    "dataset_name": "Salesforce/wikitext",
+    "dataset_config_name": "wikitext-103-raw-v1",
+    "load_best_model_at_end": True,
+}
+SCRATCH = SHARED | {
+    "n_layer": 12,
+    "n_head": 12,
+    "n_embd": 768,
+    "activation_function": "gelu",
+    "max_steps": 10_000,
+    "eval_steps": 500,
+    "learning_rate": 1e-4,
+    "lr_scheduler_kwargs": {"min_lr": 5e-6},
+    "warmup_steps": 500,
+    "weight_decay": 0.1,
+}
+LORA = SHARED | {
+    "baseline": "model_weights/gpt_baseline",
+    "max_steps": 5_000,
+    "eval_steps": 200,
+    "learning_rate": 5e-5,
+    "lr_scheduler_kwargs": {"min_lr": 1e-6},
+    "warmup_steps": 100,
+    "weight_decay": 0.01,
+    "lora_rank": 32,
+    "lora_alpha": 64,
+    "lora_dropout": 0.1,
+    "lora_target_modules": list(LORA_TARGETS),
+}
+PROTOCOL = {"baseline": ("baseline", "baseline", "gpt_baseline", None, SCRATCH)}
+for k in RANKS:
+    scratch, plain, lora = f"lowrank_scratch_k{k}", f"pca_nofinetune_k{k}", f"pca_lora_k{k}"
+    PROTOCOL[scratch] = ("lowrank-scratch", f"lowrank-scratch-k{k}", f"gpt_{scratch}", k, SCRATCH)
+    PROTOCOL[plain] = ("pca-nofinetune", f"pca-nofinetune-k{k}", f"gpt_{plain}", k, {"do_train": False})
+    PROTOCOL[lora] = ("pca-lora", f"pca-lora-k{k}-r32", f"gpt_{lora}", k, LORA)
+
+
+@pytest.mark.parametrize("name", PROTOCOL)
+def test_the_protocol_is_in_the_configs(name):
+    family, run_name, folder, rank, figures = PROTOCOL[name]
+    config = load_config(f"{name}.json")
+    assert {key: config[key] for key in figures} == figures
+    assert config["run_name"] == run_name
+    assert config["output_dir"] == f"model_weights/{folder}"
+    assert config.get("n_embd_wte") == rank
+    run = parse_run(["--config", name])
+    assert run.family == family
+    assert run.training.gradient_accumulation_steps == 4
+    assert run.training.lr_scheduler_type == "cosine_with_min_lr"
+
+
+def test_there_are_thirteen_experiments():
+    assert len(PROTOCOL) == 13
+
+
+def test_flags_override_the_config(tmp_path):
+    run = parse_run(["--config", "pca_lora_k64.json", "--max_steps", "20", "--lora_target_modules", "wte", "q_proj"])
+    assert run.training.max_steps == 20
+    assert run.training.warmup_steps == 100
+    assert run.adapter.lora_target_modules == ["wte", "q_proj"]
+
+
+def test_a_config_extends_another_beside_it(tmp_path):
+    (tmp_path / "base.json").write_text('{"seed": 7, "max_steps": 3, "learning_rate": "1e-4"}')
+    (tmp_path / "run.json").write_text('{"extends": "base.json", "max_steps": 4}')
+    run = parse_run(
+        [f"--config={tmp_path / 'run'}", "--tokenizer=t", "--train_file=a", "--validation_file=b", "--do_train"]
+    )
+    assert (run.training.seed, run.training.max_steps, run.training.learning_rate) == (7, 4, 1e-4)
+
+
+def test_half_precision_falls_back_without_cuda(monkeypatch, caplog):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    run = parse_run(["--config", "baseline"])
+    assert not run.training.fp16
+    assert not run.training.torch_compile
+    assert [record.message for record in caplog.records if record.name.startswith("factorized")] == [
+        "No CUDA on this machine: training in float32, not compiled."
+    ]
+
+
+@pytest.mark.parametrize(
+    ("config", "complaint"),
+    [
+        ({"max_step": 3}, "Unknown config key 'max_step'. Did you mean 'max_steps'?"),
+        ({"zzz": 3}, "Unknown config key 'zzz'."),
+        ({"max_steps": "many"}, "max_steps.*invalid int value: 'many'"),
+        ({"max_steps": 2.5}, "max_steps.*invalid int value: '2.5'"),
+        ({"fp16": "perhaps"}, "fp16.*perhaps"),
+        ({"optim": "magic"}, "optim.*invalid choice: 'magic'"),
+        ({"wandb_mode": "loud"}, "wandb_mode.*invalid choice"),
+        ({"n_embd_wte": "x"}, "n_embd_wte"),
+        ({"baseline": "b"}, "n_layer contradicts baseline"),
+        ({"lora_rank": 4}, "lora_rank must be 0"),
+        ({"block_size": 1}, "block_size must be at least 2"),
+        ({"effective_batch_size": 6}, "effective_batch_size=6 cannot be had"),
+        ({"dataset_name": None, "train_file": ["x"]}, "No validation text"),
+        ({"dataset_name": None, "validation_file": ["x"]}, "No training text"),
+        ({"tokenizer": None}, "tokenizer must name one"),
+        ({"do_train": False}, "Nothing to do"),
+    ],
+)
+def test_a_bad_config_is_one_line(tmp_path, config, complaint):
+    (tmp_path / "bad.json").write_text(json.dumps(load_config("baseline.json") | config))
+    with pytest.raises(UserError, match=complaint) as caught:
+        parse_run(["--config", str(tmp_path / "bad.json")])
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "complaint"),
+    [("{", "cannot be read as JSON"), ("[1]", "must hold a JSON object"), ('{"learning_rate": NaN}', "NaN")],
+)
+def test_a_file_that_is_no_config(tmp_path, text, complaint):
+    (tmp_path / "bad.json").write_text(text)
+    with pytest.raises(UserError, match=complaint):
+        parse_run(["--config", str(tmp_path / "bad.json")])
+
+
+@pytest.mark.parametrize(
+    ("words", "complaint"),
+    [
+        (["--config", "pca_lora_k65"], "no config 'pca_lora_k65'.*Did you mean 'pca_lora_k64.json'"),
+        (["--config", "baseline", "--max_stepz=3"], "Unknown argument '--max_stepz'. Did you mean 'max_steps'?"),
+        (["--config", "baseline", "stray"], "Unknown argument 'stray'"),
+        (["--config", "baseline", "--seed"], "seed.*expected one argument"),
+    ],
+)
+def test_bad_words(words, complaint):
+    with pytest.raises(UserError, match=complaint):
+        parse_run(words)

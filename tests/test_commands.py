@@ -1,0 +1,87 @@
+"""The commands as a user types them, in processes of their own."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from factorized_gpt2.cli.demo import demo
+from factorized_gpt2.corpus import hold_out, python_documents
+from factorized_gpt2.reporting import read_results
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+
+
+def run(*words, cwd) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, *map(str, words)], cwd=cwd, capture_output=True, text=True, timeout=300)
+
+
+@pytest.mark.parametrize(
+    ("script", "words", "complaint"),
+    [
+        ("train_hf.py", ["--config", "pca_lora_k46.json"], "error: There is no config 'pca_lora_k46.json'"),
+        ("compress.py", ["--baseline", "nowhere", "--ranks", "4"], "error: No model can be loaded from 'nowhere'"),
+    ],
+)
+def test_a_mistake_is_one_line_and_exit_code_2(tmp_path, script, words, complaint):
+    finished = run(REPOSITORY / script, *words, cwd=tmp_path)
+    assert finished.returncode == 2
+    assert complaint in finished.stderr.splitlines()[-1]
+    assert "Traceback" not in finished.stderr
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("script", ["train_hf.py", "compress.py"])
+def test_help(tmp_path, script):
+    finished = run(REPOSITORY / script, "--help", cwd=tmp_path)
+    assert finished.returncode == 0
+    assert "Folder or Hub id of a trained, unfactorized GPT-2" in " ".join(finished.stdout.split())
+
+
+def test_two_processes_train_one_run(tmp_path, corpus):
+    """Under `accelerate launch` the effective batch stays, and one process writes."""
+    config = {
+        **{"n_layer": 1, "n_head": 2, "n_embd": 16, "n_embd_wte": 4, "block_size": 16, "max_steps": 3},
+        **{"per_device_train_batch_size": 2, "effective_batch_size": 8, "do_train": True, "report_to": ["none"]},
+        **{"train_file": [str(corpus / "train.jsonl")], "validation_file": [str(corpus / "validation.jsonl")]},
+        **{"tokenizer": str(corpus / "tokenizer"), "output_dir": "run", "save_strategy": "no", "use_cpu": True},
+    }
+    (tmp_path / "run.json").write_text(json.dumps(config))
+    launch = ["-m", "accelerate.commands.launch", "--main_process_port", 0]
+    launch += ["--config_file", REPOSITORY / "configs/accelerate/two_cpu_processes.yaml"]
+    finished = run(*launch, REPOSITORY / "train_hf.py", "--config", "run.json", cwd=tmp_path)
+    assert finished.returncode == 0, finished.stderr[-2000:]
+    assert finished.stdout.count("validation loss") == 1
+    two = json.loads((tmp_path / "run/results.json").read_text())
+    assert two["best_tokens"] == 3 * 8 * 16
+    assert two["settings"]["gradient_accumulation_steps"] == 2
+    finished = run(REPOSITORY / "train_hf.py", "--config", "run.json", "--output_dir", "one", cwd=tmp_path)
+    one = json.loads((tmp_path / "one/results.json").read_text())
+    assert one["settings"]["gradient_accumulation_steps"] == 4
+    assert one["best_tokens"] == two["best_tokens"]
+    assert one["eval_loss"] == pytest.approx(two["eval_loss"], abs=1e-3)
+
+
+def test_the_demos_corpus_is_real_and_repeatable():
+    documents = python_documents()
+    training, validation = hold_out(documents)
+    assert documents == python_documents()
+    assert sorted(training + validation) == sorted(documents)
+    assert set(training).isdisjoint(validation)
+    assert len(set(documents)) == len(documents) > 1000
+    assert any("lambda" in text for text in documents)
+
+
+def test_the_demo_runs_to_its_end(tmp_path, capsys):
+    demo(["--output_dir", str(tmp_path / "demo"), "--max_steps", "2"])
+    printed = capsys.readouterr().out
+    results = read_results(tmp_path / "demo/model_weights")
+    assert [row["family"] for row in results] == (
+        ["baseline"] + ["lowrank-scratch"] * 3 + ["pca-nofinetune"] * 3 + ["pca-lora"] * 3
+    )
+    assert (tmp_path / "demo/loss_against_rank.png").read_bytes().startswith(b"\x89PNG")
+    for row in results:
+        assert f"{row['eval_loss']:.4f}" in printed
+    assert "A sentence from" in printed

@@ -1,0 +1,260 @@
+"""Whole runs on tiny models: scratch, PCA, PCA + LoRA; resumed, repeated, refused."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import random_ids
+from peft import AutoPeftModelForCausalLM, PeftModel
+from transformers import AutoModelForCausalLM, TrainerCallback
+
+from factorized_gpt2 import FactorizedGPT2
+from factorized_gpt2.arguments import LORA_TARGETS, parse_run
+from factorized_gpt2.errors import UserError
+from factorized_gpt2.training import FactorizedTrainer, Results, run_experiment
+
+TINY = {"n_layer": 2, "n_head": 2, "n_embd": 24, "activation_function": "gelu"}
+COMMON = {
+    "block_size": 16,
+    "max_steps": 6,
+    "learning_rate": 1e-2,
+    "per_device_train_batch_size": 2,
+    "effective_batch_size": 4,
+    "eval_strategy": "steps",
+    "eval_steps": 2,
+    "save_strategy": "steps",
+    "save_steps": 2,
+    "logging_steps": 1,
+    "load_best_model_at_end": True,
+    "metric_for_best_model": "eval_loss",
+    "do_train": True,
+    "disable_tqdm": True,
+    "report_to": ["none"],
+}
+LORA = {"lora_rank": 4, "lora_alpha": 8, "lora_dropout": 0.0, "n_embd_wte": 6}
+
+
+class Workshop:
+    """A folder of runs over one corpus."""
+
+    def __init__(self, root: Path, corpus: Path):
+        self.root = root
+        self.texts = {
+            "train_file": [str(corpus / "train.jsonl")],
+            "validation_file": [str(corpus / "validation.jsonl")],
+            "tokenizer": str(corpus / "tokenizer"),
+        }
+
+    def run(self, name: str, **settings) -> Results:
+        config = COMMON | self.texts | {"output_dir": str(self.root / name), "run_name": name} | settings
+        path = self.root / f"{name}.json"
+        path.write_text(json.dumps(config))
+        return run_experiment(parse_run(["--config", str(path)]))
+
+    @property
+    def baseline(self) -> str:
+        return str(self.root / "gpt_baseline")
+
+
+@pytest.fixture(scope="module")
+def workshop(tmp_path_factory, corpus) -> Workshop:
+    """Train a baseline once, for all tests of this module."""
+    shop = Workshop(tmp_path_factory.mktemp("runs"), corpus)
+    shop.run("gpt_baseline", **TINY)
+    return shop
+
+
+@pytest.fixture
+def fresh(tmp_path, corpus) -> Workshop:
+    return Workshop(tmp_path, corpus)
+
+
+@torch.no_grad()
+def logits(model, ids):
+    return model.eval()(ids).logits
+
+
+def test_a_run_leaves_a_model_and_its_results(workshop):
+    folder = Path(workshop.baseline)
+    results = json.loads((folder / "results.json").read_text())
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    assert isinstance(model, FactorizedGPT2)
+    assert results["family"] == "baseline"
+    assert results["n_embd_wte"] is None
+    assert results["parameters"] == model.num_parameters() == results["trained_parameters"]
+    assert results["best_tokens"] == results["best_step"] * 4 * 16
+    assert results["eval_loss"] < torch.tensor(float(model.config.vocab_size)).log().item()
+    assert results["settings"]["max_steps"] == 6
+    assert {"torch", "transformers", "peft"} <= results["versions"].keys()
+    assert (folder / "tokenizer.json").exists()
+    assert not list(folder.glob(".*"))
+
+
+def test_scratch_runs_are_factorized_and_repeatable(fresh):
+    first = fresh.run("one", **TINY, n_embd_wte=6)
+    second = fresh.run("two", **TINY, n_embd_wte=6)
+    assert first.family == "lowrank-scratch"
+    assert first.eval_loss == second.eval_loss
+    assert FactorizedGPT2.from_pretrained(fresh.root / "one").config.n_embd_wte == 6
+    other = fresh.run("three", **TINY, n_embd_wte=6, seed=1)
+    assert other.eval_loss != first.eval_loss
+
+
+def test_pca_without_training_is_evaluated(workshop):
+    off = {"do_train": False, "eval_strategy": "no", "save_strategy": "no", "load_best_model_at_end": False}
+    results = workshop.run("gpt_pca_nofinetune_k6", baseline=workshop.baseline, n_embd_wte=6, **off)
+    assert results.family == "pca-nofinetune"
+    assert (results.best_step, results.train_seconds, results.trained_parameters) == (None, None, 0)
+    assert (workshop.root / "pca_factorized/wte_pca_k6.npy").exists()
+    loss_of_all = json.loads((workshop.root / "gpt_baseline/results.json").read_text())["eval_loss"]
+    assert results.eval_loss != loss_of_all
+
+
+@pytest.fixture(scope="module")
+def lora(workshop) -> tuple[Results, Path]:
+    results = workshop.run("gpt_pca_lora_k6", baseline=workshop.baseline, **LORA)
+    return results, workshop.root / "gpt_pca_lora_k6"
+
+
+def test_lora_leaves_an_adapter_and_a_merged_model_that_agree(lora, workshop):
+    results, folder = lora
+    ids = random_ids()
+    base = FactorizedGPT2.from_pretrained(workshop.root / "gpt_pca_nofinetune_k6")
+    start = logits(base, ids)
+    merged = FactorizedGPT2.from_pretrained(folder)
+    adapted = PeftModel.from_pretrained(base, folder / "adapter")
+    assert (logits(merged, ids) - logits(adapted, ids)).abs().max() < 1e-4
+    assert (logits(merged, ids) - start).abs().max() > 1e-3
+    assert merged.config.tie_word_embeddings
+    assert merged.num_parameters() == results.parameters == base.num_parameters() - results.trained_parameters
+
+
+def test_the_adapter_names_its_base(lora):
+    _, folder = lora
+    adapted = AutoPeftModelForCausalLM.from_pretrained(folder / "adapter")
+    assert (
+        logits(adapted, random_ids()) - logits(FactorizedGPT2.from_pretrained(folder), random_ids())
+    ).abs().max() < 1e-4
+
+
+def test_lora_trains_the_protocols_modules(lora):
+    results, folder = lora
+    config = json.loads((folder / "adapter/adapter_config.json").read_text())
+    assert set(config["target_modules"]) == set(LORA_TARGETS)
+    assert (config["r"], config["lora_alpha"]) == (4, 8)
+    vocab_size = FactorizedGPT2.from_pretrained(folder).config.vocab_size
+    vocabulary = 4 * (vocab_size + 6) + 2 * 4 * (24 + 6)
+    blocks = 2 * (4 * 4 * (24 + 24) + 2 * 4 * (24 + 96))
+    assert results.trained_parameters == vocabulary + blocks
+
+
+def test_lora_starts_as_the_compressed_model(workshop):
+    """A is Kaiming-uniform and B zero, on wte too, so that no logit moves before the first step."""
+    from factorized_gpt2.adapters import add_lora
+
+    model = FactorizedGPT2.from_pretrained(workshop.root / "gpt_pca_nofinetune_k6")
+    before = logits(model, random_ids())
+    adapted = add_lora(model, 4, 8, 0.0, LORA_TARGETS)
+    assert torch.equal(logits(adapted, random_ids()), before)
+    for name, weight in adapted.named_parameters():
+        if "lora_" in name:
+            is_a = "lora_A" in name or "lora_embedding_A" in name
+            bound = weight.shape[1] ** -0.5
+            assert (weight.abs().max() <= bound and weight.std() > 0.4 * bound) if is_a else (weight == 0).all(), name
+
+
+def test_an_untied_head_stays_its_own(workshop):
+    results = workshop.run("untied", baseline=workshop.baseline, **LORA, tie_word_embeddings=False)
+    merged = FactorizedGPT2.from_pretrained(workshop.root / "untied")
+    base = FactorizedGPT2.from_pretrained(workshop.root / "gpt_pca_nofinetune_k6")
+    assert not merged.config.tie_word_embeddings
+    assert torch.equal(merged.lm_head.weight, base.transformer.wte.weight)
+    assert not torch.equal(merged.transformer.wte.weight, base.transformer.wte.weight)
+    assert results.parameters == base.num_parameters() + base.transformer.wte.weight.numel()
+
+
+def test_a_baseline_can_be_fine_tuned_whole(workshop):
+    results = workshop.run("whole", baseline=workshop.baseline, n_embd_wte=6)
+    assert results.family == "pca-finetune"
+    assert results.trained_parameters == results.parameters
+
+
+class _Cut(TrainerCallback):
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == 5:
+            raise KeyboardInterrupt
+
+
+def test_a_run_that_was_cut_off_goes_on_to_the_same_end(fresh, monkeypatch):
+    whole = fresh.run("whole", **TINY, n_embd_wte=6)
+    start = FactorizedTrainer.__init__
+
+    def start_with_cut(self, *args, **kwargs):
+        start(self, *args, **kwargs)
+        self.add_callback(_Cut)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(FactorizedTrainer, "__init__", start_with_cut)
+        with pytest.raises(KeyboardInterrupt):
+            fresh.run("cut", **TINY, n_embd_wte=6)
+    assert not (fresh.root / "cut/results.json").exists()
+    resumed = fresh.run("cut", **TINY, n_embd_wte=6)
+    assert resumed.eval_loss == whole.eval_loss
+    ours, theirs = (FactorizedGPT2.from_pretrained(fresh.root / name).state_dict() for name in ("cut", "whole"))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_a_finished_run_is_not_repeated(workshop, monkeypatch):
+    monkeypatch.setattr(FactorizedTrainer, "train", lambda *args, **kwargs: pytest.fail("trained again"))
+    results = workshop.run("gpt_baseline", **TINY)
+    assert results.best_step
+
+
+def test_other_settings_need_consent(fresh):
+    fresh.run("run", **TINY, max_steps=2)
+    with pytest.raises(UserError, match=r"other settings \(seed\).*--overwrite_output_dir"):
+        fresh.run("run", **TINY, max_steps=2, seed=3)
+    assert fresh.run("run", **TINY, max_steps=2, seed=3, overwrite_output_dir=True).settings["seed"] == 3
+
+
+def test_evaluation_does_not_depend_on_its_batch_size(workshop):
+    settings = {"baseline": workshop.baseline, "do_train": False, "eval_strategy": "no", "save_strategy": "no"}
+    settings["load_best_model_at_end"] = False
+    losses = [
+        workshop.run(f"eval{size}", **settings, per_device_eval_batch_size=size).eval_loss for size in (1, 3, 64)
+    ]
+    assert losses == pytest.approx([losses[0]] * 3, rel=1e-6)
+
+
+def test_tracking_is_written_to_disk_without_an_account(fresh, monkeypatch):
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("HOME", str(fresh.root))
+    fresh.run("tracked", **TINY, max_steps=2, report_to=["wandb"], project="new-small-gpt")
+    (recorded,) = (fresh.root / "tracked/wandb").glob("offline-run-*")
+    assert list(recorded.glob("run-*.wandb"))
+    assert os.environ.get("WANDB_PROJECT") is None
+
+
+@pytest.mark.parametrize(
+    ("settings", "complaint"),
+    [
+        ({"n_embd_wte": 24 + 1}, "Rank 25 is out of range"),
+        ({"block_size": 64}, "block_size 64 exceeds the 16 positions"),
+        ({"lora_target_modules": ["q_prj"]}, "no module 'q_prj'"),
+        ({"lora_target_modules": ["wte", "lm_head"]}, "lm_head is tied to wte"),
+        ({"baseline": "nowhere"}, "No model can be loaded from 'nowhere'"),
+    ],
+)
+def test_settings_that_contradict_the_baseline(workshop, settings, complaint):
+    with pytest.raises(UserError, match=complaint):
+        workshop.run("refused", **({"baseline": workshop.baseline} | LORA | settings))
+    assert not (workshop.root / "refused").exists()
+
+
+@pytest.mark.parametrize("rank", [0, -1, 25])
+def test_a_rank_that_no_network_has(fresh, rank):
+    with pytest.raises(UserError, match="n_embd_wte must lie between 1 and n_embd"):
+        fresh.run("refused", **TINY, n_embd_wte=rank)
