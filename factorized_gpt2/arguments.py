@@ -126,6 +126,7 @@ class RunArguments(TrainingArguments):
             if os.environ.get("LOCAL_RANK", "0") == "0":
                 logger.warning("No CUDA on this machine: training in float32, not compiled.")
             self.fp16 = self.torch_compile = False
+        self.dataloader_pin_memory = self.dataloader_pin_memory and has_cuda
         super().__post_init__()
         if self.effective_batch_size is not None:
             self.gradient_accumulation_steps = self._accumulation_for(self.effective_batch_size)

@@ -1,0 +1,62 @@
+"""What README tells a user to type is what the code understands."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import tiny_model
+
+from factorized_gpt2.arguments import ManualParser, parse_run
+from factorized_gpt2.cli.compress import CompressArguments
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+COMMANDS = [
+    line.split("  #")[0].replace("\\\n", " ")
+    for block in re.findall(r"```bash\n(.*?)```", README, re.DOTALL)
+    for line in block.replace("\\\n", " ").splitlines()
+]
+SNIPPETS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_commands_are_understood(command):
+    words = shlex.split(command)
+    if "train_hf.py" in words:
+        assert parse_run(words[words.index("train_hf.py") + 1 :]).training.output_dir.startswith("model_weights")
+        if "--config_file" in words:
+            assert (REPOSITORY / words[words.index("--config_file") + 1]).exists()
+    elif "compress.py" in words:
+        assert ManualParser(CompressArguments).parse(words[words.index("compress.py") + 1 :])[0].ranks
+    else:
+        assert words[0] == "make"
+        assert re.search(rf"^{words[1]}:", (REPOSITORY / "Makefile").read_text(), re.MULTILINE)
+
+
+def test_there_are_commands_and_snippets():
+    assert len(COMMANDS) >= 6
+    assert len(SNIPPETS) == 2
+
+
+@pytest.mark.parametrize("snippet", SNIPPETS)
+def test_snippets_run(snippet, tokenizer, tmp_path, monkeypatch, capsys):
+    for folder, rank in (("gpt_pca_lora_k64", 8), ("gpt_baseline", None)):
+        model = tiny_model(vocab_size=len(tokenizer), n_embd_wte=rank)
+        model.save_pretrained(tmp_path / "model_weights" / folder)
+        tokenizer.save_pretrained(tmp_path / "model_weights" / folder)
+    monkeypatch.chdir(tmp_path)
+    namespace = {}
+    exec(compile(snippet, "README.md", "exec"), namespace)
+    if "stock" in namespace:
+        ids = torch.arange(2, 12)[None]
+        assert (namespace["stock"](ids).logits - namespace["compressed"](ids).logits).abs().max() < 1e-4
+    else:
+        assert capsys.readouterr().out.startswith("Return a list of")
+
+
+def test_every_module_is_in_the_layout():
+    for path in (REPOSITORY / "factorized_gpt2").glob("*.py"):
+        if path.name not in ("__init__.py", "errors.py", "files.py", "corpus.py"):
+            assert path.name in README or path.name.startswith(("configuration_", "modeling_")), path.name
