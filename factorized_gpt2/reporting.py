@@ -12,6 +12,7 @@ from tabulate import tabulate
 
 from .errors import UserError
 from .files import read_json
+from .results import RESULTS_NAME
 
 FAMILIES = {
     "baseline": "baseline",
@@ -35,7 +36,7 @@ def read_results(root: Path) -> list[dict[str, Any]]:
     Raises:
         UserError: There is none.
     """
-    results = [read_json(path) for path in sorted(root.glob("*/results.json"))]
+    results = [read_json(path) for path in sorted(root.glob(f"*/{RESULTS_NAME}"))]
     if not results:
         raise UserError(f"No results under {root}: no run has finished there.")
     order = list(FAMILIES)

@@ -5,10 +5,9 @@ import platform
 import shutil
 import tempfile
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import torch
 from datasets import Dataset
@@ -25,56 +24,15 @@ from .errors import UserError
 from .evaluation import LossSum, model_size, perplexity, sum_loss
 from .files import read_json, replacing_folder, write_json
 from .modeling_factorized_gpt2 import FactorizedGPT2
+from .results import RESULTS_NAME, Results
 from .tracking import finish_tracking, start_tracking
 
 logger = logging.getLogger(__name__)
 
-RESULTS_NAME = "results.json"
 SETTINGS_NAME = "run.json"
 ADAPTER_NAME = "adapter"
 
 MERGE_TOLERANCE = 1e-4  # largest difference of a logit, float32, between an adapter and the model it merged into
-
-
-@dataclass(frozen=True)
-class Results:
-    """The outcome of a run, as `results.json` holds it.
-
-    Attributes:
-        run_name: The protocol's name of the run.
-        family: Kind of run: baseline, lowrank-scratch, pca-nofinetune, pca-lora or pca-finetune.
-        n_embd_wte: Rank k; `None` when not factorized.
-        eval_loss: Mean over all predicted tokens of the validation split, nats a token.
-        perplexity: `exp(eval_loss)`.
-        train_loss: Last logged training loss, nats a token; `None` when nothing was trained.
-        best_step: Optimizer step of the weights that were kept; `None` when nothing was trained.
-        best_tokens: Tokens seen until then.
-        parameters, vocabulary_parameters: Of the plain (merged) model.
-        bytes, vocabulary_bytes: Of its parameters.
-        trained_parameters: Parameters that the optimizer changed.
-        train_seconds: Wall-clock time of training in this process; `None` when nothing was trained.
-        tokens_per_second: Training tokens over that time.
-        settings: The resolved settings.
-        versions: Of Python and the libraries.
-    """
-
-    run_name: str
-    family: str
-    n_embd_wte: int | None
-    eval_loss: float
-    perplexity: float
-    train_loss: float | None
-    best_step: int | None
-    best_tokens: int | None
-    parameters: int
-    vocabulary_parameters: int
-    bytes: int
-    vocabulary_bytes: int
-    trained_parameters: int
-    train_seconds: float | None
-    tokens_per_second: float | None
-    settings: dict[str, Any]
-    versions: dict[str, str]
 
 
 class FactorizedTrainer(Trainer):
@@ -127,70 +85,56 @@ def run_experiment(run: Run) -> Results:
     with run.training.main_process_first(desc="preparing model and data"):
         baseline = None if run.model.baseline is None else load_baseline(run.model.baseline)
         tokenizer = load_tokenizer(run.data.tokenizer or run.model.baseline)
-        start = build_model(run, baseline, tokenizer)
-        splits = {split: _load_split(run, split, tokenizer) for split in ("train", "validation")}
-    model: FactorizedGPT2 | PeftModel = start
+        model = build_model(run, baseline, tokenizer)
+        train_blocks = _load_split(run, "train", tokenizer) if run.training.do_train else None
+        validation_blocks = _load_split(run, "validation", tokenizer)
     if run.adapter.lora_rank:
-        settings = run.adapter
-        model = add_lora(
-            start, settings.lora_rank, settings.lora_alpha, settings.lora_dropout, settings.lora_target_modules
-        )
+        lora = run.adapter
+        model = add_lora(model, lora.lora_rank, lora.lora_alpha, lora.lora_dropout, lora.lora_target_modules)
     if run.training.should_save:
         write_json(output_dir / SETTINGS_NAME, run.settings())
     start_tracking(run.training)
     trainer = FactorizedTrainer(
         model=model,
         args=run.training,
-        train_dataset=splits["train"],
-        eval_dataset=splits["validation"],
+        train_dataset=train_blocks,
+        eval_dataset=validation_blocks,
         data_collator=collate_blocks,
         processing_class=tokenizer,
     )
-    trained_parameters = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
-    began = time.perf_counter()
-    if run.training.do_train:
-        trainer.train(resume_from_checkpoint=get_last_checkpoint(output_dir))
-    seconds = time.perf_counter() - began
-    state = trainer.state
-    best_is_loaded = run.training.load_best_model_at_end and state.best_metric is not None
-    eval_loss = state.best_metric if best_is_loaded else trainer.evaluate()["eval_loss"]
+    outcome = _train(trainer, output_dir) if run.training.do_train else {}
+    best_is_loaded = run.training.load_best_model_at_end and trainer.state.best_metric is not None
+    eval_loss = trainer.state.best_metric if best_is_loaded else trainer.evaluate()["eval_loss"]
 
-    probe = collate_blocks([splits["validation"][0]])["input_ids"]
+    probe = collate_blocks([validation_blocks[0]])["input_ids"]
     expected = _logits(model, probe)
-    if isinstance(model, PeftModel) and run.training.should_save:
-        with replacing_folder(output_dir / ADAPTER_NAME) as folder:
-            model.save_pretrained(folder)
-    plain = merge(model) if isinstance(model, PeftModel) else model
-    size = model_size(plain)
-    tokens_per_step = (
-        run.training.train_batch_size
-        * run.training.gradient_accumulation_steps
-        * run.training.world_size
-        * run.data.block_size
-    )
-    best_step = (state.best_global_step or state.global_step) if run.training.do_train else None
+    if isinstance(model, PeftModel):
+        if run.training.should_save:
+            with replacing_folder(output_dir / ADAPTER_NAME) as folder:
+                model.save_pretrained(folder)
+        model = merge(model)
     results = Results(
         run_name=run.training.run_name or run.family,
         family=run.family,
-        n_embd_wte=plain.config.n_embd_wte if plain.config.is_factorized else None,
+        n_embd_wte=model.config.n_embd_wte if model.config.is_factorized else None,
         eval_loss=eval_loss,
         perplexity=perplexity(eval_loss),
-        train_loss=next((row["loss"] for row in reversed(state.log_history) if "loss" in row), None),
-        best_step=best_step,
-        best_tokens=None if best_step is None else best_step * tokens_per_step,
-        **asdict(size),
-        trained_parameters=trained_parameters if run.training.do_train else 0,
-        train_seconds=seconds if run.training.do_train else None,
-        tokens_per_second=state.global_step * tokens_per_step / seconds if run.training.do_train else None,
+        **asdict(model_size(model)),
+        **outcome,
         settings=run.settings(),
         versions={"python": platform.python_version()} | {name: version(name) for name in _REPORTED_LIBRARIES},
     )
-    if trainer.is_world_process_zero():
-        _save(output_dir, plain, tokenizer)
+    if run.training.should_save:
+        _save(output_dir, model, tokenizer)
         _verify_saved(output_dir, probe, expected)
         write_json(output_dir / RESULTS_NAME, asdict(results))
     finish_tracking(
-        {"best_iteration": best_step, "best_tokens": results.best_tokens, "validation_loss": results.eval_loss}
+        {
+            "best_iteration": results.best_step,
+            "best_tokens": results.best_tokens,
+            "validation_loss": results.eval_loss,
+            "training_loss": results.train_loss,
+        }
     )
     trainer.accelerator.wait_for_everyone()
     return results
@@ -257,9 +201,30 @@ def _scratch_config(
         raise UserError(str(error).strip().splitlines()[-1].strip()) from error
 
 
-def _load_split(run: Run, split: str, tokenizer: PreTrainedTokenizerBase) -> Dataset | None:
-    if split == "train" and not run.training.do_train:
-        return None
+def _train(trainer: FactorizedTrainer, output_dir: Path) -> dict[str, float | int | None]:
+    """Train, going on from the last checkpoint if there is one; return what `Results` holds of it."""
+    args = trainer.args
+    checkpoint = get_last_checkpoint(output_dir)
+    trained_parameters = sum(weight.numel() for weight in trainer.model.parameters() if weight.requires_grad)
+    began = time.perf_counter()
+    trainer.train(resume_from_checkpoint=checkpoint)
+    seconds = time.perf_counter() - began
+    state = trainer.state
+    block_size = len(trainer.train_dataset[0]["input_ids"])
+    tokens_per_step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size * block_size
+    steps_here = state.global_step - (0 if checkpoint is None else int(checkpoint.rsplit("-", 1)[1]))
+    best_step = state.best_global_step or state.global_step
+    return {
+        "train_loss": next((row["loss"] for row in reversed(state.log_history) if "loss" in row), None),
+        "best_step": best_step,
+        "best_tokens": best_step * tokens_per_step,
+        "trained_parameters": trained_parameters,
+        "train_seconds": seconds,
+        "tokens_per_second": steps_here * tokens_per_step / seconds,
+    }
+
+
+def _load_split(run: Run, split: str, tokenizer: PreTrainedTokenizerBase) -> Dataset:
     return load_blocks(
         run.data.source(split),
         tokenizer,
@@ -272,12 +237,13 @@ def _load_split(run: Run, split: str, tokenizer: PreTrainedTokenizerBase) -> Dat
 def _claim(output_dir: Path, run: Run) -> Results | None:
     """Check that an output folder is this run's to use; return the results if it finished there before."""
     settings_path, results_path = output_dir / SETTINGS_NAME, output_dir / RESULTS_NAME
-    if output_dir.exists() and run.training.overwrite_output_dir and run.training.should_save:
-        for checkpoint in output_dir.glob("checkpoint-*"):
-            shutil.rmtree(checkpoint)
-        results_path.unlink(missing_ok=True)
-        settings_path.unlink(missing_ok=True)
-    if settings_path.exists():
+    if run.training.overwrite_output_dir:
+        if run.training.should_save:
+            for checkpoint in output_dir.glob("checkpoint-*"):
+                shutil.rmtree(checkpoint)
+            results_path.unlink(missing_ok=True)
+            settings_path.unlink(missing_ok=True)
+    elif settings_path.exists():
         if read_json(settings_path) != run.settings():
             stored = read_json(settings_path)
             changed = sorted(name for name, value in run.settings().items() if stored.get(name) != value)
