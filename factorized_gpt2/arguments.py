@@ -122,10 +122,12 @@ class RunArguments(TrainingArguments):
 
     def __post_init__(self) -> None:
         has_cuda = torch.cuda.is_available() and not self.use_cpu
-        if not has_cuda and (self.fp16 or self.torch_compile):
+        bf16_on_cpu = self.bf16 and self.use_cpu  # asked for in so many words, and supported
+        if not has_cuda and (self.fp16 or self.torch_compile or (self.bf16 and not bf16_on_cpu)):
             if os.environ.get("LOCAL_RANK", "0") == "0":
                 logger.warning("No CUDA on this machine: training in float32, not compiled.")
             self.fp16 = self.torch_compile = False
+            self.bf16 = bf16_on_cpu
         self.dataloader_pin_memory = self.dataloader_pin_memory and has_cuda
         super().__post_init__()
         if self.effective_batch_size is not None:

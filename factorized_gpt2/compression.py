@@ -50,6 +50,16 @@ class Baseline:
                     f"rank lies between 1 and {min(width - 1, vocab_size)}."
                 )
 
+    def check_tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Refuse a tokenizer with tokens that the model does not have.
+
+        Raises:
+            UserError: With both sizes.
+        """
+        vocab_size = self.model.config.vocab_size
+        if len(tokenizer) > vocab_size:
+            raise UserError(f"The tokenizer has {len(tokenizer)} tokens, the baseline only {vocab_size}.")
+
 
 def load_baseline(name_or_path: str) -> Baseline:
     """Load a stock GPT-2, or an unfactorized model of this package, with every weight accounted for.

@@ -106,7 +106,6 @@ def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
         raise UserError(f"No tokenizer can be loaded from {name_or_path!r}: {str(error).splitlines()[0]}") from error
     if tokenizer.eos_token_id is None:
         raise UserError(f"The tokenizer {name_or_path!r} has no eos_token, which marks where a document ends.")
-    tokenizer.model_max_length = int(1e30)  # rows are tokenized whole and packed afterwards
     return tokenizer
 
 
@@ -186,7 +185,9 @@ def _tokenize(
     starts = [document_start is not None and bool(document_start.match(text)) for text in texts]
     if document_start is not None and document_start.pattern:
         texts = [text if text.endswith("\n") else text + "\n" for text in texts]  # rows are parts of one text
-    return {"input_ids": tokenizer(texts, add_special_tokens=False)["input_ids"], "starts_document": starts}
+    # Rows are tokenized whole and packed afterwards: that one is longer than a block is nothing to warn of.
+    encoded = tokenizer(texts, add_special_tokens=False, verbose=False)
+    return {"input_ids": encoded["input_ids"], "starts_document": starts}
 
 
 def _pack(tokenized: Sequence[Dataset], block_size: int, eos_token_id: int, keep_tail: bool) -> Iterator[dict]:

@@ -106,6 +106,8 @@ def run_experiment(run: Run) -> Results:
     best_is_loaded = run.training.load_best_model_at_end and trainer.state.best_metric is not None
     eval_loss = trainer.state.best_metric if best_is_loaded else trainer.evaluate()["eval_loss"]
 
+    # Under mixed precision the Trainer has wrapped the forward pass in autocast; what is saved is float32.
+    model = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False, keep_torch_compile=False)
     probe = collate_blocks([validation_blocks[0]])["input_ids"]
     expected = _logits(model, probe)
     if isinstance(model, PeftModel):
@@ -126,7 +128,7 @@ def run_experiment(run: Run) -> Results:
     )
     if run.training.should_save:
         _save(output_dir, model, tokenizer)
-        _verify_saved(output_dir, probe, expected)
+        _verify_saved(output_dir, probe, expected, run.training.device)
         write_json(output_dir / RESULTS_NAME, asdict(results))
     finish_tracking(
         {
@@ -154,10 +156,7 @@ def build_model(run: Run, baseline: Baseline | None, tokenizer: PreTrainedTokeni
         model = FactorizedGPT2(_scratch_config(arguments, tokenizer, run.data.block_size))
     else:
         width, positions = baseline.model.config.n_embd, baseline.model.config.n_positions
-        if len(tokenizer) > baseline.model.config.vocab_size:
-            raise UserError(
-                f"The tokenizer has {len(tokenizer)} tokens, the baseline only {baseline.model.config.vocab_size}."
-            )
+        baseline.check_tokenizer(tokenizer)
         if run.data.block_size > positions:
             raise UserError(f"block_size {run.data.block_size} exceeds the {positions} positions of the baseline.")
         if arguments.n_embd_wte in (None, width):
@@ -270,9 +269,10 @@ def _logits(model: torch.nn.Module, input_ids: torch.Tensor) -> torch.Tensor:
     return model.eval()(input_ids=input_ids.to(device), use_cache=False).logits.float().cpu()
 
 
-def _verify_saved(folder: Path, input_ids: torch.Tensor, expected: torch.Tensor) -> None:
+def _verify_saved(folder: Path, input_ids: torch.Tensor, expected: torch.Tensor, device: torch.device) -> None:
     """Reload what was saved and compare its logits with those of the model that was trained."""
-    difference = (_logits(FactorizedGPT2.from_pretrained(folder), input_ids) - expected).abs().max().item()
+    model = FactorizedGPT2.from_pretrained(folder).to(device)
+    difference = (_logits(model, input_ids) - expected).abs().max().item()
     if not difference <= MERGE_TOLERANCE * max(1.0, expected.abs().max().item()):
         raise RuntimeError(f"The model saved in {folder} differs from the trained one: logits by {difference:.2e}.")
     logger.info("Saved and reloaded %s: logits differ by at most %.1e", folder, difference)

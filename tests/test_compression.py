@@ -174,6 +174,13 @@ def test_bad_ranks(stock_folder, tmp_path, ranks, complaint):
     assert not (tmp_path / "out").exists()
 
 
+def test_a_tokenizer_larger_than_the_vocabulary(tmp_path, stock_folder):
+    to_gpt2(tiny_model(n_embd_wte=None, vocab_size=200)).save_pretrained(tmp_path / "small")
+    with pytest.raises(UserError, match=r"The tokenizer has \d+ tokens, the baseline only 200"):
+        compress(arguments(tmp_path / "small", tmp_path / "out", "--ranks", 4, "--tokenizer", stock_folder))
+    assert not (tmp_path / "out").exists()
+
+
 def _break(folder, stock_folder, kind: str) -> None:
     model = GPT2LMHeadModel.from_pretrained(stock_folder)
     if kind == "NaN":

@@ -1,7 +1,6 @@
 """Whole runs on tiny models: scratch, PCA, PCA + LoRA; resumed, repeated, refused."""
 
 import json
-import os
 from pathlib import Path
 
 import pytest
@@ -165,6 +164,12 @@ def test_lora_starts_as_the_compressed_model(workshop):
             assert (weight.abs().max() <= bound and weight.std() > 0.4 * bound) if is_a else (weight == 0).all(), name
 
 
+def test_mixed_precision_ends_in_a_verified_float32_model(workshop):
+    workshop.run("mixed", baseline=workshop.baseline, **LORA, bf16=True, use_cpu=True, max_steps=2)
+    model = FactorizedGPT2.from_pretrained(workshop.root / "mixed")
+    assert {weight.dtype for weight in model.parameters()} == {torch.float32}
+
+
 def test_an_untied_head_stays_its_own(workshop):
     results = workshop.run("untied", baseline=workshop.baseline, **LORA, tie_word_embeddings=False)
     merged = FactorizedGPT2.from_pretrained(workshop.root / "untied")
@@ -228,14 +233,14 @@ def test_evaluation_does_not_depend_on_its_batch_size(workshop):
     assert losses == pytest.approx([losses[0]] * 3, rel=1e-6)
 
 
-def test_tracking_is_written_to_disk_without_an_account(fresh, monkeypatch):
-    monkeypatch.delenv("WANDB_API_KEY", raising=False)
-    monkeypatch.setenv("WANDB_MODE", "offline")
-    monkeypatch.setenv("HOME", str(fresh.root))
-    fresh.run("tracked", **TINY, max_steps=2, report_to=["wandb"], project="new-small-gpt")
-    (recorded,) = (fresh.root / "tracked/wandb").glob("offline-run-*")
-    assert list(recorded.glob("run-*.wandb"))
-    assert os.environ.get("WANDB_PROJECT") is None
+@pytest.mark.parametrize("mode", ["auto", "offline", "disabled"])
+def test_tracking_needs_no_account(fresh, monkeypatch, mode):
+    for name in ("WANDB_API_KEY", "WANDB_MODE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(fresh.root))  # where a login would be stored
+    fresh.run("tracked", **TINY, max_steps=2, report_to=["wandb"], project="new-small-gpt", wandb_mode=mode)
+    recorded = list((fresh.root / "tracked/wandb").glob("offline-run-*/run-*.wandb"))
+    assert len(recorded) == (mode != "disabled")
 
 
 @pytest.mark.parametrize(

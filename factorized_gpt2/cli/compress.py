@@ -50,6 +50,7 @@ def compress(argv: list[str]) -> None:
         raise UserError(f"ranks: a rank is given twice in {' '.join(map(str, arguments.ranks))}.")
     baseline = load_baseline(arguments.baseline)
     tokenizer = load_tokenizer(arguments.tokenizer or arguments.baseline)
+    baseline.check_tokenizer(tokenizer)
     root = Path(arguments.output_dir)
     ranks = sorted(arguments.ranks, reverse=True)
     factors = pca_factors(baseline, ranks, root, arguments.overwrite)
