@@ -174,7 +174,7 @@ def build_model(run: Run, baseline: Baseline | None, tokenizer: PreTrainedTokeni
                     module.p = arguments.dropout
     if not arguments.tie_word_embeddings:
         untie_head(model)
-    return model
+    return model.float() if training.do_train else model  # optimizers and merges need more than half precision
 
 
 _DROPOUTS = ("resid_pdrop", "embd_pdrop", "attn_pdrop")

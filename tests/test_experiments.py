@@ -170,6 +170,13 @@ def test_mixed_precision_ends_in_a_verified_float32_model(workshop):
     assert {weight.dtype for weight in model.parameters()} == {torch.float32}
 
 
+def test_a_half_precision_baseline_is_healed_in_float32(workshop, fresh):
+    FactorizedGPT2.from_pretrained(workshop.baseline).bfloat16().save_pretrained(fresh.root / "half")
+    results = fresh.run("healed", baseline=str(fresh.root / "half"), **LORA, max_steps=2)
+    assert results.bytes == 4 * results.parameters
+    assert FactorizedGPT2.from_pretrained(fresh.root / "gpt_pca_nofinetune_k6").dtype == torch.bfloat16
+
+
 def test_an_untied_head_stays_its_own(workshop):
     results = workshop.run("untied", baseline=workshop.baseline, **LORA, tie_word_embeddings=False)
     merged = FactorizedGPT2.from_pretrained(workshop.root / "untied")
