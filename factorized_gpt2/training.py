@@ -102,6 +102,7 @@ def run_experiment(run: Run) -> Results:
         data_collator=collate_blocks,
         processing_class=tokenizer,
     )
+    trainer.accelerator.wait_for_everyone()  # all look for the same checkpoint in the same folder
     outcome = _train(trainer, output_dir) if run.training.do_train else {}
     best_is_loaded = run.training.load_best_model_at_end and trainer.state.best_metric is not None
     eval_loss = trainer.state.best_metric if best_is_loaded else trainer.evaluate()["eval_loss"]

@@ -8,6 +8,7 @@ import pytest
 import torch
 from conftest import tiny_model
 
+from factorized_gpt2 import FactorizedGPT2, FactorizedGPT2Config
 from factorized_gpt2.arguments import ManualParser, parse_run
 from factorized_gpt2.cli.compress import CompressArguments
 
@@ -54,6 +55,13 @@ def test_snippets_run(snippet, tokenizer, tmp_path, monkeypatch, capsys):
         assert (namespace["stock"](ids).logits - namespace["compressed"](ids).logits).abs().max() < 1e-4
     else:
         assert capsys.readouterr().out.startswith("Return a list of")
+
+
+def test_the_sizes_that_it_names():
+    with torch.device("meta"):
+        sizes = [FactorizedGPT2(FactorizedGPT2Config(n_embd_wte=rank)).num_parameters() / 1e6 for rank in (None, 64)]
+    assert "GPT-2 (124 M parameters)\nbecomes 89 M" in README
+    assert [int(size) for size in sizes] == [124, 89]
 
 
 def test_every_module_is_in_the_layout():
