@@ -102,6 +102,52 @@ class DataArguments:
 
 
 @dataclass
+class EvaluationArguments:
+    """Text to measure models on that are already there."""
+
+    eval_file: list[str] | None = field(
+        default=None, metadata={"help": "Local .txt, .jsonl or .parquet files to evaluate on."}
+    )
+    dataset_name: str | None = field(default=None, metadata={"help": "Dataset on the Hub to evaluate on instead."})
+    dataset_config_name: str | None = field(default=None, metadata={"help": "Its configuration."})
+    split: str = field(default="validation", metadata={"help": "Its split."})
+    text_column: str = field(default="text", metadata={"help": "Column of the text (JSON, parquet, Hub)."})
+    document_start: str | None = field(
+        default=None,
+        metadata={"help": "Regular expression; a row that it matches starts a document. None: every row is one."},
+    )
+    block_size: int | None = field(default=None, metadata={"help": "Tokens a block. None: the model's positions."})
+    eval_batch_size: int = field(default=4, metadata={"help": "Blocks a forward pass."})
+
+    @property
+    def is_asked_for(self) -> bool:
+        """Whether there is any text to evaluate on."""
+        return bool(self.eval_file or self.dataset_name)
+
+    def source(self) -> TextSource:
+        """Where the text comes from."""
+        return TextSource(
+            files=tuple(self.eval_file or ()),
+            dataset_name=self.dataset_name,
+            dataset_config_name=self.dataset_config_name,
+            split=self.split,
+            text_column=self.text_column,
+            document_start=self.document_start,
+        )
+
+    def block_size_for(self, positions: int) -> int:
+        """Check the block size against a model's positions, which it is by default.
+
+        Raises:
+            UserError: It does not fit.
+        """
+        block_size = positions if self.block_size is None else self.block_size
+        if not 2 <= block_size <= positions:
+            raise UserError(f"block_size must lie between 2 and the model's {positions} positions, got {block_size}.")
+        return block_size
+
+
+@dataclass
 class RunArguments(TrainingArguments):
     """`TrainingArguments`, and what they leave to the environment."""
 

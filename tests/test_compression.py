@@ -10,6 +10,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from factorized_gpt2 import FactorizedGPT2, to_gpt2
 from factorized_gpt2.cli.compress import compress
+from factorized_gpt2.cli.evaluate import evaluate
 from factorized_gpt2.compression import load_baseline, pca_factors
 from factorized_gpt2.errors import UserError
 
@@ -89,6 +90,28 @@ def test_the_table(stock_folder, tmp_path, corpus, capsys):
     model = FactorizedGPT2.from_pretrained(tmp_path / "gpt_pca_nofinetune_k2")
     assert f"{model.num_parameters():,}" in rows[-1]
     assert all(loss > 0 for loss in losses)
+
+
+def test_evaluation_of_saved_models_gives_the_same_numbers(stock_folder, tmp_path, corpus, capsys):
+    text = ["--eval_file", str(corpus / "validation.jsonl")]
+    compress(arguments(stock_folder, tmp_path, "--ranks", 5, *text, "--eval_batch_size", 1))
+    from_compress = [row.split()[-3] for row in capsys.readouterr().out.splitlines()[3:]]
+    evaluate(["--models", str(stock_folder), str(tmp_path / "gpt_pca_nofinetune_k5"), *text])
+    from_evaluate = [row.split()[0] for row in capsys.readouterr().out.splitlines()[2:]]
+    assert from_compress == from_evaluate
+
+
+@pytest.mark.parametrize(
+    ("words", "complaint"),
+    [
+        ([], "No text to evaluate on"),
+        (["--eval_file", "nowhere.txt"], "nowhere.txt does not exist"),
+        (["--eval_file", "nowhere.txt", "--block_size", "33"], "between 2 and the model's 32 positions, got 33"),
+    ],
+)
+def test_bad_evaluations(stock_folder, words, complaint):
+    with pytest.raises(UserError, match=complaint):
+        evaluate(["--models", str(stock_folder), *words])
 
 
 def test_an_unfactorized_model_of_ours_is_a_baseline_too(stock_folder, tmp_path):

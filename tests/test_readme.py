@@ -9,8 +9,9 @@ import torch
 from conftest import tiny_model
 
 from factorized_gpt2 import FactorizedGPT2, FactorizedGPT2Config
-from factorized_gpt2.arguments import ManualParser, parse_run
+from factorized_gpt2.arguments import EvaluationArguments, ManualParser, parse_run
 from factorized_gpt2.cli.compress import CompressArguments
+from factorized_gpt2.cli.evaluate import EvaluateArguments
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
@@ -30,7 +31,11 @@ def test_commands_are_understood(command):
         if "--config_file" in words:
             assert (REPOSITORY / words[words.index("--config_file") + 1]).exists()
     elif "compress.py" in words:
-        assert ManualParser(CompressArguments).parse(words[words.index("compress.py") + 1 :])[0].ranks
+        parser = ManualParser((CompressArguments, EvaluationArguments))
+        assert parser.parse(words[words.index("compress.py") + 1 :])[0].ranks
+    elif "evaluate.py" in words:
+        parser = ManualParser((EvaluateArguments, EvaluationArguments))
+        assert parser.parse(words[words.index("evaluate.py") + 1 :])[0].models
     else:
         assert words[0] == "make"
         assert re.search(rf"^{words[1]}:", (REPOSITORY / "Makefile").read_text(), re.MULTILINE)

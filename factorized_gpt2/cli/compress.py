@@ -7,9 +7,9 @@ from pathlib import Path
 import torch
 from tabulate import tabulate
 
-from ..arguments import ManualParser
+from ..arguments import EvaluationArguments, ManualParser
 from ..compression import compressed_model, load_baseline, pca_factors
-from ..data import TextSource, load_blocks, load_tokenizer
+from ..data import load_blocks, load_tokenizer
 from ..errors import UserError
 from ..evaluation import model_size, perplexity, sum_loss
 from .shell import run_command
@@ -17,35 +17,22 @@ from .shell import run_command
 
 @dataclass
 class CompressArguments:
-    """What to compress, how far, and what to measure it on."""
+    """What to compress, and how far."""
 
     baseline: str = field(metadata={"help": "Folder or Hub id of a trained, unfactorized GPT-2."})
     ranks: list[int] = field(metadata={"help": "Ranks k of the token embedding, each smaller than its width."})
     output_dir: str = field(default="model_weights", metadata={"help": "Folder of the compressed models and factors."})
     tokenizer: str | None = field(default=None, metadata={"help": "Folder or Hub id. None: the baseline's."})
-    eval_file: list[str] | None = field(
-        default=None, metadata={"help": "Local .txt, .jsonl or .parquet files to evaluate baseline and results on."}
-    )
-    dataset_name: str | None = field(default=None, metadata={"help": "Dataset on the Hub to evaluate on instead."})
-    dataset_config_name: str | None = field(default=None, metadata={"help": "Its configuration."})
-    split: str = field(default="validation", metadata={"help": "Its split."})
-    text_column: str = field(default="text", metadata={"help": "Column of the text (JSON, parquet, Hub)."})
-    document_start: str | None = field(
-        default=None,
-        metadata={"help": "Regular expression; a row that it matches starts a document. None: every row is one."},
-    )
-    block_size: int | None = field(default=None, metadata={"help": "Tokens a block. None: the baseline's positions."})
-    eval_batch_size: int = field(default=4, metadata={"help": "Blocks a forward pass."})
     overwrite: bool = field(default=False, metadata={"help": "Replace what was made from another baseline."})
 
 
 def compress(argv: list[str]) -> None:
     """Load the baseline, factorize it at every rank, write the folders, print what it cost."""
-    arguments = ManualParser(
-        CompressArguments,
+    arguments, evaluation = ManualParser(
+        (CompressArguments, EvaluationArguments),
         prog="compress.py",
         description="Factorize the token embedding and head of a trained GPT-2 by principal component analysis.",
-    ).parse(argv)[0]
+    ).parse(argv)
     if len(set(arguments.ranks)) != len(arguments.ranks):
         raise UserError(f"ranks: a rank is given twice in {' '.join(map(str, arguments.ranks))}.")
     baseline = load_baseline(arguments.baseline)
@@ -54,7 +41,10 @@ def compress(argv: list[str]) -> None:
     root = Path(arguments.output_dir)
     ranks = sorted(arguments.ranks, reverse=True)
     factors = pca_factors(baseline, ranks, root, arguments.overwrite)
-    blocks = _evaluation_blocks(arguments, baseline.model.config.n_positions, tokenizer)
+    blocks = None
+    if evaluation.is_asked_for:
+        block_size = evaluation.block_size_for(baseline.model.config.n_positions)
+        blocks = load_blocks(evaluation.source(), tokenizer, block_size, keep_tail=True)
     device = "cuda" if torch.cuda.is_available() else "cpu"
 
     before = model_size(baseline.model)
@@ -76,29 +66,14 @@ def compress(argv: list[str]) -> None:
         }
         if blocks is not None:
             name = "baseline" if rank is None else f"k = {rank}"
-            measured = sum_loss(model.to(device), blocks, arguments.eval_batch_size, device, desc=f"Evaluating {name}")
+            measured = sum_loss(
+                model.to(device), blocks, evaluation.eval_batch_size, device, desc=f"Evaluating {name}"
+            )
             row |= {"loss": f"{measured.loss:.4f}", "perplexity": f"{perplexity(measured.loss):.2f}"}
         rows.append(row | {"folder": str(folder)})
     if blocks is not None:
         print(f"Validation loss in nats a token, over {measured.tokens:,} tokens:")
     print(tabulate(rows, headers="keys", disable_numparse=True, colalign=("right",) * (len(rows[0]) - 1) + ("left",)))
-
-
-def _evaluation_blocks(arguments: CompressArguments, positions: int, tokenizer):
-    if not (arguments.eval_file or arguments.dataset_name):
-        return None
-    block_size = positions if arguments.block_size is None else arguments.block_size
-    if not 2 <= block_size <= positions:
-        raise UserError(f"block_size must lie between 2 and the baseline's {positions} positions, got {block_size}.")
-    source = TextSource(
-        files=tuple(arguments.eval_file or ()),
-        dataset_name=arguments.dataset_name,
-        dataset_config_name=arguments.dataset_config_name,
-        split=arguments.split,
-        text_column=arguments.text_column,
-        document_start=arguments.document_start,
-    )
-    return load_blocks(source, tokenizer, block_size, keep_tail=True)
 
 
 def main() -> None:

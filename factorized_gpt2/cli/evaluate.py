@@ -1,0 +1,66 @@
+"""`evaluate.py`: loss and size of models that are already there, on one text."""
+
+import sys
+from dataclasses import dataclass, field
+
+import torch
+from tabulate import tabulate
+from transformers import AutoModelForCausalLM
+
+from ..arguments import EvaluationArguments, ManualParser
+from ..data import load_blocks, load_tokenizer
+from ..errors import UserError
+from ..evaluation import model_size, perplexity, sum_loss
+from .shell import run_command
+
+
+@dataclass
+class EvaluateArguments:
+    """Which models to measure."""
+
+    models: list[str] = field(metadata={"help": "Folders or Hub ids of causal language models, factorized or not."})
+    tokenizer: str | None = field(default=None, metadata={"help": "Folder or Hub id. None: each model's own."})
+
+
+def evaluate(argv: list[str]) -> None:
+    """Measure every model on the whole text and print a table."""
+    arguments, evaluation = ManualParser(
+        (EvaluateArguments, EvaluationArguments),
+        prog="evaluate.py",
+        description="Measure the loss of causal language models over a whole text, in nats a token.",
+    ).parse(argv)
+    if not evaluation.is_asked_for:
+        raise UserError("No text to evaluate on: set eval_file or dataset_name.")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    rows = []
+    for name in arguments.models:
+        model = _load(name).to(device)
+        tokenizer = load_tokenizer(arguments.tokenizer or name)
+        block_size = evaluation.block_size_for(model.config.max_position_embeddings)
+        blocks = load_blocks(evaluation.source(), tokenizer, block_size, keep_tail=True)
+        measured = sum_loss(model, blocks, evaluation.eval_batch_size, device, desc=f"Evaluating {name}")
+        size = model_size(model)
+        rows.append(
+            {
+                "loss": f"{measured.loss:.4f}",
+                "perplexity": f"{perplexity(measured.loss):.2f}",
+                "tokens": f"{measured.tokens:,}",
+                "parameters": f"{size.parameters:,}",
+                "MB": f"{size.bytes / 1e6:.1f}",
+                "model": name,
+            }
+        )
+    alignment = ("right",) * (len(rows[0]) - 1) + ("left",)
+    print(tabulate(rows, headers="keys", disable_numparse=True, colalign=alignment))
+
+
+def _load(name: str) -> torch.nn.Module:
+    try:
+        return AutoModelForCausalLM.from_pretrained(name).eval()
+    except (OSError, ValueError) as error:
+        raise UserError(f"No model can be loaded from {name!r}: {str(error).splitlines()[0]}") from error
+
+
+def main() -> None:
+    """Entry point of the console command and of `evaluate.py`."""
+    sys.exit(run_command(evaluate))
