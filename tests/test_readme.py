@@ -15,9 +15,11 @@ from factorized_gpt2.cli.evaluate import EvaluateArguments
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+PAGES = [README, *(path.read_text(encoding="utf-8") for path in sorted((REPOSITORY / "docs").glob("*.md")))]
 COMMANDS = [
     line.split("  #")[0].replace("\\\n", " ")
-    for block in re.findall(r"```bash\n(.*?)```", README, re.DOTALL)
+    for page in PAGES
+    for block in re.findall(r"```(?:bash|sh)\n(.*?)```", page, re.DOTALL)
     for line in block.replace("\\\n", " ").splitlines()
 ]
 SNIPPETS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
@@ -42,7 +44,7 @@ def test_commands_are_understood(command):
 
 
 def test_there_are_commands_and_snippets():
-    assert len(COMMANDS) >= 6
+    assert len(COMMANDS) >= 12
     assert len(SNIPPETS) == 2
 
 
@@ -60,6 +62,11 @@ def test_snippets_run(snippet, tokenizer, tmp_path, monkeypatch, capsys):
         assert (namespace["stock"](ids).logits - namespace["compressed"](ids).logits).abs().max() < 1e-4
     else:
         assert capsys.readouterr().out.startswith("Return a list of")
+
+
+def test_links_lead_somewhere():
+    for target in re.findall(r"\]\(([^)#]+)\)", README):
+        assert (REPOSITORY / target).exists(), target
 
 
 def test_the_sizes_that_it_names():
