@@ -31,6 +31,7 @@ logger = logging.getLogger(__name__)
 
 SETTINGS_NAME = "run.json"
 ADAPTER_NAME = "adapter"
+BASE_NAME = "base_model"
 
 MERGE_TOLERANCE = 1e-4  # largest difference of a logit, float32, between an adapter and the model it merged into
 
@@ -90,6 +91,7 @@ def run_experiment(run: Run) -> Results:
         validation_blocks = _load_split(run, "validation", tokenizer)
     if run.adapter.lora_rank:
         lora = run.adapter
+        _keep_base(model, output_dir / BASE_NAME, run.training.should_save)
         model = add_lora(model, lora.lora_rank, lora.lora_alpha, lora.lora_dropout, lora.lora_target_modules)
     if run.training.should_save:
         write_json(output_dir / SETTINGS_NAME, run.settings())
@@ -149,6 +151,9 @@ def build_model(run: Run, baseline: Baseline | None, tokenizer: PreTrainedTokeni
     Without a baseline it starts at random; with one it is the baseline, or, when `n_embd_wte` is smaller than its
     width, the model that PCA makes of it, whose folder and factor files stand beside the run's output folder.
 
+    Returns:
+        The model; its `name_or_path` is the folder that holds exactly this model, or empty where there is none.
+
     Raises:
         UserError: Settings that contradict the baseline or the tokenizer.
     """
@@ -162,6 +167,7 @@ def build_model(run: Run, baseline: Baseline | None, tokenizer: PreTrainedTokeni
             raise UserError(f"block_size {run.data.block_size} exceeds the {positions} positions of the baseline.")
         if arguments.n_embd_wte in (None, width):
             model = baseline.model
+            model.name_or_path = ""
         else:
             root = Path(training.output_dir).parent
             model, folder = compressed_model(
@@ -173,8 +179,9 @@ def build_model(run: Run, baseline: Baseline | None, tokenizer: PreTrainedTokeni
             for module in model.modules():
                 if isinstance(module, torch.nn.Dropout):
                     module.p = arguments.dropout
-    if not arguments.tie_word_embeddings:
+    if not arguments.tie_word_embeddings and model.config.tie_word_embeddings:
         untie_head(model)
+        model.name_or_path = ""
     return model.float() if training.do_train else model  # optimizers and merges need more than half precision
 
 
@@ -192,6 +199,7 @@ def _scratch_config(
             vocab_size=len(tokenizer),
             n_positions=block_size,
             n_embd_wte=arguments.n_embd_wte,
+            tie_word_embeddings=arguments.tie_word_embeddings,
             bos_token_id=tokenizer.bos_token_id,
             eos_token_id=tokenizer.eos_token_id,
             pad_token_id=tokenizer.pad_token_id,
@@ -199,6 +207,16 @@ def _scratch_config(
         )
     except Exception as error:  # the validation errors of strict dataclasses have no public common base here
         raise UserError(str(error).strip().splitlines()[-1].strip()) from error
+
+
+def _keep_base(model: FactorizedGPT2, folder: Path, should_save: bool) -> None:
+    """Save the model under an adapter where no folder holds it yet, so that the adapter can name what it adapts."""
+    if model.name_or_path:
+        return
+    model.name_or_path = str(folder)
+    if should_save:
+        with replacing_folder(folder) as temporary:
+            model.save_pretrained(temporary)
 
 
 def _train(trainer: FactorizedTrainer, output_dir: Path) -> dict[str, float | int | None]:

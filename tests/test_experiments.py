@@ -101,6 +101,13 @@ def test_scratch_runs_are_factorized_and_repeatable(fresh):
     assert other.eval_loss != first.eval_loss
 
 
+def test_a_scratch_run_can_be_untied(fresh):
+    fresh.run("untied", **TINY, n_embd_wte=6, tie_word_embeddings=False, max_steps=2)
+    model = FactorizedGPT2.from_pretrained(fresh.root / "untied")
+    assert not model.config.tie_word_embeddings
+    assert (model.lm_head.weight - model.transformer.wte.weight).std() > 0.02
+
+
 def test_pca_without_training_is_evaluated(workshop):
     off = {"do_train": False, "eval_strategy": "no", "save_strategy": "no", "load_best_model_at_end": False}
     results = workshop.run("gpt_pca_nofinetune_k6", baseline=workshop.baseline, n_embd_wte=6, **off)
@@ -185,6 +192,17 @@ def test_an_untied_head_stays_its_own(workshop):
     assert torch.equal(merged.lm_head.weight, base.transformer.wte.weight)
     assert not torch.equal(merged.transformer.wte.weight, base.transformer.wte.weight)
     assert results.parameters == base.num_parameters() + base.transformer.wte.weight.numel()
+    adapted = AutoPeftModelForCausalLM.from_pretrained(workshop.root / "untied/adapter")
+    assert (logits(adapted, random_ids()) - logits(merged, random_ids())).abs().max() < 1e-4
+
+
+def test_an_unfactorized_baseline_can_be_adapted(workshop):
+    results = workshop.run("adapted", baseline=workshop.baseline, **(LORA | {"n_embd_wte": None}))
+    merged = FactorizedGPT2.from_pretrained(workshop.root / "adapted")
+    assert results.n_embd_wte is None
+    assert not merged.config.is_factorized
+    adapted = AutoPeftModelForCausalLM.from_pretrained(workshop.root / "adapted/adapter")
+    assert (logits(adapted, random_ids()) - logits(merged, random_ids())).abs().max() < 1e-4
 
 
 def test_a_baseline_can_be_fine_tuned_whole(workshop):
