@@ -67,32 +67,21 @@ class AdapterArguments:
 
 
 @dataclass
-class DataArguments:
-    """Text and tokenizer."""
+class TextArguments:
+    """Where text comes from and how it falls into documents."""
 
-    dataset_name: str | None = field(default=None, metadata={"help": "Dataset on the Hub with train and validation."})
+    dataset_name: str | None = field(default=None, metadata={"help": "Dataset on the Hub."})
     dataset_config_name: str | None = field(default=None, metadata={"help": "Its configuration."})
-    train_file: list[str] | None = field(
-        default=None, metadata={"help": "Local .txt, .jsonl or .parquet files instead of the dataset's train split."}
-    )
-    validation_file: list[str] | None = field(
-        default=None, metadata={"help": "Local files instead of the dataset's validation split."}
-    )
     text_column: str = field(default="text", metadata={"help": "Column of the text (JSON, parquet, Hub)."})
     document_start: str | None = field(
         default=None,
         metadata={"help": "Regular expression; a row that it matches starts a document. None: every row is one."},
     )
-    tokenizer: str | None = field(
-        default=None, metadata={"help": "Folder or Hub id of the tokenizer. None: the baseline's."}
-    )
-    block_size: int = field(default=1024, metadata={"help": "Tokens a block; positions of a model made from scratch."})
-    preprocessing_num_workers: int | None = field(default=None, metadata={"help": "Processes that tokenize."})
 
-    def source(self, split: str) -> TextSource:
-        """Where the text of `split`, train or validation, comes from."""
+    def source_of(self, files: list[str] | None, split: str) -> TextSource:
+        """Text of local files, or where there are none of a split of the dataset."""
         return TextSource(
-            files=tuple((self.train_file if split == "train" else self.validation_file) or ()),
+            files=tuple(files or ()),
             dataset_name=self.dataset_name,
             dataset_config_name=self.dataset_config_name,
             split=split,
@@ -102,20 +91,34 @@ class DataArguments:
 
 
 @dataclass
-class EvaluationArguments:
+class DataArguments(TextArguments):
+    """Text and tokenizer of a run."""
+
+    train_file: list[str] | None = field(
+        default=None, metadata={"help": "Local .txt, .jsonl or .parquet files instead of the dataset's train split."}
+    )
+    validation_file: list[str] | None = field(
+        default=None, metadata={"help": "Local files instead of the dataset's validation split."}
+    )
+    tokenizer: str | None = field(
+        default=None, metadata={"help": "Folder or Hub id of the tokenizer. None: the baseline's."}
+    )
+    block_size: int = field(default=1024, metadata={"help": "Tokens a block; positions of a model made from scratch."})
+    preprocessing_num_workers: int | None = field(default=None, metadata={"help": "Processes that tokenize."})
+
+    def source(self, split: str) -> TextSource:
+        """Where the text of `split`, train or validation, comes from."""
+        return self.source_of(self.train_file if split == "train" else self.validation_file, split)
+
+
+@dataclass
+class EvaluationArguments(TextArguments):
     """Text to measure models on that are already there."""
 
     eval_file: list[str] | None = field(
-        default=None, metadata={"help": "Local .txt, .jsonl or .parquet files to evaluate on."}
+        default=None, metadata={"help": "Local .txt, .jsonl or .parquet files instead of a dataset."}
     )
-    dataset_name: str | None = field(default=None, metadata={"help": "Dataset on the Hub to evaluate on instead."})
-    dataset_config_name: str | None = field(default=None, metadata={"help": "Its configuration."})
-    split: str = field(default="validation", metadata={"help": "Its split."})
-    text_column: str = field(default="text", metadata={"help": "Column of the text (JSON, parquet, Hub)."})
-    document_start: str | None = field(
-        default=None,
-        metadata={"help": "Regular expression; a row that it matches starts a document. None: every row is one."},
-    )
+    split: str = field(default="validation", metadata={"help": "Split of the dataset."})
     block_size: int | None = field(default=None, metadata={"help": "Tokens a block. None: the model's positions."})
     eval_batch_size: int = field(default=4, metadata={"help": "Blocks a forward pass."})
 
@@ -126,14 +129,7 @@ class EvaluationArguments:
 
     def source(self) -> TextSource:
         """Where the text comes from."""
-        return TextSource(
-            files=tuple(self.eval_file or ()),
-            dataset_name=self.dataset_name,
-            dataset_config_name=self.dataset_config_name,
-            split=self.split,
-            text_column=self.text_column,
-            document_start=self.document_start,
-        )
+        return self.source_of(self.eval_file, self.split)
 
     def block_size_for(self, positions: int) -> int:
         """Check the block size against a model's positions, which it is by default.

@@ -12,7 +12,7 @@ from transformers import AutoConfig, GPT2LMHeadModel, PreTrainedTokenizerBase
 
 from .configuration_factorized_gpt2 import FactorizedGPT2Config
 from .conversion import fingerprint, from_gpt2, vocabulary_matrices
-from .errors import UserError
+from .errors import UserError, first_line
 from .factorization import Factors, factorize_ranks
 from .files import read_json, replacing_file, replacing_folder, write_json
 from .modeling_factorized_gpt2 import FactorizedGPT2
@@ -71,7 +71,7 @@ def load_baseline(name_or_path: str) -> Baseline:
     try:
         config = AutoConfig.from_pretrained(name_or_path)
     except (OSError, ValueError) as error:
-        raise UserError(f"No model can be loaded from {name_or_path!r}: {str(error).splitlines()[0]}") from error
+        raise UserError(f"No model can be loaded from {name_or_path!r}: {first_line(error)}") from error
     if isinstance(config, FactorizedGPT2Config):
         if config.is_factorized:
             raise UserError(f"{name_or_path} is factorized already (n_embd_wte={config.n_embd_wte}).")
@@ -92,8 +92,7 @@ def load_baseline(name_or_path: str) -> Baseline:
     except UserError:
         raise
     except Exception as error:  # safetensors, torch and transformers each have their own kinds for a damaged file
-        reason = (str(error).strip() or repr(error)).splitlines()[0]
-        raise UserError(f"The weights of {name_or_path} cannot be read: {reason}") from error
+        raise UserError(f"The weights of {name_or_path} cannot be read: {first_line(error)}") from error
     return Baseline(converted, name_or_path, fingerprint(converted))
 
 

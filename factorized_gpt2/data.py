@@ -13,7 +13,7 @@ from datasets.fingerprint import Hasher
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoTokenizer, GPT2Tokenizer, PreTrainedTokenizerBase
 
-from .errors import UserError
+from .errors import UserError, first_line
 
 IGNORED_LABEL = -100
 
@@ -80,8 +80,7 @@ class TextSource:
         try:
             dataset = load_dataset(*args, **kwargs)
         except (DatasetGenerationError, OSError, ValueError) as error:
-            reason = str(error.__cause__ or error).strip().splitlines()
-            raise UserError(f"{name or args[0]} cannot be read: {reason[0] if reason else error!r}") from error
+            raise UserError(f"{name or args[0]} cannot be read: {first_line(error.__cause__ or error)}") from error
         if column not in dataset.column_names:
             raise UserError(
                 f"{name or args[0]} has no column {column!r}; its columns are {', '.join(dataset.column_names)}."
@@ -103,7 +102,7 @@ def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
         else:
             tokenizer = AutoTokenizer.from_pretrained(name_or_path)
     except (OSError, ValueError) as error:
-        raise UserError(f"No tokenizer can be loaded from {name_or_path!r}: {str(error).splitlines()[0]}") from error
+        raise UserError(f"No tokenizer can be loaded from {name_or_path!r}: {first_line(error)}") from error
     if tokenizer.eos_token_id is None:
         raise UserError(f"The tokenizer {name_or_path!r} has no eos_token, which marks where a document ends.")
     return tokenizer

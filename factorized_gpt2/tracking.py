@@ -8,6 +8,7 @@ from typing import Any
 import wandb
 
 from .arguments import RunArguments
+from .errors import first_line
 
 logger = logging.getLogger(__name__)
 
@@ -28,7 +29,7 @@ def start_tracking(training: RunArguments) -> None:
     try:
         run = wandb.init(mode=mode, **init)
     except wandb.errors.Error as error:
-        logger.warning("W&B cannot be reached (%s); the run is recorded offline.", str(error).splitlines()[0])
+        logger.warning("W&B cannot be reached (%s); the run is recorded offline.", first_line(error))
         run = wandb.init(mode="offline", **init)
     if run.settings.mode == "offline":
         logger.info("W&B records offline under %s", Path(run.dir).parent)

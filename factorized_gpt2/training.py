@@ -262,9 +262,9 @@ def _claim(output_dir: Path, run: Run) -> Results | None:
             results_path.unlink(missing_ok=True)
             settings_path.unlink(missing_ok=True)
     elif settings_path.exists():
-        if read_json(settings_path) != run.settings():
-            stored = read_json(settings_path)
-            changed = sorted(name for name, value in run.settings().items() if stored.get(name) != value)
+        stored, asked = read_json(settings_path), run.settings()
+        if stored != asked:
+            changed = sorted(name for name, value in asked.items() if stored.get(name) != value)
             raise UserError(
                 f"{output_dir} holds a run with other settings ({', '.join(changed[:5])}); choose another "
                 "--output_dir, or replace it with --overwrite_output_dir."

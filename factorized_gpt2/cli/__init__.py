@@ -1,1 +1,1 @@
-"""Commands: what each does, in order. Nothing imports them but the scripts at the top."""
+"""Commands: what each does, in order. Nothing below imports them."""

@@ -5,14 +5,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from tabulate import tabulate
 
 from ..arguments import EvaluationArguments, ManualParser
 from ..compression import compressed_model, load_baseline, pca_factors
 from ..data import load_blocks, load_tokenizer
 from ..errors import UserError
 from ..evaluation import model_size, perplexity, sum_loss
-from .shell import run_command
+from .shell import print_table, run_command
 
 
 @dataclass
@@ -73,7 +72,7 @@ def compress(argv: list[str]) -> None:
         rows.append(row | {"folder": str(folder)})
     if blocks is not None:
         print(f"Validation loss in nats a token, over {measured.tokens:,} tokens:")
-    print(tabulate(rows, headers="keys", disable_numparse=True, colalign=("right",) * (len(rows[0]) - 1) + ("left",)))
+    print_table(rows)
 
 
 def main() -> None:

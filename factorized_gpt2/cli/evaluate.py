@@ -4,14 +4,13 @@ import sys
 from dataclasses import dataclass, field
 
 import torch
-from tabulate import tabulate
 from transformers import AutoModelForCausalLM
 
 from ..arguments import EvaluationArguments, ManualParser
 from ..data import load_blocks, load_tokenizer
-from ..errors import UserError
+from ..errors import UserError, first_line
 from ..evaluation import model_size, perplexity, sum_loss
-from .shell import run_command
+from .shell import print_table, run_command
 
 
 @dataclass
@@ -50,15 +49,14 @@ def evaluate(argv: list[str]) -> None:
                 "model": name,
             }
         )
-    alignment = ("right",) * (len(rows[0]) - 1) + ("left",)
-    print(tabulate(rows, headers="keys", disable_numparse=True, colalign=alignment))
+    print_table(rows)
 
 
 def _load(name: str) -> torch.nn.Module:
     try:
         return AutoModelForCausalLM.from_pretrained(name).eval()
     except (OSError, ValueError) as error:
-        raise UserError(f"No model can be loaded from {name!r}: {str(error).splitlines()[0]}") from error
+        raise UserError(f"No model can be loaded from {name!r}: {first_line(error)}") from error
 
 
 def main() -> None:

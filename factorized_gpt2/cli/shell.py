@@ -4,6 +4,9 @@ import logging
 import os
 import sys
 from collections.abc import Callable
+from typing import Any
+
+from tabulate import tabulate
 
 from ..errors import UserError
 
@@ -30,3 +33,9 @@ def run_command(command: Callable[[list[str]], None], argv: list[str] | None = N
     except KeyboardInterrupt:
         return 130
     return 0
+
+
+def print_table(rows: list[dict[str, Any]]) -> None:
+    """Print rows of equal keys, the last column being a name and the others figures that are formatted already."""
+    alignment = ("right",) * (len(rows[0]) - 1) + ("left",)
+    print(tabulate(rows, headers="keys", disable_numparse=True, colalign=alignment))
