@@ -12,6 +12,8 @@ from torch import nn
 from .errors import UserError
 from .modeling_factorized_gpt2 import FactorizedGPT2
 
+DROPOUTS = ("resid_pdrop", "embd_pdrop", "attn_pdrop")
+
 
 def add_lora(
     model: FactorizedGPT2, rank: int, alpha: float, dropout: float, target_modules: Sequence[str]
@@ -83,3 +85,11 @@ def _start_like_linear(module: LoraEmbedding) -> None:
     for name, lora_a in module.lora_embedding_A.items():
         nn.init.kaiming_uniform_(lora_a, a=math.sqrt(5))
         nn.init.zeros_(module.lora_embedding_B[name])
+
+
+def set_dropout(model: FactorizedGPT2, probability: float) -> None:
+    """Set every dropout of a model, in its configuration (which attention reads) and in its modules."""
+    model.config.update(dict.fromkeys(DROPOUTS, probability))
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = probability

@@ -32,6 +32,10 @@ class ModelArguments:
         default=None,
         metadata={"help": "Folder or Hub id of a trained, unfactorized GPT-2 to start from. None: a random start."},
     )
+    compressed: str | None = field(
+        default=None,
+        metadata={"help": "Folder or Hub id of a model that compress.py made, to start from instead of a baseline."},
+    )
     n_embd_wte: int | None = field(
         default=None, metadata={"help": "Rank k of the token embedding. None or the width d: not factorized."}
     )
@@ -63,6 +67,27 @@ class AdapterArguments:
     lora_dropout: float = field(default=0.1, metadata={"help": "Dropout before the adapters of linear layers."})
     lora_target_modules: list[str] = field(
         default_factory=lambda: list(LORA_TARGETS), metadata={"help": "Names of the modules that get an adapter."}
+    )
+
+
+@dataclass
+class DistillationArguments:
+    """A teacher whose predictions the model learns from, beside the text."""
+
+    distillation_weight: float = field(
+        default=0.0,
+        metadata={
+            "help": "w of (1 - w) * cross-entropy + w * KL(teacher || model), between 0 (no teacher) and 1 (the "
+            "teacher alone)."
+        },
+    )
+    distillation_temperature: float = field(
+        default=1.0,
+        metadata={"help": "t: both distributions are flattened by it, the divergence scaled by t squared."},
+    )
+    teacher: str | None = field(
+        default=None,
+        metadata={"help": "Folder or Hub id of an unfactorized GPT-2. None: the baseline, or the compressed model's."},
     )
 
 
@@ -194,22 +219,32 @@ class Run:
 
     model: ModelArguments
     adapter: AdapterArguments
+    distillation: DistillationArguments
     data: DataArguments
     training: RunArguments
 
     @property
     def family(self) -> str:
-        """The protocol's name for this kind of run."""
-        if self.model.baseline is None:
+        """The protocol's name for this kind of run, or one like it for a start that the protocol does not have."""
+        if self.model.compressed is not None:
+            if not self.training.do_train:
+                return "compressed"
+            return "compressed-lora" if self.adapter.lora_rank else "compressed-finetune"
+        if self.is_from_scratch:
             return "baseline" if self.model.n_embd_wte is None else "lowrank-scratch"
         if not self.training.do_train:
             return "pca-nofinetune"
         return "pca-lora" if self.adapter.lora_rank else "pca-finetune"
 
+    @property
+    def is_from_scratch(self) -> bool:
+        """Whether the run starts from random weights."""
+        return self.model.baseline is None and self.model.compressed is None
+
     def settings(self) -> dict[str, Any]:
         """Every setting by name, as JSON holds it, without those that say where and how verbosely to run."""
         settings = self.training.to_dict()
-        for part in (self.model, self.adapter, self.data):
+        for part in (self.model, self.adapter, self.distillation, self.data):
             settings |= {item.name: getattr(part, item.name) for item in fields(part)}
         for name in ("logging_dir", "local_rank", "overwrite_output_dir", "disable_tqdm", "hub_token"):
             settings.pop(name, None)
@@ -236,8 +271,8 @@ def parse_run(argv: list[str]) -> Run:
     for name in selected.config:
         config |= load_config(name)
     parser.refuse_unknown(config, "config key")
-    model, adapter, data, training, _ = parser.parse(_as_flags(config) + flags)
-    run = Run(model, adapter, data, training)
+    *parts, _ = parser.parse(_as_flags(config) + flags)
+    run = Run(*parts)
     _check(run)
     return run
 
@@ -299,7 +334,7 @@ class ManualParser(HfArgumentParser):
 
 def _make_parser() -> ManualParser:
     parser = ManualParser(
-        (ModelArguments, AdapterArguments, DataArguments, RunArguments),
+        (ModelArguments, AdapterArguments, DistillationArguments, DataArguments, RunArguments),
         prog="train_hf.py",
         description="Train, fine-tune with LoRA or evaluate a GPT-2 with a factorized vocabulary.",
         epilog="All options can stand in a JSON config, by the same names; flags override it.",
@@ -322,16 +357,27 @@ def _as_flags(config: dict[str, Any]) -> list[str]:
 
 
 def _check(run: Run) -> None:
-    model, adapter, data, training = run.model, run.adapter, run.data, run.training
+    model, adapter, distillation, data, training = run.model, run.adapter, run.distillation, run.data, run.training
     shape = [name for name in ("n_layer", "n_head", "n_embd", "activation_function") if getattr(model, name)]
-    if model.baseline is not None and shape:
+    if not run.is_from_scratch and shape:
         raise UserError(f"{shape[0]} contradicts baseline: the shape of the network is the baseline's.")
-    if model.baseline is None and data.tokenizer is None:
+    if model.compressed and (model.baseline or model.n_embd_wte):
+        other = "baseline" if model.baseline else "n_embd_wte"
+        raise UserError(f"{other} contradicts compressed: the compressed model is what the run starts from.")
+    if run.is_from_scratch and data.tokenizer is None:
         raise UserError("Without a baseline, tokenizer must name one (a folder or Hub id).")
-    if model.baseline is None and not training.do_train:
+    if run.is_from_scratch and not training.do_train:
         raise UserError("Nothing to do: do_train is off and there is no baseline to evaluate.")
-    if adapter.lora_rank < 0 or (adapter.lora_rank and model.baseline is None):
+    if adapter.lora_rank < 0 or (adapter.lora_rank and run.is_from_scratch):
         raise UserError("lora_rank must be 0, or positive together with a baseline to adapt.")
+    if not 0 <= distillation.distillation_weight <= 1:
+        raise UserError(f"distillation_weight must lie in [0, 1], got {distillation.distillation_weight}.")
+    if not distillation.distillation_temperature > 0:
+        raise UserError(f"distillation_temperature must be positive, got {distillation.distillation_temperature}.")
+    if distillation.distillation_weight and run.is_from_scratch and not distillation.teacher:
+        raise UserError("distillation_weight needs a teacher: name one, or a baseline.")
+    if distillation.teacher and not distillation.distillation_weight:
+        raise UserError("teacher does nothing while distillation_weight is 0.")
     if data.block_size < 2:
         raise UserError(f"block_size must be at least 2, got {data.block_size}.")
     if training.do_train and training.max_steps < 1 and training.num_train_epochs <= 0:

@@ -1,257 +1,248 @@
-"""A trained baseline to factor files and compressed model folders."""
+"""A trained baseline to compressed models and their folders."""
 
+import hashlib
 import logging
-import zipfile
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-import torch
-from transformers import AutoConfig, GPT2LMHeadModel, PreTrainedTokenizerBase
+from datasets import Dataset
+from transformers import PreTrainedTokenizerBase
 
-from .configuration_factorized_gpt2 import FactorizedGPT2Config
-from .conversion import fingerprint, from_gpt2, vocabulary_matrices
-from .errors import UserError, first_line
-from .factorization import Factors, factorize_ranks
-from .files import read_json, replacing_file, replacing_folder, write_json
+from .baseline import Baseline
+from .calibration import calibrate, compensated_head, count_tokens, spread_blocks
+from .conversion import from_gpt2, vocabulary_matrices
+from .data_aware_factorization import METHODS as DATA_AWARE_METHODS
+from .data_aware_factorization import VocabularyUse, data_aware_shares, factorize_data_aware
+from .errors import UserError
+from .factor_files import pca_factors
+from .factorization import Factors, explained_shares, factorize_ranks
+from .files import read_json, replacing_folder, write_json
 from .modeling_factorized_gpt2 import FactorizedGPT2
+from .refinement import refine
 
 logger = logging.getLogger(__name__)
 
 RECORD_NAME = "compression.json"
+METHODS = ("pca", *DATA_AWARE_METHODS)
 
 
 @dataclass(frozen=True)
-class Baseline:
-    """A trained model whose vocabulary can be factorized.
+class CalibrationText:
+    """Text that tells how a baseline uses its vocabulary.
 
     Attributes:
-        model: Unfactorized, in evaluation mode.
-        name: The folder or Hub id it was loaded from.
-        fingerprint: SHA-256 of its weights.
+        blocks: All of it, column `input_ids`: tokens are counted in all, and refinement draws from all.
+        tokens: How many of them the model is run over.
+        name: Files or dataset it was read from.
     """
 
-    model: FactorizedGPT2
+    blocks: Dataset
+    tokens: int
     name: str
-    fingerprint: str
 
-    def check_ranks(self, ranks: Sequence[int]) -> None:
-        """Refuse ranks that make the model no smaller, or none at all.
+    @cached_property
+    def sample(self) -> Dataset:
+        """The blocks that the model is run over, spread evenly."""
+        return spread_blocks(self.blocks, self.tokens)
 
-        Raises:
-            UserError: Naming the rank.
-        """
-        width, vocab_size = self.model.config.n_embd, self.model.config.vocab_size
-        for rank in ranks:
-            if not 1 <= rank < min(width, vocab_size + 1):
-                raise UserError(
-                    f"Rank {rank} is out of range: the baseline is {width} wide and has {vocab_size} tokens, so a "
-                    f"rank lies between 1 and {min(width - 1, vocab_size)}."
-                )
-
-    def check_tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        """Refuse a tokenizer with tokens that the model does not have.
-
-        Raises:
-            UserError: With both sizes.
-        """
-        vocab_size = self.model.config.vocab_size
-        if len(tokenizer) > vocab_size:
-            raise UserError(f"The tokenizer has {len(tokenizer)} tokens, the baseline only {vocab_size}.")
-
-
-def load_baseline(name_or_path: str) -> Baseline:
-    """Load a stock GPT-2, or an unfactorized model of this package, with every weight accounted for.
-
-    Raises:
-        UserError: It cannot be found or read, is of another architecture or factorized already, or has weights that
-            are missing, misshapen, not accounted for, or NaN or infinite; the message names them.
-    """
-    try:
-        config = AutoConfig.from_pretrained(name_or_path)
-    except (OSError, ValueError) as error:
-        raise UserError(f"No model can be loaded from {name_or_path!r}: {first_line(error)}") from error
-    if isinstance(config, FactorizedGPT2Config):
-        if config.is_factorized:
-            raise UserError(f"{name_or_path} is factorized already (n_embd_wte={config.n_embd_wte}).")
-        model_class = FactorizedGPT2
-    elif config.model_type == "gpt2":
-        model_class = GPT2LMHeadModel
-    else:
-        raise UserError(f"{name_or_path} is a {config.model_type!r} model; the baseline must be a GPT-2.")
-    try:
-        model, loading = model_class.from_pretrained(name_or_path, output_loading_info=True)
-        problems = [f"{kind.removesuffix('_keys')} {loading[kind]}" for kind in _LOADING_PROBLEMS if loading[kind]]
-        if problems:
-            raise UserError(f"The weights of {name_or_path} do not make its model: {'; '.join(problems)}.")
-        for name, weight in model.named_parameters():
-            if not torch.isfinite(weight).all():
-                raise UserError(f"The weight {name!r} of {name_or_path} contains NaN or infinity.")
-        converted = from_gpt2(model)
-    except UserError:
-        raise
-    except Exception as error:  # safetensors, torch and transformers each have their own kinds for a damaged file
-        raise UserError(f"The weights of {name_or_path} cannot be read: {first_line(error)}") from error
-    return Baseline(converted, name_or_path, fingerprint(converted))
-
-
-_LOADING_PROBLEMS = ("missing_keys", "mismatched_keys", "unexpected_keys")
-
-
-def factors_folder(root: Path) -> Path:
-    """Where the protocol keeps the factors of a PCA."""
-    return root / "pca_factorized"
-
-
-def model_folder(root: Path, rank: int) -> Path:
-    """Where the protocol keeps a model compressed by PCA and not trained since."""
-    return root / f"gpt_pca_nofinetune_k{rank}"
-
-
-def pca_factors(baseline: Baseline, ranks: Sequence[int], root: Path, overwrite: bool = False) -> dict[int, Factors]:
-    """Read the factor files of a baseline, or make them, all missing ranks with one decomposition.
-
-    Args:
-        baseline: The trained model.
-        ranks: Ranks k.
-        root: Folder above `pca_factorized/`, where `wte_pca_k{k}.npy` and `scale_mats_pca_k{k}.npz` stand.
-        overwrite: Whether factor files of another baseline may be replaced.
-
-    Returns:
-        Factors by rank.
-
-    Raises:
-        UserError: A rank out of range; factor files of another baseline, unless `overwrite`.
-    """
-    baseline.check_ranks(ranks)
-    folder = factors_folder(root)
-    factors = {}
-    for rank in ranks:
-        stored = read_factors(folder, rank, baseline, overwrite)
-        if stored is not None:
-            logger.info("Factors of rank %d belong to this baseline and are reused: %s", rank, folder)
-            factors[rank] = stored
-    missing = [rank for rank in ranks if rank not in factors]
-    if missing:
-        embedding, head = vocabulary_matrices(baseline.model)
-        made = factorize_ranks(embedding, missing, head)
-        for rank in missing:
-            write_factors(folder, made[rank], baseline)
-        factors |= made
-    return factors
-
-
-def write_factors(folder: Path, factors: Factors, baseline: Baseline) -> None:
-    """Write `wte_pca_k{k}.npy` and, with all that belongs to it, `scale_mats_pca_k{k}.npz`; float32."""
-    with replacing_file(_wte_path(folder, factors.rank)) as path:
-        np.save(path, factors.wte, allow_pickle=False)
-    arrays = {
-        "scale_up": factors.scale_up,
-        "scale_down": factors.scale_down,
-        "mean": factors.mean,
-        "explained_variance_ratio": np.float64(factors.explained_variance_ratio),
-        "baseline_fingerprint": np.array(baseline.fingerprint),
-    }
-    if factors.lm_head is not None:
-        arrays["lm_head"] = factors.lm_head
-    with replacing_file(_scales_path(folder, factors.rank)) as path:
-        np.savez(path, **arrays)
-
-
-def read_factors(folder: Path, rank: int, baseline: Baseline, overwrite: bool = False) -> Factors | None:
-    """Read the factor files of one rank.
-
-    Returns:
-        The factors; `None` when there are no files, or others that may be replaced.
-
-    Raises:
-        UserError: Files that cannot be read or belong to another baseline, unless `overwrite`.
-    """
-    if not (_wte_path(folder, rank).exists() and _scales_path(folder, rank).exists()):
-        return None
-    try:
-        wte = np.load(_wte_path(folder, rank), allow_pickle=False)
-        with np.load(_scales_path(folder, rank), allow_pickle=False) as arrays:
-            if str(arrays["baseline_fingerprint"]) == baseline.fingerprint:
-                return Factors(
-                    wte=wte,
-                    scale_up=arrays["scale_up"],
-                    scale_down=arrays["scale_down"],
-                    mean=arrays["mean"],
-                    explained_variance_ratio=float(arrays["explained_variance_ratio"]),
-                    lm_head=arrays.get("lm_head"),
-                )
-        problem = "belong to another baseline"
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-        problem = f"cannot be read ({str(error) or type(error).__name__})"
-    if overwrite:
-        return None
-    raise UserError(f"The factor files of rank {rank} in {folder} {problem}; remove or overwrite them.")
-
-
-def compressed_model(
-    baseline: Baseline,
-    rank: int,
-    root: Path,
-    tokenizer: PreTrainedTokenizerBase,
-    overwrite: bool = False,
-    factors: Factors | None = None,
-) -> tuple[FactorizedGPT2, Path]:
-    """Load the PCA-compressed model of a baseline, or make its folder first.
-
-    Args:
-        baseline: The trained model.
-        rank: Rank k.
-        root: Folder of the model folders and factor files.
-        tokenizer: Goes into the folder.
-        overwrite: Whether what was made from another baseline may be replaced.
-        factors: Its factors at this rank; `None` takes them from the factor files, or makes those.
-
-    Returns:
-        The compressed model, in evaluation mode, and its folder.
-
-    Raises:
-        UserError: The folder holds something else, unless `overwrite`.
-    """
-    folder = model_folder(root, rank)
-    if folder.exists() and any(folder.iterdir()):
-        record = read_json(folder / RECORD_NAME) if (folder / RECORD_NAME).exists() else {}
-        if record.get("baseline_fingerprint") == baseline.fingerprint:
-            return FactorizedGPT2.from_pretrained(folder).eval(), folder
-        if not overwrite:
-            raise UserError(f"{folder} was not made from {baseline.name}; remove or overwrite it.")
-    if factors is None:
-        factors = pca_factors(baseline, [rank], root, overwrite)[rank]
-    model = from_gpt2(baseline.model, factors)
-    record = CompressionRecord(
-        method="pca",
-        n_embd_wte=rank,
-        explained_variance_ratio=factors.explained_variance_ratio,
-        baseline=baseline.name,
-        baseline_fingerprint=baseline.fingerprint,
-    )
-    with replacing_folder(folder) as temporary:
-        model.save_pretrained(temporary)
-        tokenizer.save_pretrained(temporary)
-        write_json(temporary / RECORD_NAME, asdict(record))
-    return model, folder
+    def record(self) -> dict[str, Any]:
+        """What a compressed model's record says of it; the fingerprint is of the sampled tokens."""
+        ids = self.sample.with_format("numpy")["input_ids"]
+        digest = hashlib.sha256()
+        for row in ids:
+            digest.update(np.ascontiguousarray(row, dtype=np.int32).data)
+        return {
+            "text": self.name,
+            "blocks": len(self.blocks),
+            "tokens": int(sum(len(row) for row in ids)),
+            "block_size": len(ids[0]),
+            "fingerprint": digest.hexdigest(),
+        }
 
 
 @dataclass(frozen=True)
-class CompressionRecord:
-    """What a compressed model was made from, as `compression.json` beside it says."""
+class Recipe:
+    """How a baseline is compressed, apart from the rank.
 
-    method: str
-    n_embd_wte: int
-    explained_variance_ratio: float
-    baseline: str
-    baseline_fingerprint: str
+    Attributes:
+        method: One of `METHODS`.
+        tied: Whether one `wte` serves both sides; a tied baseline can be given two, an untied one never one.
+        refine_steps: Steps of refinement after the factorization.
+        seed: Of every draw.
+    """
+
+    method: str = "pca"
+    tied: bool = True
+    refine_steps: int = 0
+    seed: int = 0
+
+    @property
+    def needs_text(self) -> bool:
+        """Whether there is something to learn from calibration text."""
+        return self.method != "pca" or self.refine_steps > 0
 
 
-def _wte_path(folder: Path, rank: int) -> Path:
-    return folder / f"wte_pca_k{rank}.npy"
+class Compressor:
+    """Makes compressed models of one baseline by one recipe; what does not depend on the rank is computed once.
+
+    Args:
+        baseline: The trained model.
+        recipe: How to compress it.
+        root: Folder of the model folders and of the protocol's factor files.
+        tokenizer: Goes into the model folders.
+        text: Calibration text, where the recipe needs it.
+        overwrite: Whether what was made otherwise, or from another baseline, may be replaced.
+        device: Where the models run.
+        progress: Whether long work shows a bar.
+
+    Raises:
+        UserError: The recipe needs text and there is none.
+    """
+
+    def __init__(
+        self,
+        baseline: Baseline,
+        recipe: Recipe,
+        root: Path,
+        tokenizer: PreTrainedTokenizerBase,
+        text: CalibrationText | None = None,
+        overwrite: bool = False,
+        device: str = "cpu",
+        progress: bool = False,
+    ):
+        if recipe.needs_text and text is None:
+            what = f"method {recipe.method}" if recipe.method != "pca" else "refinement"
+            raise UserError(f"{what} learns from text: set calibration_file or dataset_name.")
+        self.baseline, self.root, self.tokenizer, self.text = baseline, root, tokenizer, text
+        self.recipe = replace(recipe, tied=recipe.tied and baseline.model.config.tie_word_embeddings)
+        self.overwrite, self.device, self.progress = overwrite, device, progress
+        self._factors: dict[int, Factors] = {}
+
+    @cached_property
+    def shares(self) -> np.ndarray:
+        """Share of what the method minimises that each rank keeps, (min(V, d),) float64, rank 1 first."""
+        embedding, _ = self._matrices
+        if self.recipe.method == "pca":
+            return explained_shares(embedding)
+        return data_aware_shares(embedding, self.recipe.method, self._use, self.recipe.tied)
+
+    def folder(self, rank: int) -> Path:
+        """Where the model of some rank is kept; for PCA alone, under the protocol's name."""
+        untied = self.baseline.model.config.tie_word_embeddings and not self.recipe.tied
+        words = ["gpt", self.recipe.method, *(["untied"] if untied else [])]
+        return self.root / "_".join([*words, "refined" if self.recipe.refine_steps else "nofinetune", f"k{rank}"])
+
+    def factorize(self, ranks: Sequence[int]) -> dict[int, Factors]:
+        """Factorize at several ranks, all those that are new with one decomposition.
+
+        Raises:
+            UserError: A rank out of range; the protocol's factor files hold something else, unless `overwrite`.
+        """
+        self.baseline.check_ranks(ranks)
+        missing = [rank for rank in ranks if rank not in self._factors]
+        if missing:
+            self._factors |= self._factorize(missing)
+        return {rank: self._factors[rank] for rank in ranks}
+
+    def make(self, rank: int) -> tuple[FactorizedGPT2, Factors]:
+        """Factorize, compensate and refine as the recipe says, in memory.
+
+        Returns:
+            The compressed model in evaluation mode, and its factors before refinement.
+        """
+        factors = self.factorize([rank])[rank]
+        model = from_gpt2(self.baseline.model, factors)
+        if self.recipe.method == "tokenwise":
+            desc = f"Compensating the head at k = {rank}" if self.progress else None
+            scale_down = compensated_head(self.baseline.model, model, factors, self.text.sample, self.device, desc)
+            factors = replace(factors, scale_down=scale_down)
+            model = from_gpt2(self.baseline.model, factors)
+        if self.recipe.refine_steps:
+            model = refine(
+                model, self.baseline.model, self.text.blocks, self.recipe.refine_steps, self.recipe.seed, self.progress
+            )
+        return model, factors
+
+    def save(self, model: FactorizedGPT2, rank: int, share: float) -> Path:
+        """Write a compressed model's folder, whole or not at all."""
+        folder = self.folder(rank)
+        with replacing_folder(folder) as temporary:
+            model.save_pretrained(temporary)
+            self.tokenizer.save_pretrained(temporary)
+            write_json(temporary / RECORD_NAME, self._record(rank) | {"explained_variance_ratio": share})
+        return folder
+
+    def load_or_make(self, rank: int) -> tuple[FactorizedGPT2, Path]:
+        """Load the compressed model of a rank, or make its folder first.
+
+        Returns:
+            The model in evaluation mode, and its folder.
+
+        Raises:
+            UserError: The folder holds something else, unless `overwrite`.
+        """
+        stored = self.load(rank)
+        if stored is not None:
+            return stored, self.folder(rank)
+        model, factors = self.make(rank)
+        return model, self.save(model, rank, factors.explained_variance_ratio)
+
+    def load(self, rank: int) -> FactorizedGPT2 | None:
+        """Load the compressed model of a rank if its folder was made from this baseline in this way.
+
+        Raises:
+            UserError: A rank out of range; the folder holds something else, unless `overwrite`.
+        """
+        self.baseline.check_ranks([rank])
+        folder = self.folder(rank)
+        if not (folder.exists() and any(folder.iterdir())):
+            return None
+        stored = read_json(folder / RECORD_NAME) if (folder / RECORD_NAME).exists() else {}
+        asked = self._record(rank)
+        if stored.get("baseline_fingerprint") != asked["baseline_fingerprint"]:
+            difference = f"was not made from {self.baseline.name}"
+        else:
+            changed = sorted(name for name in _WHAT_MAKES_A_MODEL if stored.get(name) != asked[name])
+            if not changed:
+                logger.info("%s was made in this way before and is reused.", folder)
+                return FactorizedGPT2.from_pretrained(folder).eval()
+            difference = f"was made with another {', '.join(changed)}"
+        if not self.overwrite:
+            raise UserError(f"{folder} {difference}; remove or overwrite it.")
+        return None
+
+    def _record(self, rank: int) -> dict[str, Any]:
+        calibration = self.text.record() if self.recipe.needs_text else None
+        return asdict(self.recipe) | {
+            "seed": self.recipe.seed if self.recipe.needs_text else None,
+            "n_embd_wte": rank,
+            "baseline": self.baseline.name,
+            "baseline_fingerprint": self.baseline.fingerprint,
+            "calibration": calibration,
+        }
+
+    @cached_property
+    def _matrices(self) -> tuple[np.ndarray, np.ndarray | None]:
+        embedding, head = vocabulary_matrices(self.baseline.model)
+        return embedding, embedding if head is None and not self.recipe.tied else head
+
+    @cached_property
+    def _use(self) -> VocabularyUse:
+        counts = count_tokens(self.text.blocks, self.baseline.model.config.vocab_size)
+        desc = "Calibrating" if self.progress else None
+        return calibrate(self.baseline.model, self.text.sample, counts, self.recipe.seed, self.device, desc)
+
+    def _factorize(self, ranks: Sequence[int]) -> dict[int, Factors]:
+        embedding, head = self._matrices
+        if self.recipe.method != "pca":
+            return factorize_data_aware(embedding, ranks, self.recipe.method, self._use, head)
+        if self.recipe.tied == self.baseline.model.config.tie_word_embeddings:
+            return pca_factors(self.baseline, ranks, self.root, self.overwrite)
+        return factorize_ranks(embedding, ranks, head)
 
 
-def _scales_path(folder: Path, rank: int) -> Path:
-    return folder / f"scale_mats_pca_k{rank}.npz"
+_WHAT_MAKES_A_MODEL = ("method", "tied", "refine_steps", "seed", "n_embd_wte", "calibration")

@@ -20,7 +20,8 @@ def from_gpt2(model: GPT2LMHeadModel | FactorizedGPT2, factors: Factors | None =
 
     Args:
         model: A stock GPT-2, or an unfactorized `FactorizedGPT2`. It is not changed.
-        factors: Factors of its vocabulary matrices. `None` keeps them whole: the same network, the same logits.
+        factors: Factors of its vocabulary matrices; with an `lm_head` of their own they untie a tied model. `None`
+            keeps the matrices whole: the same network, the same logits.
 
     Returns:
         A new model in evaluation mode, in the dtype and on the device of `model`.
@@ -31,11 +32,12 @@ def from_gpt2(model: GPT2LMHeadModel | FactorizedGPT2, factors: Factors | None =
         TypeError: `model` is neither of the two.
     """
     trunk, wte, lm_head = _split_vocabulary(model)
-    config = _factorized_config(model.config, factors, tied=lm_head is None)
+    tied = lm_head is None and (factors is None or factors.lm_head is None)
+    config = _factorized_config(model.config, factors, tied)
     if factors is None:
         vocabulary = {"transformer.wte.weight": wte, "lm_head.weight": wte if lm_head is None else lm_head}
     else:
-        vocabulary = _factor_weights(factors, wte, tied=lm_head is None)
+        vocabulary = _factor_weights(factors, wte, must_untie=lm_head is not None)
     return _build(FactorizedGPT2, config, trunk | vocabulary, like=wte, generation_config=model.generation_config)
 
 
@@ -184,23 +186,20 @@ def _factorized_config(config: GPT2Config, factors: Factors | None, tied: bool) 
     return FactorizedGPT2Config(**fields, attn_implementation=config._attn_implementation)
 
 
-def _factor_weights(factors: Factors, wte: torch.Tensor, tied: bool) -> dict[str, torch.Tensor]:
+def _factor_weights(factors: Factors, wte: torch.Tensor, must_untie: bool) -> dict[str, torch.Tensor]:
     """Lay factors out as the model stores them: nn.Linear holds the transpose of the matrix that it applies."""
     vocab_size, n_embd = wte.shape
     rank = factors.rank
     if rank >= n_embd:
         raise ValueError(f"Factors of rank {rank} do not make a model of width {n_embd} smaller.")
-    if tied != (factors.lm_head is None):
-        raise ValueError(
-            "The factors are for a head "
-            + ("of its own, but the model's head is tied." if tied else "that is tied, but the model's is not.")
-        )
+    if must_untie and factors.lm_head is None:
+        raise ValueError("The factors are for a head that is tied, but the model's is not.")
     matrices = {
         "transformer.wte.weight": (factors.wte, (vocab_size, rank)),
         "transformer.scale_up.weight": (factors.scale_up.T, (n_embd, rank)),
         "transformer.scale_up.bias": (factors.mean, (n_embd,)),
         "scale_down.weight": (factors.scale_down.T, (rank, n_embd)),
-        "lm_head.weight": (factors.wte if tied else factors.lm_head.T, (vocab_size, rank)),
+        "lm_head.weight": (factors.wte if factors.lm_head is None else factors.lm_head.T, (vocab_size, rank)),
     }
     for name, (array, shape) in matrices.items():
         if array.shape != shape:

@@ -43,6 +43,13 @@ class TextSource:
     text_column: str = "text"
     document_start: str | None = field(default=None)
 
+    @property
+    def name(self) -> str:
+        """What to call it in a record."""
+        if self.files:
+            return ", ".join(self.files)
+        return " ".join(filter(None, (self.dataset_name, self.dataset_config_name, self.split)))
+
     def load(self) -> list[tuple[Dataset, re.Pattern | None]]:
         """Load the text.
 

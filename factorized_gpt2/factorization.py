@@ -79,7 +79,29 @@ def factorize_ranks(weight: np.ndarray, ranks: Sequence[int], lm_head: np.ndarra
     return factors
 
 
-def _fit_pca(weight: np.ndarray, ranks: Sequence[int], name: str) -> PCA:
+def explained_shares(weight: np.ndarray) -> np.ndarray:
+    """Compute the share of variance that a principal component analysis keeps at every rank.
+
+    Args:
+        weight: (V, d) floats, V >= 2.
+
+    Returns:
+        (min(V, d),) float64, rank 1 first; ones where there is no variance.
+
+    Raises:
+        ValueError: As in `factorize_ranks`.
+    """
+    pca = _fit_pca(weight, [min(weight.shape)], "the token embedding")
+    return np.minimum(np.nan_to_num(pca.explained_variance_ratio_.cumsum(), nan=1.0), 1.0)
+
+
+def check_factorizable(weight: np.ndarray, ranks: Sequence[int], name: str) -> None:
+    """Check a matrix and the ranks asked of it.
+
+    Raises:
+        ValueError: A rank out of range or none, a matrix that is not two-dimensional, or NaN or infinity in it; the
+            message calls the matrix by `name`.
+    """
     if weight.ndim != 2 or len(weight) < 2:
         raise ValueError(f"{name} must be a matrix (V, d) with V >= 2, got shape {weight.shape}.")
     largest = min(weight.shape)
@@ -90,6 +112,10 @@ def _fit_pca(weight: np.ndarray, ranks: Sequence[int], name: str) -> PCA:
             raise ValueError(f"Rank {rank} is out of range: {name} is {weight.shape}, so 1 <= rank <= {largest}.")
     if not np.isfinite(weight).all():
         raise ValueError(f"{name} contains NaN or infinity.")
+
+
+def _fit_pca(weight: np.ndarray, ranks: Sequence[int], name: str) -> PCA:
+    check_factorizable(weight, ranks, name)
     # The covariance squares the condition number; in float64 the leading subspace is that of a full SVD.
     with np.errstate(invalid="ignore"):  # equal rows: no variance, and shares of it are 0 / 0
         return PCA(n_components=max(ranks), svd_solver="covariance_eigh").fit(_as_float64(weight))

@@ -20,6 +20,9 @@ FAMILIES = {
     "pca-nofinetune": "PCA, no training",
     "pca-lora": "PCA + LoRA",
     "pca-finetune": "PCA + full fine-tuning",
+    "compressed": "compressed, no training",
+    "compressed-lora": "compressed + LoRA",
+    "compressed-finetune": "compressed + full fine-tuning",
 }
 
 _STYLES = {  # told apart in grey by marker and dash
@@ -27,6 +30,9 @@ _STYLES = {  # told apart in grey by marker and dash
     "pca-nofinetune": {"marker": "^", "linestyle": ":", "color": "tab:orange"},
     "pca-lora": {"marker": "o", "linestyle": "-", "color": "tab:blue"},
     "pca-finetune": {"marker": "D", "linestyle": "-.", "color": "tab:green"},
+    "compressed": {"marker": "v", "linestyle": ":", "color": "tab:red"},
+    "compressed-lora": {"marker": "P", "linestyle": "-", "color": "tab:purple"},
+    "compressed-finetune": {"marker": "X", "linestyle": "-.", "color": "tab:brown"},
 }
 
 
@@ -94,6 +100,59 @@ def plot_loss_against_rank(results: Sequence[dict[str, Any]], path: Path) -> Non
     axes.set_xticks(ranks, labels=map(str, ranks))
     axes.set_xlabel("rank k of the token embedding")
     axes.set_ylabel("validation loss [nats / token]")
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def plot_spectrum(shares: Sequence[float], ranks: Sequence[int], method: str, path: Path) -> None:
+    """Plot what each rank leaves out of the quantity that a method minimises; the format follows the suffix.
+
+    Args:
+        shares: Kept at rank 1, 2, ..., in [0, 1].
+        ranks: Those to mark.
+        method: The method's name.
+        path: Image to write.
+    """
+    figure, axes = plt.subplots(figsize=(6.4, 4.2), layout="constrained")
+    left_out = [max(1 - share, 1e-6) for share in shares]
+    axes.plot(range(1, len(left_out) + 1), left_out, color="black", linewidth=1.2)
+    for rank in ranks:
+        axes.plot(rank, left_out[rank - 1], "o", color="tab:blue")
+        label = f"k = {rank}: {shares[rank - 1]:.3f} kept"
+        axes.annotate(label, (rank, left_out[rank - 1]), xytext=(6, 6), textcoords="offset points", fontsize=8)
+    axes.set_yscale("log")
+    axes.set_xlabel("rank k of the token embedding")
+    axes.set_ylabel(f"share of the {_MINIMISED.get(method, 'curvature')} left out")
+    axes.grid(alpha=0.3)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+_MINIMISED = {"pca": "variance", "weighted": "weighted variance"}
+
+
+def plot_loss_against_bytes(
+    points: Sequence[tuple[int, float, int]], baseline: tuple[float, int], method: str, path: Path
+) -> None:
+    """Plot loss against the size of compressed models beside the baseline's; the format follows the suffix.
+
+    Args:
+        points: Bytes, loss in nats a token and rank k of each model.
+        baseline: Loss and bytes of the baseline.
+        method: The method's name.
+        path: Image to write.
+    """
+    figure, axes = plt.subplots(figsize=(6.4, 4.2), layout="constrained")
+    points = sorted(points)
+    axes.plot([size / 1e6 for size, _, _ in points], [loss for _, loss, _ in points], "o-", label=method)
+    for size, loss, rank in points:
+        axes.annotate(f"k = {rank}", (size / 1e6, loss), xytext=(6, 6), textcoords="offset points", fontsize=8)
+    axes.axhline(baseline[0], color="black", linewidth=1)
+    axes.plot(baseline[1] / 1e6, baseline[0], "ks", label="baseline")
+    axes.set_xlabel("parameters [MB]")
+    axes.set_ylabel("loss [nats / token]")
     axes.grid(alpha=0.3)
     axes.legend(frameon=False)
     figure.savefig(path, dpi=150)

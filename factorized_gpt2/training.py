@@ -12,20 +12,23 @@ from pathlib import Path
 import torch
 from datasets import Dataset
 from peft import PeftModel
-from transformers import PreTrainedTokenizerBase, Trainer, set_seed
-from transformers.trainer_utils import EvalLoopOutput, get_last_checkpoint
+from transformers import PreTrainedTokenizerBase, set_seed
+from transformers.trainer_utils import get_last_checkpoint
 
-from .adapters import add_lora, merge, untie_head
+from .adapters import DROPOUTS, add_lora, merge, set_dropout, untie_head
 from .arguments import ModelArguments, Run
-from .compression import Baseline, compressed_model, load_baseline
+from .baseline import check_tokenizer, load_baseline, load_compressed
+from .compression import RECORD_NAME, Compressor, Recipe
 from .configuration_factorized_gpt2 import FactorizedGPT2Config
 from .data import collate_blocks, load_blocks, load_tokenizer
+from .distillation import Distillation
 from .errors import UserError
-from .evaluation import LossSum, model_size, perplexity, sum_loss
+from .evaluation import model_size, perplexity
 from .files import read_json, replacing_folder, write_json
 from .modeling_factorized_gpt2 import FactorizedGPT2
 from .results import RESULTS_NAME, Results
 from .tracking import finish_tracking, start_tracking
+from .trainer import FactorizedTrainer
 
 logger = logging.getLogger(__name__)
 
@@ -34,31 +37,6 @@ ADAPTER_NAME = "adapter"
 BASE_NAME = "base_model"
 
 MERGE_TOLERANCE = 1e-4  # largest difference of a logit, float32, between an adapter and the model it merged into
-
-
-class FactorizedTrainer(Trainer):
-    """`Trainer` whose evaluation loss is the mean over all tokens of the split, whatever batch or world size."""
-
-    def evaluation_loop(
-        self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"
-    ) -> EvalLoopOutput:
-        """Sum each process's share of the blocks, then add the shares."""
-        blocks: Dataset = dataloader.dataset
-        rank, world_size = self.args.process_index, self.args.world_size
-        share = blocks.select(range(rank, len(blocks), world_size))
-        local = sum_loss(
-            self.model,
-            share,
-            self.args.eval_batch_size,
-            device=self.args.device,
-            context=self.compute_loss_context_manager,
-            desc=None if self.args.disable_tqdm or not self.is_local_process_zero() else description,
-        )
-        totals = torch.tensor([local.nats, local.tokens], dtype=torch.float64, device=self.args.device)
-        nats, tokens = self.accelerator.reduce(totals, "sum").tolist()
-        total = LossSum(nats, int(tokens))
-        metrics = {f"{metric_key_prefix}_loss": total.loss, f"{metric_key_prefix}_perplexity": perplexity(total.loss)}
-        return EvalLoopOutput(predictions=None, label_ids=None, metrics=metrics, num_samples=len(blocks))
 
 
 def run_experiment(run: Run) -> Results:
@@ -84,11 +62,11 @@ def run_experiment(run: Run) -> Results:
         return finished
     set_seed(run.training.seed)
     with run.training.main_process_first(desc="preparing model and data"):
-        baseline = None if run.model.baseline is None else load_baseline(run.model.baseline)
-        tokenizer = load_tokenizer(run.data.tokenizer or run.model.baseline)
-        model = build_model(run, baseline, tokenizer)
+        tokenizer = load_tokenizer(run.data.tokenizer or run.model.compressed or run.model.baseline)
+        model = build_model(run, tokenizer)
         train_blocks = _load_split(run, "train", tokenizer) if run.training.do_train else None
         validation_blocks = _load_split(run, "validation", tokenizer)
+        distillation = _distillation(run, model.config.vocab_size)
     if run.adapter.lora_rank:
         lora = run.adapter
         _keep_base(model, output_dir / BASE_NAME, run.training.should_save)
@@ -97,6 +75,7 @@ def run_experiment(run: Run) -> Results:
         write_json(output_dir / SETTINGS_NAME, run.settings())
     start_tracking(run.training)
     trainer = FactorizedTrainer(
+        distillation=distillation,
         model=model,
         args=run.training,
         train_dataset=train_blocks,
@@ -145,11 +124,11 @@ def run_experiment(run: Run) -> Results:
     return results
 
 
-def build_model(run: Run, baseline: Baseline | None, tokenizer: PreTrainedTokenizerBase) -> FactorizedGPT2:
+def build_model(run: Run, tokenizer: PreTrainedTokenizerBase) -> FactorizedGPT2:
     """Make the model that a run starts from.
 
-    Without a baseline it starts at random; with one it is the baseline, or, when `n_embd_wte` is smaller than its
-    width, the model that PCA makes of it, whose folder and factor files stand beside the run's output folder.
+    That is a compressed model, the baseline, or, when `n_embd_wte` is smaller than its width, the model that PCA makes
+    of it, whose folder and factor files stand beside the run's output folder; with neither, a random start.
 
     Returns:
         The model; its `name_or_path` is the folder that holds exactly this model, or empty where there is none.
@@ -157,35 +136,40 @@ def build_model(run: Run, baseline: Baseline | None, tokenizer: PreTrainedTokeni
     Raises:
         UserError: Settings that contradict the baseline or the tokenizer.
     """
-    arguments, training = run.model, run.training
-    if baseline is None:
+    arguments = run.model
+    if run.is_from_scratch:
         model = FactorizedGPT2(_scratch_config(arguments, tokenizer, run.data.block_size))
     else:
-        width, positions = baseline.model.config.n_embd, baseline.model.config.n_positions
-        baseline.check_tokenizer(tokenizer)
-        if run.data.block_size > positions:
-            raise UserError(f"block_size {run.data.block_size} exceeds the {positions} positions of the baseline.")
-        if arguments.n_embd_wte in (None, width):
-            model = baseline.model
-            model.name_or_path = ""
-        else:
-            root = Path(training.output_dir).parent
-            model, folder = compressed_model(
-                baseline, arguments.n_embd_wte, root, tokenizer, training.overwrite_output_dir
-            )
-            model.name_or_path = str(folder)
+        model = _trained_start(run, tokenizer)
         if arguments.dropout is not None:
-            model.config.update(dict.fromkeys(_DROPOUTS, arguments.dropout))
-            for module in model.modules():
-                if isinstance(module, torch.nn.Dropout):
-                    module.p = arguments.dropout
+            set_dropout(model, arguments.dropout)
     if not arguments.tie_word_embeddings and model.config.tie_word_embeddings:
         untie_head(model)
         model.name_or_path = ""
-    return model.float() if training.do_train else model  # optimizers and merges need more than half precision
+    return model.float() if run.training.do_train else model  # optimizers and merges need more than half precision
 
 
-_DROPOUTS = ("resid_pdrop", "embd_pdrop", "attn_pdrop")
+def _trained_start(run: Run, tokenizer: PreTrainedTokenizerBase) -> FactorizedGPT2:
+    arguments, training = run.model, run.training
+    baseline = None if arguments.compressed else load_baseline(arguments.baseline)
+    model = baseline.model if baseline else load_compressed(arguments.compressed)
+    check_tokenizer(model, tokenizer)
+    if run.data.block_size > model.config.n_positions:
+        raise UserError(
+            f"block_size {run.data.block_size} exceeds the {model.config.n_positions} positions of the baseline."
+        )
+    if baseline is None:
+        model.name_or_path = arguments.compressed
+    elif arguments.n_embd_wte in (None, model.config.n_embd):
+        model.name_or_path = ""
+    else:
+        root = Path(training.output_dir).parent
+        compressor = Compressor(baseline, Recipe(), root, tokenizer, overwrite=training.overwrite_output_dir)
+        model, folder = compressor.load_or_make(arguments.n_embd_wte)
+        model.name_or_path = str(folder)
+    return model
+
+
 _REPORTED_LIBRARIES = ("torch", "transformers", "peft", "accelerate", "datasets", "scikit-learn")
 
 
@@ -193,7 +177,7 @@ def _scratch_config(
     arguments: ModelArguments, tokenizer: PreTrainedTokenizerBase, block_size: int
 ) -> FactorizedGPT2Config:
     shape = {name: getattr(arguments, name) for name in ("n_layer", "n_head", "n_embd", "activation_function")}
-    dropouts = dict.fromkeys(_DROPOUTS, arguments.dropout)
+    dropouts = dict.fromkeys(DROPOUTS, arguments.dropout)
     try:
         return FactorizedGPT2Config(
             vocab_size=len(tokenizer),
@@ -207,6 +191,28 @@ def _scratch_config(
         )
     except Exception as error:  # the validation errors of strict dataclasses have no public common base here
         raise UserError(str(error).strip().splitlines()[-1].strip()) from error
+
+
+def _distillation(run: Run, vocab_size: int) -> Distillation | None:
+    asked = run.distillation
+    if not (asked.distillation_weight and run.training.do_train):
+        return None
+    teacher = load_baseline(asked.teacher or run.model.baseline or _compressed_from(run.model.compressed))
+    config = teacher.model.config
+    if config.vocab_size != vocab_size:
+        raise UserError(f"The teacher {teacher.name} has {config.vocab_size} tokens, the model {vocab_size}.")
+    if config.n_positions < run.data.block_size:
+        raise UserError(f"block_size {run.data.block_size} exceeds the {config.n_positions} positions of the teacher.")
+    return Distillation(teacher.model, asked.distillation_weight, asked.distillation_temperature)
+
+
+def _compressed_from(folder: str) -> str:
+    """Read from a compressed model's record which baseline it was made from."""
+    path = Path(folder) / RECORD_NAME
+    name = read_json(path).get("baseline") if path.exists() else None
+    if not name:
+        raise UserError(f"{folder} does not say what it was compressed from: name a teacher.")
+    return name
 
 
 def _keep_base(model: FactorizedGPT2, folder: Path, should_save: bool) -> None:

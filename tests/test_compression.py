@@ -9,10 +9,11 @@ from conftest import random_ids, tiny_model
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from factorized_gpt2 import FactorizedGPT2, to_gpt2
+from factorized_gpt2.baseline import load_baseline
 from factorized_gpt2.cli.compress import compress
 from factorized_gpt2.cli.evaluate import evaluate
-from factorized_gpt2.compression import load_baseline, pca_factors
 from factorized_gpt2.errors import UserError
+from factorized_gpt2.factor_files import pca_factors
 
 WIDTH = 24
 
@@ -83,10 +84,23 @@ def test_the_table(stock_folder, tmp_path, corpus, capsys):
     head, titles, _, *rows = capsys.readouterr().out.splitlines()
     assert head.startswith("Validation loss in nats a token, over")
     assert titles.split() == (
-        ["k", "variance", "parameters", "vocabulary", "MB", "vocabulary", "MB", "size", "loss", "perplexity", "folder"]
+        [
+            "k",
+            "variance",
+            "parameters",
+            "vocabulary",
+            "MB",
+            "vocabulary",
+            "MB",
+            "size",
+            "loss",
+            "perplexity",
+            "increase",
+            "folder",
+        ]
     )
     assert [row.split()[0] for row in rows] == ["-", "12", "2"]
-    losses = [float(row.split()[-3]) for row in rows]
+    losses = [float(row.split()[-4]) for row in rows]
     model = FactorizedGPT2.from_pretrained(tmp_path / "gpt_pca_nofinetune_k2")
     assert f"{model.num_parameters():,}" in rows[-1]
     assert all(loss > 0 for loss in losses)
@@ -95,7 +109,7 @@ def test_the_table(stock_folder, tmp_path, corpus, capsys):
 def test_evaluation_of_saved_models_gives_the_same_numbers(stock_folder, tmp_path, corpus, capsys):
     text = ["--eval_file", str(corpus / "validation.jsonl")]
     compress(arguments(stock_folder, tmp_path, "--ranks", 5, *text, "--eval_batch_size", 1))
-    from_compress = [row.split()[-3] for row in capsys.readouterr().out.splitlines()[3:]]
+    from_compress = [row.split()[-4] for row in capsys.readouterr().out.splitlines()[3:]]
     evaluate(["--models", str(stock_folder), str(tmp_path / "gpt_pca_nofinetune_k5"), *text])
     from_evaluate = [row.split()[0] for row in capsys.readouterr().out.splitlines()[2:]]
     assert from_compress == from_evaluate

@@ -1,17 +1,26 @@
-"""`compress.py`: a trained GPT-2 to smaller ones, by PCA of its vocabulary."""
+"""`compress.py`: a trained GPT-2 to smaller ones, by factorizing its vocabulary."""
 
+import logging
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
+from datasets import Dataset
 
 from ..arguments import EvaluationArguments, ManualParser
-from ..compression import compressed_model, load_baseline, pca_factors
+from ..baseline import check_tokenizer, load_baseline
+from ..compression import METHODS, CalibrationText, Compressor, Recipe
 from ..data import load_blocks, load_tokenizer
 from ..errors import UserError
-from ..evaluation import model_size, perplexity, sum_loss
+from ..evaluation import LossSum, model_size, perplexity, sum_loss
+from ..modeling_factorized_gpt2 import FactorizedGPT2
+from ..rank_choice import smallest_rank_by_loss, smallest_rank_by_share
+from ..reporting import plot_loss_against_bytes, plot_spectrum
 from .shell import print_table, run_command
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -19,60 +28,180 @@ class CompressArguments:
     """What to compress, and how far."""
 
     baseline: str = field(metadata={"help": "Folder or Hub id of a trained, unfactorized GPT-2."})
-    ranks: list[int] = field(metadata={"help": "Ranks k of the token embedding, each smaller than its width."})
+    ranks: list[int] | None = field(
+        default=None, metadata={"help": "Ranks k of the token embedding, each smaller than its width."}
+    )
+    target_loss_increase: float | None = field(
+        default=None,
+        metadata={
+            "help": "Instead of ranks: the smallest rank whose loss on the evaluation text exceeds the baseline's by "
+            "no more than this, in nats a token."
+        },
+    )
+    explained_variance: float | None = field(
+        default=None, metadata={"help": "Instead of ranks: the smallest rank that keeps this share of the spectrum."}
+    )
+    method: str = field(
+        default="pca",
+        metadata={
+            "help": "pca: the protocol's. weighted: rows weighted by frequency. joint: the loss to second order, on "
+            "both sides. tokenwise: joint, then every row fitted to its own token's use. All but pca need text.",
+            "choices": list(METHODS),
+        },
+    )
+    refine: int = field(
+        default=0, metadata={"help": "Steps of training wte, scale_up and scale_down to match the baseline."}
+    )
+    tie_word_embeddings: bool = field(
+        default=True,
+        metadata={"help": "One wte serves both sides. False: each side gets its own, V k parameters more."},
+    )
     output_dir: str = field(default="model_weights", metadata={"help": "Folder of the compressed models and factors."})
     tokenizer: str | None = field(default=None, metadata={"help": "Folder or Hub id. None: the baseline's."})
     overwrite: bool = field(default=False, metadata={"help": "Replace what was made from another baseline."})
+    seed: int = field(default=0, metadata={"help": "Of everything that is drawn."})
+
+
+@dataclass
+class CalibrationArguments:
+    """Text that tells how the baseline uses its vocabulary: best of the kind it was trained on."""
+
+    calibration_file: list[str] | None = field(
+        default=None, metadata={"help": "Local .txt, .jsonl or .parquet files instead of the dataset's split."}
+    )
+    calibration_split: str = field(default="train", metadata={"help": "Split of the dataset."})
+    calibration_tokens: int = field(
+        default=16384, metadata={"help": "Tokens to run the baseline over; frequencies are counted in all the text."}
+    )
 
 
 def compress(argv: list[str]) -> None:
-    """Load the baseline, factorize it at every rank, write the folders, print what it cost."""
-    arguments, evaluation = ManualParser(
-        (CompressArguments, EvaluationArguments),
+    """Load the baseline, choose ranks, factorize, write the folders, print what it cost."""
+    arguments, calibration, evaluation = ManualParser(
+        (CompressArguments, CalibrationArguments, EvaluationArguments),
         prog="compress.py",
-        description="Factorize the token embedding and head of a trained GPT-2 by principal component analysis.",
+        description="Factorize the token embedding and head of a trained GPT-2.",
     ).parse(argv)
-    if len(set(arguments.ranks)) != len(arguments.ranks):
-        raise UserError(f"ranks: a rank is given twice in {' '.join(map(str, arguments.ranks))}.")
+    _check(arguments, calibration, evaluation)
     baseline = load_baseline(arguments.baseline)
+    if arguments.ranks:
+        baseline.check_ranks(arguments.ranks)
     tokenizer = load_tokenizer(arguments.tokenizer or arguments.baseline)
-    baseline.check_tokenizer(tokenizer)
-    root = Path(arguments.output_dir)
-    ranks = sorted(arguments.ranks, reverse=True)
-    factors = pca_factors(baseline, ranks, root, arguments.overwrite)
-    blocks = None
-    if evaluation.is_asked_for:
-        block_size = evaluation.block_size_for(baseline.model.config.n_positions)
-        blocks = load_blocks(evaluation.source(), tokenizer, block_size, keep_tail=True)
+    check_tokenizer(baseline.model, tokenizer)
+    recipe = Recipe(arguments.method, arguments.tie_word_embeddings, arguments.refine, arguments.seed)
+    block_size = evaluation.block_size_for(baseline.model.config.n_positions)
+    text = None
+    if recipe.needs_text and (calibration.calibration_file or evaluation.dataset_name):
+        source = evaluation.source_of(calibration.calibration_file, calibration.calibration_split)
+        blocks = load_blocks(source, tokenizer, block_size, keep_tail=False)
+        text = CalibrationText(blocks, calibration.calibration_tokens, source.name)
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    compressor = Compressor(
+        baseline, recipe, Path(arguments.output_dir), tokenizer, text, arguments.overwrite, device, progress=True
+    )
+    blocks = (
+        load_blocks(evaluation.source(), tokenizer, block_size, keep_tail=True) if evaluation.is_asked_for else None
+    )
+    measure = _Measure(baseline.model, blocks, evaluation.eval_batch_size, device)
 
-    before = model_size(baseline.model)
-    rows = []
-    for rank in [None, *ranks]:
-        if rank is None:
-            model, folder = baseline.model, Path(arguments.baseline)
-        else:
-            model, folder = compressed_model(baseline, rank, root, tokenizer, arguments.overwrite, factors[rank])
+    rows = [measure.row("-", "", baseline.model, Path(arguments.baseline))]
+    ranks = arguments.ranks or [_choose(arguments, compressor, measure)]
+    compressor.factorize(ranks)
+    for rank in sorted(ranks, reverse=True):
+        model, folder = compressor.load_or_make(rank)
+        share = f"{compressor.factorize([rank])[rank].explained_variance_ratio:.4f}"
+        rows.append(measure.row(rank, share, model, folder))
+    if blocks is not None:
+        print(f"Validation loss in nats a token, over {measure.losses[0][1].tokens:,} tokens:")
+    print_table(rows)
+    _plot(compressor, ranks, measure)
+
+
+def _check(arguments: CompressArguments, calibration: CalibrationArguments, evaluation: EvaluationArguments) -> None:
+    ranks, loss, share = arguments.ranks, arguments.target_loss_increase, arguments.explained_variance
+    if sum(choice is not None for choice in (ranks, loss, share)) != 1:
+        raise UserError("Set one of ranks, target_loss_increase and explained_variance.")
+    if ranks is not None and len(set(ranks)) != len(ranks):
+        raise UserError(f"ranks: a rank is given twice in {' '.join(map(str, ranks))}.")
+    if loss is not None and not loss > 0:
+        raise UserError(f"target_loss_increase must be positive, in nats a token, got {loss}.")
+    if loss is not None and not evaluation.is_asked_for:
+        raise UserError("target_loss_increase needs text to measure on: set eval_file or dataset_name.")
+    if share is not None and not 0 < share <= 1:
+        raise UserError(f"explained_variance must lie in (0, 1], got {share}.")
+    if arguments.refine < 0:
+        raise UserError(f"refine must not be negative, got {arguments.refine}.")
+    if calibration.calibration_tokens < 1:
+        raise UserError(f"calibration_tokens must be positive, got {calibration.calibration_tokens}.")
+    if calibration.calibration_file and arguments.method == "pca" and not arguments.refine:
+        raise UserError("calibration_file does nothing for method pca without refine; tokenwise makes the most of it.")
+
+
+class _Measure:
+    """Sizes of models, and their losses where there is text."""
+
+    def __init__(self, baseline: FactorizedGPT2, blocks: Dataset | None, batch_size: int, device: str):
+        self.baseline_bytes = model_size(baseline).bytes
+        self.blocks, self.batch_size, self.device = blocks, batch_size, device
+        self.losses: list[tuple[Any, LossSum, int]] = []  # rank or "-", loss, bytes; the baseline first
+
+    def loss(self, rank: Any, model: FactorizedGPT2) -> float:
+        """Measure a model's loss, once for every rank."""
+        known = next((loss for measured, loss, _ in self.losses if measured == rank), None)
+        if known is None:
+            desc = f"Evaluating {'the baseline' if rank == '-' else f'k = {rank}'}"
+            known = sum_loss(model.to(self.device), self.blocks, self.batch_size, self.device, desc=desc)
+            self.losses.append((rank, known, model_size(model).bytes))
+        return known.loss
+
+    def row(self, rank: Any, share: str, model: FactorizedGPT2, folder: Path) -> dict[str, Any]:
+        """Lay out a row of the table."""
         size = model_size(model)
         row = {
-            "k": "-" if rank is None else rank,
-            "variance": "" if rank is None else f"{factors[rank].explained_variance_ratio:.4f}",
+            "k": rank,
+            "variance": share,
             "parameters": f"{size.parameters:,}",
             "vocabulary": f"{size.vocabulary_parameters:,}",
             "MB": f"{size.bytes / 1e6:.1f}",
             "vocabulary MB": f"{size.vocabulary_bytes / 1e6:.1f}",
-            "size": f"{size.bytes / before.bytes:.1%}",
+            "size": f"{size.bytes / self.baseline_bytes:.1%}",
         }
-        if blocks is not None:
-            name = "baseline" if rank is None else f"k = {rank}"
-            measured = sum_loss(
-                model.to(device), blocks, evaluation.eval_batch_size, device, desc=f"Evaluating {name}"
-            )
-            row |= {"loss": f"{measured.loss:.4f}", "perplexity": f"{perplexity(measured.loss):.2f}"}
-        rows.append(row | {"folder": str(folder)})
-    if blocks is not None:
-        print(f"Validation loss in nats a token, over {measured.tokens:,} tokens:")
-    print_table(rows)
+        if self.blocks is not None:
+            loss = self.loss(rank, model)
+            row |= {"loss": f"{loss:.4f}", "perplexity": f"{perplexity(loss):.2f}"}
+            row |= {"increase": f"{loss - self.losses[0][1].loss:+.4f}"}
+        return row | {"folder": str(folder)}
+
+
+def _choose(arguments: CompressArguments, compressor: Compressor, measure: _Measure) -> int:
+    width, vocab_size = (getattr(compressor.baseline.model.config, name) for name in ("n_embd", "vocab_size"))
+    if arguments.explained_variance is not None:
+        rank = smallest_rank_by_share(compressor.shares, arguments.explained_variance)
+        if rank >= width:
+            raise UserError(f"explained_variance {arguments.explained_variance} needs the whole width of {width}.")
+        return rank
+
+    def increase_of(rank: int) -> float:
+        model = compressor.load(rank) or compressor.make(rank)[0]
+        increase = measure.loss(rank, model) - measure.losses[0][1].loss
+        print(f"k = {rank}: {increase:+.4f} nats a token", flush=True)
+        return increase
+
+    return smallest_rank_by_loss(increase_of, min(width - 1, vocab_size), arguments.target_loss_increase)
+
+
+def _plot(compressor: Compressor, ranks: list[int], measure: _Measure) -> None:
+    """Draw the spectrum, and loss against bytes where there are losses, beside the model folders."""
+    method, root = compressor.recipe.method, compressor.root
+    spectrum = root / f"spectrum_{method}.png"
+    plot_spectrum(compressor.shares, ranks, method, spectrum)
+    logger.info("Spectrum: %s", spectrum)
+    if measure.losses:
+        (_, baseline, size), *others = measure.losses
+        path = root / f"loss_against_bytes_{method}.png"
+        points = [(bytes_, loss.loss, rank) for rank, loss, bytes_ in others]
+        plot_loss_against_bytes(points, (baseline.loss, size), method, path)
+        logger.info("Loss against bytes: %s", path)
 
 
 def main() -> None:

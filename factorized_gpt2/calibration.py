@@ -1,0 +1,151 @@
+"""What text says of a baseline: token frequencies, hidden states, gradients of the embedding."""
+
+import copy
+
+import numpy as np
+import torch
+from datasets import Dataset
+from torch import nn
+from tqdm.auto import tqdm
+
+from .data import collate_blocks
+from .data_aware_factorization import VocabularyUse
+from .factorization import Factors
+from .modeling_factorized_gpt2 import FactorizedGPT2
+from .row_fit import Side
+
+DRAWS = 8  # next tokens drawn from the model's distribution at every position
+_ROWS_AT_ONCE = 512  # of logits, (rows, V)
+
+
+def spread_blocks(blocks: Dataset, tokens: int) -> Dataset:
+    """Choose blocks of together at least `tokens` tokens (or all there are), evenly spread over the text."""
+    block_size = len(blocks[0]["input_ids"])
+    count = min(len(blocks), -(-tokens // block_size))
+    return blocks.select(np.linspace(0, len(blocks) - 1, count).astype(int))
+
+
+def count_tokens(blocks: Dataset, vocab_size: int) -> np.ndarray:
+    """Count every token of a text, (V,) int64."""
+    counts = np.zeros(vocab_size, np.int64)
+    for batch in blocks.with_format("arrow").iter(batch_size=1000):
+        tokens = batch.column("input_ids").combine_chunks().flatten()
+        counts += np.bincount(tokens.to_numpy(), minlength=vocab_size)
+    return counts
+
+
+def calibrate(
+    model: FactorizedGPT2,
+    blocks: Dataset,
+    token_counts: np.ndarray,
+    seed: int = 0,
+    device: torch.device | str = "cpu",
+    desc: str | None = None,
+) -> VocabularyUse:
+    """Run a baseline over text, forward and backward, and keep what meets the rows of its vocabulary.
+
+    At every position a next token is drawn from the model's own distribution, and the gradient of the summed negative
+    log-likelihood of the draws taken with respect to the token embeddings: its second moment is the Fisher
+    information, which is the curvature of KL(baseline || changed model) where nothing is changed yet. A text's real
+    tokens would not do: their gradients also hold what the model fits badly. In float32, a block at a time, with no
+    more than `_ROWS_AT_ONCE` rows of logits; what is kept takes 8 d + 96 bytes a token.
+
+    Args:
+        model: Unfactorized.
+        blocks: Column `input_ids`.
+        token_counts: (V,) int64, of these blocks or of all the text.
+        seed: Of the draws.
+        device: Where to run.
+        desc: Label of the progress bar; `None` for no bar.
+
+    Returns:
+        The use of its vocabulary.
+    """
+    trunk, head = _float32_parts(model, device)
+    generator = torch.Generator(device).manual_seed(seed)
+    kept = {name: [] for name in ("ids", "hidden", "gradients", "draws", "variances")}
+    for row in tqdm(blocks, desc=desc, disable=desc is None, leave=False):
+        ids = collate_blocks([row])["input_ids"].to(device)
+        embedded = trunk.wte(ids).detach().requires_grad_(True)
+        hidden = trunk(inputs_embeds=embedded, use_cache=False).last_hidden_state[0]  # [T, d]
+        draws, variances, upstream = _draw(hidden.detach(), head, generator)
+        (gradients,) = torch.autograd.grad(hidden, embedded, upstream)
+        values = (ids[0], hidden.detach(), gradients[0], draws, variances)
+        for kind, value in zip(kept.values(), values, strict=True):
+            kind.append(value.cpu())
+    ids, hidden, gradients, draws, variances = (torch.cat(parts).numpy() for parts in kept.values())
+    positions = np.arange(len(ids))
+    return VocabularyUse(
+        token_counts=token_counts,
+        input_side=Side(gradients, ids, positions, np.ones(len(ids), np.float32)),
+        output_side=Side(hidden, draws.ravel(), np.repeat(positions, DRAWS), variances.ravel() / DRAWS),
+    )
+
+
+@torch.no_grad()
+def compensated_head(
+    model: FactorizedGPT2,
+    compressed: FactorizedGPT2,
+    factors: Factors,
+    blocks: Dataset,
+    device: torch.device | str = "cpu",
+    desc: str | None = None,
+) -> np.ndarray:
+    """Fit `scale_down` to the hidden states that the compressed model will see, not those of the baseline.
+
+    With h the baseline's final hidden states and h' the compressed model's on the same text, T = E[h h'^T] E[h'
+    h'^T]^-1 predicts h from h' with least squared error, and (T h') takes the place of h before `scale_down`.
+
+    Args:
+        model: The baseline.
+        compressed: The model that `factors` make of it.
+        factors: `scale_down` (d, k) is read.
+        blocks: Column `input_ids`.
+        device: Where to run.
+        desc: Label of the progress bar; `None` for no bar.
+
+    Returns:
+        The new `scale_down`, (d, k) float32.
+    """
+    trunk, other = (_float32_parts(each, device)[0] for each in (model, compressed))
+    width = model.config.n_embd
+    own, cross = (torch.zeros(width, width, dtype=torch.float64, device=device) for _ in range(2))
+    for row in tqdm(blocks, desc=desc, disable=desc is None, leave=False):
+        ids = collate_blocks([row])["input_ids"].to(device)
+        true, seen = (each(ids, use_cache=False).last_hidden_state[0].double() for each in (trunk, other))
+        own += seen.T @ seen
+        cross += seen.T @ true
+    # A ridge towards T = I: where the text says too little, hidden states stay as they are.
+    ridge = _COMPENSATION_RIDGE * own.trace() / width * torch.eye(width, dtype=torch.float64, device=device)
+    transform = torch.linalg.solve(own + ridge, cross + ridge).cpu().numpy()  # T^T, (d, d)
+    return np.ascontiguousarray(transform @ factors.scale_down, dtype=np.float32)
+
+
+_COMPENSATION_RIDGE = 1e-3
+
+
+def _draw(
+    hidden: torch.Tensor, head: torch.Tensor, generator: torch.Generator
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Draw next tokens for hidden states (T, d).
+
+    Returns:
+        The tokens (T, DRAWS) and 1 - p of each: drawn with probability p, they add up to weights p (1 - p); and the
+        gradient of the first draws' negative log-likelihood with respect to `hidden`, (T, d).
+    """
+    draws, variances, gradients = [], [], []
+    for rows in hidden.split(_ROWS_AT_ONCE):
+        probabilities = nn.functional.linear(rows, head).softmax(-1)
+        drawn = torch.multinomial(probabilities, DRAWS, replacement=True, generator=generator)
+        variances.append(1 - probabilities.gather(1, drawn))
+        gradients.append(probabilities @ head - head[drawn[:, 0]])
+        draws.append(drawn)
+    return torch.cat(draws), torch.cat(variances), torch.cat(gradients)
+
+
+def _float32_parts(model: FactorizedGPT2, device: torch.device | str) -> tuple[nn.Module, torch.Tensor]:
+    """Return trunk and head matrix, in float32 on a device; of a copy, unless the model is so already."""
+    if model.dtype != torch.float32 or model.device != torch.device(device):
+        model = copy.deepcopy(model).to(device, torch.float32)
+    model.eval()
+    return model.transformer, model.lm_head.weight.detach()

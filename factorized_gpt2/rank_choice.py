@@ -1,0 +1,70 @@
+"""The smallest rank that is good enough."""
+
+import math
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from .errors import UserError
+
+
+def smallest_rank_by_share(shares: Sequence[float], target: float) -> int:
+    """Find the smallest rank that keeps a share.
+
+    Args:
+        shares: Kept at rank 1, 2, ..., not falling.
+        target: In (0, 1].
+
+    Returns:
+        The rank.
+
+    Raises:
+        UserError: No rank keeps so much.
+    """
+    # A share that misses 1 by rounding is 1.
+    reaching = np.flatnonzero(np.asarray(shares) >= target - 1e-12)
+    if not len(reaching):
+        raise UserError(f"No rank keeps {target} of the spectrum; rank {len(shares)} keeps {shares[-1]:.6f}.")
+    return int(reaching[0]) + 1
+
+
+def smallest_rank_by_loss(increase_of: Callable[[int], float], largest: int, target: float) -> int:
+    """Find the smallest rank whose loss exceeds the baseline's by no more than a target, with few evaluations.
+
+    The increase is taken to fall as the rank grows. The logarithm of an increase is nearly a straight line in the
+    rank: where that line meets the target is tried next, unless it lies too near an end of what is still open.
+
+    Args:
+        increase_of: Measures a rank's loss increase, in nats a token. Called once for any rank.
+        largest: Largest rank to consider.
+        target: Increase allowed, in nats a token, positive.
+
+    Returns:
+        The rank; every smaller one that was measured exceeds the target.
+
+    Raises:
+        UserError: Even the largest rank exceeds the target.
+    """
+    log_excess = {}
+
+    def exceeds(rank: int) -> bool:
+        log_excess[rank] = math.log(max(increase_of(rank), target * 1e-3) / target)
+        return log_excess[rank] > 0
+
+    if exceeds(largest):
+        excess = math.exp(log_excess[largest]) * target
+        raise UserError(f"Even rank {largest} costs {excess:.4f} nats a token, more than {target}.")
+    if largest == 1 or not exceeds(1):
+        return 1
+    too_small, enough = 1, largest
+    while enough - too_small > 1:
+        open_ranks = enough - too_small
+        slope = (log_excess[too_small] - log_excess[enough]) / open_ranks
+        guess = too_small + round(log_excess[too_small] / slope)
+        margin = max(1, open_ranks // 8)
+        rank = min(max(guess, too_small + margin), enough - margin)
+        if exceeds(rank):
+            too_small = rank
+        else:
+            enough = rank
+    return enough

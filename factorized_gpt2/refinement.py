@@ -1,0 +1,76 @@
+"""Refinement: the vocabulary's factors alone, trained for a few steps to match the baseline's predictions."""
+
+import copy
+import tempfile
+
+from datasets import Dataset
+from transformers import TrainingArguments, set_seed
+
+from .adapters import set_dropout
+from .calibration import spread_blocks
+from .data import collate_blocks
+from .distillation import Distillation
+from .modeling_factorized_gpt2 import FactorizedGPT2
+from .trainer import FactorizedTrainer
+
+TOKENS_PER_STEP = 2048
+LEARNING_RATE = 2e-3  # docs/factorization.md measures others
+
+
+def refine(
+    model: FactorizedGPT2, baseline: FactorizedGPT2, blocks: Dataset, steps: int, seed: int = 0, progress: bool = False
+) -> FactorizedGPT2:
+    """Train `wte`, `scale_up`, `scale_down` (and an untied `lm_head`) on KL(baseline || model); the trunk is frozen.
+
+    AdamW with a cosine schedule down to a twentieth of the learning rate, `TOKENS_PER_STEP` tokens a step, no dropout,
+    in float32, half precision for the teacher where there is CUDA.
+
+    Args:
+        model: Factorized. It is not changed.
+        baseline: The model that it was made of.
+        blocks: Text to match on, column `input_ids`; used more than once if it is too short.
+        steps: How many steps.
+        seed: Of the order of the blocks.
+        progress: Whether to show a bar.
+
+    Returns:
+        The refined model, in evaluation mode, in the dtype and on the device of `model`.
+    """
+    student = copy.deepcopy(model).float()
+    for name, weight in student.named_parameters():
+        weight.requires_grad_(name.removeprefix("transformer.").startswith(("wte.", "scale_", "lm_head.")))
+    set_dropout(student, 0.0)
+    block_size = len(blocks[0]["input_ids"])
+    set_seed(seed)
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = TrainingArguments(
+            output_dir=folder,
+            max_steps=steps,
+            per_device_train_batch_size=max(1, TOKENS_PER_STEP // block_size),
+            learning_rate=LEARNING_RATE,
+            lr_scheduler_type="cosine_with_min_lr",
+            lr_scheduler_kwargs={"min_lr_rate": 0.05},
+            warmup_steps=min(10, steps // 10),
+            adam_beta2=0.95,
+            optim="adamw_torch_fused",
+            seed=seed,
+            report_to="none",
+            save_strategy="no",
+            logging_strategy="no",
+            disable_tqdm=not progress,
+            dataloader_pin_memory=False,
+        )
+        arguments._n_gpu = min(
+            1, arguments.n_gpu
+        )  # one device: DataParallel would split the batch of the student alone
+        trainer = FactorizedTrainer(
+            distillation=Distillation(copy.deepcopy(baseline), weight=1.0),
+            model=student,
+            args=arguments,
+            train_dataset=spread_blocks(blocks, steps * TOKENS_PER_STEP),
+            data_collator=collate_blocks,
+        )
+        trainer.train()
+    refined = copy.deepcopy(model)
+    refined.load_state_dict(student.state_dict())
+    return refined.eval()

@@ -1,0 +1,70 @@
+"""The Trainer: how a step's loss and an evaluation's loss are computed."""
+
+from typing import Any
+
+import torch
+from datasets import Dataset
+from torch import nn
+from transformers import Trainer
+from transformers.trainer_utils import EvalLoopOutput
+
+from .distillation import Distillation
+from .evaluation import LossSum, perplexity, sum_loss
+
+
+class FactorizedTrainer(Trainer):
+    """`Trainer` whose evaluation loss is the mean over all tokens of the split, whatever batch or world size.
+
+    Args:
+        distillation: A teacher that gives a part of the training loss; `None` trains on the text alone.
+        **kwargs: What `Trainer` takes.
+    """
+
+    def __init__(self, distillation: Distillation | None = None, **kwargs: Any):
+        super().__init__(**kwargs)
+        self.distillation = distillation
+        if distillation is not None:
+            half = torch.bfloat16 if self.args.bf16 else torch.float16
+            on_cuda = self.args.device.type == "cuda"
+            distillation.teacher.to(self.args.device, half if on_cuda else torch.float32)
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, torch.Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | None = None,
+    ) -> torch.Tensor | tuple[torch.Tensor, Any]:
+        """Mix the divergence from the teacher into the loss, each a mean over the tokens of the whole batch."""
+        if self.distillation is None:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        weight = self.distillation.weight
+        if weight < 1:
+            loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        else:
+            loss, outputs = 0.0, model(input_ids=inputs["input_ids"])
+        divergence = self.distillation.divergence(outputs["logits"], inputs["input_ids"], inputs["labels"])
+        processes = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
+        loss = (1 - weight) * loss + weight * divergence * processes / num_items_in_batch
+        return (loss, outputs) if return_outputs else loss
+
+    def evaluation_loop(
+        self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"
+    ) -> EvalLoopOutput:
+        """Sum each process's share of the blocks, then add the shares."""
+        blocks: Dataset = dataloader.dataset
+        rank, world_size = self.args.process_index, self.args.world_size
+        share = blocks.select(range(rank, len(blocks), world_size))
+        local = sum_loss(
+            self.model,
+            share,
+            self.args.eval_batch_size,
+            device=self.args.device,
+            context=self.compute_loss_context_manager,
+            desc=None if self.args.disable_tqdm or not self.is_local_process_zero() else description,
+        )
+        totals = torch.tensor([local.nats, local.tokens], dtype=torch.float64, device=self.args.device)
+        nats, tokens = self.accelerator.reduce(totals, "sum").tolist()
+        total = LossSum(nats, int(tokens))
+        metrics = {f"{metric_key_prefix}_loss": total.loss, f"{metric_key_prefix}_perplexity": perplexity(total.loss)}
+        return EvalLoopOutput(predictions=None, label_ids=None, metrics=metrics, num_samples=len(blocks))

@@ -1,0 +1,157 @@
+"""The divergence from a teacher: its value, its gradient, its part in the Trainer's loss."""
+
+import json
+import math
+
+import pytest
+import torch
+from conftest import random_ids, tiny_model
+from torch.nn import functional
+
+from factorized_gpt2 import distillation as module
+from factorized_gpt2.arguments import parse_run
+from factorized_gpt2.data import IGNORED_LABEL
+from factorized_gpt2.distillation import Distillation, kl_divergence
+from factorized_gpt2.errors import UserError
+from factorized_gpt2.training import run_experiment
+
+
+def plain(student, teacher, counted, temperature):
+    """The same in PyTorch's own words, float64."""
+    p, q = ((x.double() / temperature).log_softmax(-1) for x in (teacher, student))
+    rows = functional.kl_div(q, p, reduction="none", log_target=True).sum(-1)
+    return (rows * counted).sum() * temperature**2
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.5])
+@pytest.mark.parametrize("rows", [1, 7, 513])
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 1e-2)], ids=["float32", "bfloat16"]
+)
+def test_value_and_gradient(monkeypatch, rows, temperature, dtype, tolerance):
+    monkeypatch.setattr(module, "ROWS_AT_ONCE", 100)
+    student = (3 * torch.randn(rows, 31)).to(dtype).requires_grad_()
+    teacher = (3 * torch.randn(rows, 31)).to(dtype)
+    counted = torch.rand(rows) < 0.8
+    value = kl_divergence(student, lambda which: teacher[which], counted, temperature)
+    (3 * value).backward()
+    gradient, student.grad = student.grad, None
+    expected = plain(student, teacher, counted, temperature)
+    (3 * expected).backward()
+    assert value.dtype == torch.float32
+    assert value.item() == pytest.approx(expected.item(), rel=1e-5, abs=1e-5)
+    assert gradient.dtype == dtype
+    torch.testing.assert_close(gradient, student.grad, rtol=tolerance, atol=tolerance)
+    assert (gradient[~counted] == 0).all()
+
+
+def test_two_tokens_by_hand():
+    # p = (1/2, 1/2), q = (1/4, 3/4): KL = log(2) / 2 + log(2/3) / 2.
+    student = torch.tensor([[0.0, math.log(3)]])
+    value = kl_divergence(student, lambda rows: torch.zeros(1, 2)[rows], torch.tensor([True]))
+    assert value.item() == pytest.approx(0.5 * math.log(2) + 0.5 * math.log(2 / 3), abs=1e-6)
+
+
+def test_a_model_is_not_apart_from_itself():
+    model, ids = tiny_model(n_embd_wte=None), random_ids()
+    teacher = Distillation(tiny_model(n_embd_wte=None).train(), 1.0)
+    assert not teacher.teacher.training
+    assert teacher.divergence(model(ids).logits, ids, ids).item() == pytest.approx(0, abs=1e-5)
+
+
+def test_only_positions_with_a_next_label_count():
+    student, ids = tiny_model(), random_ids()
+    teacher = Distillation(tiny_model(n_embd_wte=None), 0.5)
+    labels = ids.clone()
+    labels[1, 6:] = IGNORED_LABEL
+    logits = student(ids).logits
+    counted = torch.zeros(2, 10)
+    counted[0, :9] = counted[1, :5] = 1
+    expected = plain(logits, teacher.teacher(ids).logits, counted, 1.0)
+    value = teacher.divergence(logits, ids, labels)
+    assert value.item() == pytest.approx(expected.item(), rel=1e-5)
+    value.backward()
+    assert student.scale_down.weight.grad.abs().max() > 0
+    assert all(weight.grad is None for weight in teacher.teacher.parameters())
+
+
+@pytest.fixture(scope="module")
+def baseline(tmp_path_factory, corpus, tokenizer):
+    folder = tmp_path_factory.mktemp("distillation") / "gpt_baseline"
+    tiny_model(n_embd_wte=None, vocab_size=len(tokenizer)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def words(corpus, output_dir, *rest) -> list[str]:
+    text = ["--train_file", corpus / "train.jsonl", "--validation_file", corpus / "validation.jsonl"]
+    steps = ["--do_train", "True", "--max_steps", 3, "--logging_steps", 1, "--learning_rate", "1e-3"]
+    quiet = [
+        "--report_to",
+        "none",
+        "--save_strategy",
+        "no",
+        "--block_size",
+        16,
+        "--dropout",
+        0,
+        "--disable_tqdm",
+        True,
+    ]
+    return [str(word) for word in [*text, *steps, *quiet, "--output_dir", output_dir, *rest]]
+
+
+def first_loss(folder, tmp_path, corpus, *rest) -> float:
+    run_experiment(parse_run(words(corpus, folder, *rest)))
+    return json.loads((folder / "results.json").read_text())["train_loss"]
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_the_weight_mixes_the_two_losses(baseline, tmp_path, corpus, accumulation):
+    start = ["--baseline", baseline, "--n_embd_wte", 6, "--lora_rank", 2, "--max_steps", 1]
+    start += ["--per_device_train_batch_size", 4 // accumulation, "--gradient_accumulation_steps", accumulation]
+    losses = {
+        weight: first_loss(tmp_path / f"run{weight}", tmp_path, corpus, *start, "--distillation_weight", weight)
+        for weight in (0, 0.25, 1)
+    }
+    assert losses[0.25] == pytest.approx(0.75 * losses[0] + 0.25 * losses[1], rel=1e-4)
+    assert abs(losses[0] - losses[1]) > 0.1
+
+
+def test_a_scratch_run_learns_from_a_named_teacher(baseline, tmp_path, corpus):
+    shape = ["--n_layer", 1, "--n_head", 2, "--n_embd", 24, "--n_embd_wte", 8, "--tokenizer", corpus / "tokenizer"]
+    teacher = ["--teacher", baseline, "--distillation_weight", 1, "--distillation_temperature", 2]
+    results = run_experiment(parse_run(words(corpus, tmp_path / "run", *shape, *teacher)))
+    assert math.isfinite(results.train_loss)
+    assert results.settings["teacher"] == str(baseline)
+
+
+@pytest.mark.parametrize(
+    ("rest", "complaint"),
+    [
+        (["--distillation_weight", "1.5"], r"must lie in \[0, 1\], got 1.5"),
+        (["--distillation_weight", "nan"], r"must lie in \[0, 1\], got nan"),
+        (["--distillation_weight", "0.5", "--distillation_temperature", "0"], "must be positive, got 0.0"),
+        (["--teacher", "somewhere"], "teacher does nothing"),
+    ],
+)
+def test_bad_settings(baseline, tmp_path, corpus, rest, complaint):
+    with pytest.raises(UserError, match=complaint):
+        parse_run(words(corpus, tmp_path / "run", "--baseline", baseline, *rest))
+
+
+def test_a_scratch_run_must_name_its_teacher(tmp_path, corpus):
+    with pytest.raises(UserError, match="needs a teacher"):
+        parse_run(words(corpus, tmp_path, "--tokenizer", "t", "--distillation_weight", "0.5"))
+
+
+@pytest.mark.parametrize(
+    ("shape", "complaint"),
+    [({"vocab_size": 99}, "has 99 tokens, the model 300"), ({"n_positions": 15}, "exceeds the 15 positions")],
+)
+def test_a_teacher_that_does_not_fit(baseline, tmp_path, corpus, tokenizer, shape, complaint):
+    tiny_model(**({"vocab_size": len(tokenizer), "n_embd_wte": None} | shape)).save_pretrained(tmp_path / "teacher")
+    distil = ["--teacher", tmp_path / "teacher", "--distillation_weight", 0.5]
+    with pytest.raises(UserError, match=complaint):
+        run_experiment(parse_run(words(corpus, tmp_path / "run", "--baseline", baseline, *distil)))
+    assert not (tmp_path / "run/run.json").exists()
