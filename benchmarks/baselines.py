@@ -1,16 +1,27 @@
 """Texts and baselines of the benchmarks: a 3-layer GPT-2, d = 192, V = 8192, trained here or found trained."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from datasets import Dataset, load_dataset
+from datasets import Dataset, disable_progress_bars, load_dataset
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+from transformers.utils import logging
 
 from factorized_gpt2.arguments import load_config, parse_run
+from factorized_gpt2.baseline import Baseline, load_baseline
+from factorized_gpt2.calibration import spread_blocks
+from factorized_gpt2.compression import CalibrationText, Compressor, Recipe
 from factorized_gpt2.corpus import hold_out, python_documents, train_tokenizer
+from factorized_gpt2.data import TextSource, load_blocks, load_tokenizer
 from factorized_gpt2.errors import UserError
+from factorized_gpt2.evaluation import sum_loss
 from factorized_gpt2.files import replacing_folder
 from factorized_gpt2.training import run_experiment
 
+CONFIG = Path(__file__).with_name("baseline.json")
+BLOCK_SIZE = load_config(str(CONFIG))["block_size"]
 VOCAB_SIZE = 8192
 STEPS = {"books": 2500, "python": 1000}  # of 2,048 tokens: an eighth of an epoch, and four epochs
 
@@ -30,7 +41,11 @@ class BaselineArguments:
         default="../shared/data",
         metadata={"help": "Holds books/{train,train-small,validation}.parquet, rows opening a book '# Title: '."},
     )
-    seed: int = field(default=0, metadata={"help": "Of the baseline's training, and of every draw after it."})
+    seeds: list[int] = field(
+        default_factory=lambda: [0], metadata={"help": "Each trains a baseline, and draws all that is drawn after it."}
+    )
+    calibration_tokens: int = field(default=16384, metadata={"help": "Tokens of the training text."})
+    eval_tokens: int = field(default=131072, metadata={"help": "Tokens of the held-out text, evenly spread."})
     work_dir: str = field(default="benchmark_output", metadata={"help": "Where texts and baselines are kept."})
     baseline_steps: int | None = field(
         default=None, metadata={"help": "For a quicker baseline. None: the text's own."}
@@ -75,16 +90,54 @@ def text_words(texts: Texts) -> list[str]:
     return words + (["--document_start", texts.document_start] if texts.document_start else [])
 
 
-def prepare_baseline(arguments: BaselineArguments, texts: Texts) -> Path:
+def prepare_baseline(arguments: BaselineArguments, texts: Texts, seed: int) -> Path:
     """Train the baseline, unless it is there; return its folder."""
-    folder = Path(arguments.work_dir) / f"{arguments.text}-seed{arguments.seed}" / "gpt_baseline"
-    config = Path(__file__).with_name("baseline.json")
+    folder = Path(arguments.work_dir) / f"{arguments.text}-seed{seed}" / "gpt_baseline"
     steps = arguments.baseline_steps or STEPS[arguments.text]
-    words = ["--config", str(config), "--tokenizer", texts.tokenizer, *text_words(texts), "--output_dir", str(folder)]
-    run_experiment(parse_run([*words, "--seed", str(arguments.seed), "--max_steps", str(steps)]))
+    words = ["--config", str(CONFIG), "--tokenizer", texts.tokenizer, *text_words(texts), "--output_dir", str(folder)]
+    run_experiment(parse_run([*words, "--seed", str(seed), "--max_steps", str(steps)]))
     return folder
 
 
-def block_size() -> int:
-    """Tokens a block of every baseline."""
-    return load_config(str(Path(__file__).with_name("baseline.json")))["block_size"]
+@dataclass(frozen=True)
+class Bench:
+    """A trained baseline and the text to measure on."""
+
+    seed: int
+    baseline: Baseline
+    tokenizer: PreTrainedTokenizerBase
+    calibration: CalibrationText
+    held_out: Dataset
+
+    def compressor(self, method: str, tied: bool = True, refine_steps: int = 0) -> Compressor:
+        """Make a compressor that keeps nothing on disk but PCA's factor files."""
+        recipe = Recipe(method, tied, refine_steps, self.seed)
+        root = Path(self.baseline.name).parent
+        return Compressor(self.baseline, recipe, root, self.tokenizer, self.calibration)
+
+    def loss(self, model: nn.Module) -> float:
+        """Measure a model, in nats a token of the held-out text."""
+        return sum_loss(model, self.held_out, batch_size=16).loss
+
+    def ranks(self) -> list[int]:
+        """d/12, d/6, d/3 and 2d/3."""
+        width = self.baseline.model.config.n_embd
+        return [width // 12, width // 6, width // 3, 2 * width // 3]
+
+
+def benches(arguments: BaselineArguments) -> Iterator[Bench]:
+    """Train or find the baseline of every seed."""
+    disable_progress_bars()
+    logging.disable_progress_bar()
+    texts = prepare_texts(arguments)
+    tokenizer = load_tokenizer(texts.tokenizer)
+    for seed in arguments.seeds:
+        baseline = load_baseline(str(prepare_baseline(arguments, texts, seed)))
+        training, validation = (
+            load_blocks(
+                TextSource(files=(name,), document_start=texts.document_start), tokenizer, BLOCK_SIZE, keep_tail=False
+            )
+            for name in (texts.train_file, texts.validation_file)
+        )
+        calibration = CalibrationText(training, arguments.calibration_tokens, texts.train_file)
+        yield Bench(seed, baseline, tokenizer, calibration, spread_blocks(validation, arguments.eval_tokens))

@@ -6,7 +6,7 @@ import json
 import logging
 import os
 from collections.abc import Iterable
-from dataclasses import dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -249,6 +249,12 @@ class Run:
         for name in ("logging_dir", "local_rank", "overwrite_output_dir", "disable_tqdm", "hub_token"):
             settings.pop(name, None)
         return settings
+
+
+def default_settings() -> dict[str, Any]:
+    """Collect the default of every setting that has a fixed one."""
+    parts = (ModelArguments, AdapterArguments, DistillationArguments, DataArguments, RunArguments)
+    return {item.name: item.default for part in parts for item in fields(part) if item.default is not MISSING}
 
 
 def parse_run(argv: list[str]) -> Run:

@@ -4,7 +4,7 @@ import copy
 import tempfile
 
 from datasets import Dataset
-from transformers import TrainingArguments, set_seed
+from transformers import PrinterCallback, ProgressCallback, TrainingArguments, set_seed
 
 from .adapters import set_dropout
 from .calibration import spread_blocks
@@ -57,7 +57,7 @@ def refine(
             report_to="none",
             save_strategy="no",
             logging_strategy="no",
-            disable_tqdm=not progress,
+            disable_tqdm=True,
             dataloader_pin_memory=False,
         )
         arguments._n_gpu = min(
@@ -70,7 +70,17 @@ def refine(
             train_dataset=spread_blocks(blocks, steps * TOKENS_PER_STEP),
             data_collator=collate_blocks,
         )
+        trainer.remove_callback(PrinterCallback)
+        if progress:
+            trainer.add_callback(_Bar)
         trainer.train()
     refined = copy.deepcopy(model)
     refined.load_state_dict(student.state_dict())
     return refined.eval()
+
+
+class _Bar(ProgressCallback):
+    """A progress bar alone: the command's table is all that goes to stdout."""
+
+    def on_log(self, *args, **kwargs) -> None:
+        """Write nothing."""

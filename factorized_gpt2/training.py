@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
 from .adapters import DROPOUTS, add_lora, merge, set_dropout, untie_head
-from .arguments import ModelArguments, Run
+from .arguments import ModelArguments, Run, default_settings
 from .baseline import check_tokenizer, load_baseline, load_compressed
 from .compression import RECORD_NAME, Compressor, Recipe
 from .configuration_factorized_gpt2 import FactorizedGPT2Config
@@ -268,9 +268,10 @@ def _claim(output_dir: Path, run: Run) -> Results | None:
             results_path.unlink(missing_ok=True)
             settings_path.unlink(missing_ok=True)
     elif settings_path.exists():
-        stored, asked = read_json(settings_path), run.settings()
-        if stored != asked:
-            changed = sorted(name for name, value in asked.items() if stored.get(name) != value)
+        stored, asked, defaults = read_json(settings_path), run.settings(), default_settings()
+        # A setting that came with a later version counts as having had its default.
+        changed = sorted(name for name, value in asked.items() if stored.get(name, defaults.get(name)) != value)
+        if changed:
             raise UserError(
                 f"{output_dir} holds a run with other settings ({', '.join(changed[:5])}); choose another "
                 "--output_dir, or replace it with --overwrite_output_dir."

@@ -1,0 +1,79 @@
+"""Every method at four ranks: loss on held-out text, share of PCA's loss gap closed, bytes, seconds.
+
+`python benchmarks/methods.py --text books --data_dir DATA --seeds 0 1`; without --text, on Python's documentation.
+"""
+
+import statistics
+import sys
+import time
+from collections import defaultdict
+from dataclasses import dataclass, field
+
+from baselines import BaselineArguments, Bench, benches
+from tabulate import tabulate
+
+from factorized_gpt2.arguments import ManualParser
+from factorized_gpt2.cli.shell import run_command
+from factorized_gpt2.compression import METHODS
+from factorized_gpt2.evaluation import model_size
+
+
+@dataclass
+class MethodsArguments(BaselineArguments):
+    """What to compare, and on which baseline."""
+
+    refine_steps: list[int] = field(default_factory=lambda: [100, 200], metadata={"help": "Steps, one row each."})
+    refine_from: list[str] = field(default_factory=lambda: ["tokenwise"], metadata={"help": "Methods to refine from."})
+
+
+def main(argv: list[str]) -> None:
+    """Measure on every seed's baseline, then print one table."""
+    arguments = ManualParser(MethodsArguments, prog="methods.py", description=__doc__).parse(argv)[0]
+    ways = [(method, 0) for method in METHODS]
+    ways += [(method, steps) for method in arguments.refine_from for steps in arguments.refine_steps]
+    rows = defaultdict(list)
+    for bench in benches(arguments):
+        baseline = bench.loss(bench.baseline.model)
+        print(f"seed {bench.seed}: baseline {baseline:.4f}", flush=True)
+        for way in ways:
+            _measure(bench, *way, baseline, rows)
+    print_table(rows)
+
+
+def _measure(bench: Bench, method: str, steps: int, baseline: float, rows: dict) -> None:
+    compressor = bench.compressor(method, refine_steps=steps)
+    for rank in bench.ranks():
+        began = time.perf_counter()
+        model, _ = compressor.make(rank)
+        seconds = time.perf_counter() - began
+        loss = bench.loss(model)
+        pca = rows[rank, "pca", 0][-1]["loss"] if (rank, "pca", 0) in rows else loss
+        closed = (pca - loss) / (pca - baseline)
+        rows[rank, method, steps].append(
+            {"loss": loss, "closed": closed, "bytes": model_size(model).bytes, "seconds": seconds}
+        )
+        print(f"k = {rank}, {method}, {steps} steps: {loss:.4f}, {closed:.1%}, {seconds:.1f} s", flush=True)
+
+
+def print_table(rows: dict) -> None:
+    """Print means over seeds; of the gap closed the range too."""
+    table = []
+    for (rank, method, steps), measured in sorted(rows.items(), key=lambda item: item[0][0]):
+        mean = {name: statistics.mean(row[name] for row in measured) for name in measured[0]}
+        closed = [row["closed"] for row in measured]
+        table.append(
+            {
+                "k": rank,
+                "method": method + (f", refined {steps}" if steps else ""),
+                "MB": f"{mean['bytes'] / 1e6:.2f}",
+                "loss": f"{mean['loss']:.3f}",
+                "gap closed": f"{mean['closed']:.1%}",
+                "range": f"{min(closed):.1%} to {max(closed):.1%}",
+                "seconds": f"{mean['seconds']:.1f}",
+            }
+        )
+    print(tabulate(table, headers="keys", tablefmt="github", disable_numparse=True))
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main))

@@ -1,0 +1,81 @@
+"""Seconds and memory of the factorization alone at GPT-2's size, four ranks: `python benchmarks/speed.py`.
+
+A random matrix and random calibration samples, tokens drawn by Zipf's law, stand for GPT-2's; each method runs in a
+process of its own, so that the peak of memory is its own.
+"""
+
+import multiprocessing
+import resource
+import sys
+import time
+from dataclasses import dataclass, field
+
+import numpy as np
+from tabulate import tabulate
+
+from factorized_gpt2.arguments import ManualParser
+from factorized_gpt2.calibration import DRAWS
+from factorized_gpt2.cli.shell import run_command
+from factorized_gpt2.compression import METHODS
+from factorized_gpt2.data_aware_factorization import VocabularyUse, factorize_data_aware
+from factorized_gpt2.factorization import factorize_ranks
+from factorized_gpt2.row_fit import Side
+
+
+@dataclass
+class SpeedArguments:
+    """The size of the problem."""
+
+    vocab_size: int = field(default=50257, metadata={"help": "V."})
+    width: int = field(default=768, metadata={"help": "d."})
+    ranks: list[int] = field(default_factory=lambda: [64, 128, 256, 512], metadata={"help": "k."})
+    tokens: int = field(default=16384, metadata={"help": "Calibration tokens."})
+
+
+def main(argv: list[str]) -> None:
+    """Run every method in its own process and print a table."""
+    arguments = ManualParser(SpeedArguments, prog="speed.py", description=__doc__).parse(argv)[0]
+    context = multiprocessing.get_context("spawn")
+    rows = []
+    for method in METHODS:
+        with context.Pool(1) as pool:
+            rows.append({"method": method} | pool.apply(_measure, (method, arguments)))
+    print(tabulate(rows, headers="keys", tablefmt="github", floatfmt=".2f"))
+
+
+def _measure(method: str, arguments: SpeedArguments) -> dict[str, float]:
+    rng = np.random.default_rng(0)
+    weight = rng.standard_normal((arguments.vocab_size, arguments.width), np.float32)
+    weight *= np.geomspace(1, 0.1, arguments.width, dtype=np.float32)
+    use = _random_use(arguments, rng)
+    before = _peak_memory()
+    began = time.perf_counter()
+    if method == "pca":
+        factorize_ranks(weight, arguments.ranks)
+    else:
+        factorize_data_aware(weight, arguments.ranks, method, use)
+    seconds = time.perf_counter() - began
+    return {"seconds": seconds, "peak memory, GB": _peak_memory(), "of it before, GB": before}
+
+
+def _random_use(arguments: SpeedArguments, rng: np.random.Generator) -> VocabularyUse:
+    frequencies = 1 / np.arange(1, arguments.vocab_size + 1)
+    frequencies /= frequencies.sum()
+    gradients, hidden = rng.standard_normal((2, arguments.tokens, arguments.width), np.float32)
+    positions = np.arange(arguments.tokens)
+    ids = rng.choice(arguments.vocab_size, arguments.tokens, p=frequencies)
+    draws = rng.choice(arguments.vocab_size, arguments.tokens * DRAWS, p=frequencies)
+    variances = np.full(len(draws), 0.8 / DRAWS, np.float32)
+    return VocabularyUse(
+        token_counts=(frequencies * 1e7).astype(np.int64),
+        input_side=Side(gradients, ids, positions, np.ones(len(ids), np.float32)),
+        output_side=Side(hidden, draws, np.repeat(positions, DRAWS), variances),
+    )
+
+
+def _peak_memory() -> float:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main))

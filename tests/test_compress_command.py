@@ -1,0 +1,217 @@
+"""`compress.py` beyond PCA: methods that read text, refinement, ranks chosen for the user, what is left behind."""
+
+import json
+import re
+
+import pytest
+import torch
+from matplotlib import image
+
+from factorized_gpt2 import FactorizedGPT2
+from factorized_gpt2.arguments import parse_run
+from factorized_gpt2.cli.compress import compress
+from factorized_gpt2.cli.evaluate import evaluate
+from factorized_gpt2.errors import UserError
+from factorized_gpt2.training import run_experiment
+
+WIDTH, BLOCK_SIZE = 32, 48
+
+
+def train_words(corpus, output_dir, *rest) -> list[str]:
+    text = ["--train_file", corpus / "train.jsonl", "--validation_file", corpus / "validation.jsonl"]
+    quiet = ["--report_to", "none", "--save_strategy", "no", "--block_size", 16, "--disable_tqdm", True]
+    return [str(word) for word in [*text, *quiet, "--output_dir", output_dir, *rest]]
+
+
+@pytest.fixture(scope="module")
+def baseline(tmp_path_factory, corpus):
+    """Train a model, so that compression costs something."""
+    folder = tmp_path_factory.mktemp("command") / "gpt_baseline"
+    shape = ["--n_layer", 1, "--n_head", 2, "--n_embd", WIDTH, "--tokenizer", corpus / "tokenizer"]
+    train = ["--do_train", True, "--max_steps", 60, "--learning_rate", "1e-2", "--block_size", BLOCK_SIZE]
+    run_experiment(parse_run(train_words(corpus, folder, *shape, *train)))
+    return folder
+
+
+@pytest.fixture
+def words(baseline, corpus, tmp_path):
+    """Make the command's words: the baseline, where to write, and what else is asked."""
+    calibration = ["--calibration_file", corpus / "train.jsonl", "--calibration_tokens", 480]
+    evaluation = ["--eval_file", corpus / "validation.jsonl"]
+    parts = {"calibration": calibration, "evaluation": evaluation}
+
+    def make(*rest, texts=("calibration",)):
+        text = [word for name in texts for word in parts[name]]
+        return [str(word) for word in ["--baseline", baseline, "--output_dir", tmp_path, *text, *rest]]
+
+    return make
+
+
+def record(folder) -> dict:
+    return json.loads((folder / "compression.json").read_text())
+
+
+def weights(folder) -> dict[str, torch.Tensor]:
+    return FactorizedGPT2.from_pretrained(folder).state_dict()
+
+
+@pytest.mark.parametrize("method", ["weighted", "joint", "tokenwise"])
+def test_methods_that_read_text(words, tmp_path, corpus, method):
+    compress(words("--ranks", 4, 9, "--method", method))
+    folder = tmp_path / f"gpt_{method}_nofinetune_k4"
+    written = record(folder)
+    assert written["method"] == method
+    assert written["n_embd_wte"] == 4
+    assert written["seed"] == 0
+    assert written["calibration"]["text"] == str(corpus / "train.jsonl")
+    assert written["calibration"]["tokens"] == 480
+    assert written["calibration"]["block_size"] == BLOCK_SIZE
+    assert (
+        0
+        < written["explained_variance_ratio"]
+        < record(tmp_path / f"gpt_{method}_nofinetune_k9")["explained_variance_ratio"]
+    )
+    model = FactorizedGPT2.from_pretrained(folder)
+    assert model.config.n_embd_wte == 4
+    assert model.config.tie_word_embeddings
+    assert not list(tmp_path.glob("*_factorized"))
+    assert image.imread(tmp_path / f"spectrum_{method}.png").std() > 0
+    assert not (tmp_path / f"loss_against_bytes_{method}.png").exists()
+
+
+def test_refinement_brings_the_model_nearer(words, tmp_path, capsys):
+    for method in ("pca", "tokenwise"):
+        losses = []
+        for steps in (0, 30):
+            texts = ("calibration", "evaluation") if steps or method != "pca" else ("evaluation",)
+            compress(words("--ranks", 3, "--method", method, "--refine", steps, texts=texts))
+            losses.append(float(capsys.readouterr().out.splitlines()[-1].split()[-4]))
+        assert losses[1] < losses[0] - 0.01
+        assert record(tmp_path / f"gpt_{method}_refined_k3")["refine_steps"] == 30
+
+
+def test_an_untied_model_has_a_head_of_its_own(words, tmp_path):
+    compress(words("--ranks", 5, "--method", "tokenwise", "--tie_word_embeddings", "false"))
+    compress(words("--ranks", 5, "--tie_word_embeddings", "false", texts=()))
+    for method in ("tokenwise", "pca"):
+        model = FactorizedGPT2.from_pretrained(tmp_path / f"gpt_{method}_untied_nofinetune_k5")
+        assert not model.config.tie_word_embeddings
+        assert not torch.equal(model.lm_head.weight, model.transformer.wte.weight) or method == "pca"
+
+
+def test_what_was_made_in_the_same_way_is_reused(words, tmp_path):
+    asked = words("--ranks", 4, "--method", "joint")
+    compress(asked)
+    path = tmp_path / "gpt_joint_nofinetune_k4/model.safetensors"
+    written = path.stat().st_mtime_ns
+    compress(asked)
+    assert path.stat().st_mtime_ns == written
+    for other in (["--seed", 1], ["--calibration_tokens", 96]):
+        with pytest.raises(UserError, match=f"made with another {'seed' if '--seed' in other else 'calibration'}"):
+            compress([*asked, *map(str, other)])
+    compress([*asked, "--seed", "1", "--overwrite"])
+    assert record(path.parent)["seed"] == 1
+
+
+def test_the_same_seed_gives_the_same_model(words, tmp_path):
+    asked = words("--ranks", 4, "--method", "tokenwise", "--refine", 3)
+    compress(asked)
+    first = weights(tmp_path / "gpt_tokenwise_refined_k4")
+    compress([*asked, "--output_dir", str(tmp_path / "again")])
+    second = weights(tmp_path / "again/gpt_tokenwise_refined_k4")
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_the_rank_for_a_loss(words, tmp_path, capsys):
+    compress(words("--target_loss_increase", 0.3, texts=("evaluation",)))
+    out = capsys.readouterr().out
+    tried = {int(rank): float(increase) for rank, increase in re.findall(r"^k = (\d+): (\S+) nats", out, re.MULTILINE)}
+    chosen = [path for path in tmp_path.iterdir() if path.name.startswith("gpt_")]
+    assert len(chosen) == 1
+    rank = record(chosen[0])["n_embd_wte"]
+    assert tried[rank] <= 0.3
+    assert tried[rank - 1] > 0.3
+    assert len(tried) < 12
+    assert image.imread(tmp_path / "loss_against_bytes_pca.png").std() > 0
+
+
+@pytest.mark.parametrize("method", ["pca", "joint"])
+def test_the_rank_for_a_share(words, tmp_path, method):
+    texts = ("calibration",) if method == "joint" else ()
+    compress(words("--explained_variance", 0.7, "--method", method, texts=texts))
+    (folder,) = tmp_path.glob("gpt_*")
+    written = record(folder)
+    assert written["explained_variance_ratio"] >= 0.7
+    compress(words("--ranks", written["n_embd_wte"] - 1, "--method", method, texts=texts))
+    below = record(tmp_path / folder.name.replace(f"k{written['n_embd_wte']}", f"k{written['n_embd_wte'] - 1}"))
+    assert below["explained_variance_ratio"] < 0.7
+
+
+@pytest.mark.parametrize(
+    ("rest", "texts", "complaint"),
+    [
+        ([], (), "Set one of ranks, target_loss_increase and explained_variance"),
+        (["--ranks", 4, "--explained_variance", 0.5], (), "Set one of ranks"),
+        (["--explained_variance", 1.5], (), r"must lie in \(0, 1\], got 1.5"),
+        (["--explained_variance", 1.0], (), f"needs the whole width of {WIDTH}"),
+        (["--target_loss_increase", 0.1], (), "needs text to measure on"),
+        (["--target_loss_increase", -0.1], ("evaluation",), "must be positive"),
+        (["--target_loss_increase", 1e-9], ("evaluation",), f"Even rank {WIDTH - 1} costs"),
+        (["--ranks", 4, "--method", "joint"], (), "method joint learns from text"),
+        (["--ranks", 4, "--refine", 5], ("evaluation",), "refinement learns from text"),
+        (["--ranks", 4, "--refine", -1], (), "refine must not be negative"),
+        (["--ranks", 4], ("calibration",), "calibration_file does nothing"),
+        (["--ranks", 4, "--method", "svd"], (), "method.*invalid choice: 'svd'"),
+        (["--ranks", 4, "--method", "joint", "--calibration_tokens", 0], ("calibration",), "must be positive, got 0"),
+    ],
+)
+def test_bad_requests(words, tmp_path, rest, texts, complaint):
+    with pytest.raises(UserError, match=complaint):
+        compress(words(*rest, texts=texts))
+    assert not list(tmp_path.glob("gpt_*"))
+
+
+@pytest.fixture
+def compressed(words, tmp_path):
+    compress(words("--ranks", 6, "--method", "tokenwise"))
+    return tmp_path / "gpt_tokenwise_nofinetune_k6"
+
+
+def test_training_starts_from_a_compressed_model_and_learns_from_its_baseline(compressed, tmp_path, corpus, capsys):
+    start = ["--compressed", compressed, "--lora_rank", 2]
+    train = ["--do_train", True, "--max_steps", 2, "--distillation_weight", 0.5, "--learning_rate", "1e-3"]
+    results = run_experiment(parse_run(train_words(corpus, tmp_path / "run", *start, *train)))
+    assert results.family == "compressed-lora"
+    assert results.n_embd_wte == 6
+    adapter = json.loads((tmp_path / "run/adapter/adapter_config.json").read_text())
+    assert adapter["base_model_name_or_path"] == str(compressed)
+    unchanged = run_experiment(parse_run(train_words(corpus, tmp_path / "eval", "--compressed", compressed)))
+    evaluate(["--models", str(compressed), "--eval_file", str(corpus / "validation.jsonl"), "--block_size", "16"])
+    assert f"{unchanged.eval_loss:.4f}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("rest", "complaint"),
+    [
+        (["--n_embd_wte", 4], "n_embd_wte contradicts compressed"),
+        (["--baseline", "b"], "baseline contradicts compressed"),
+        (["--n_layer", 4], "n_layer contradicts"),
+    ],
+)
+def test_contradictions_of_a_compressed_start(compressed, tmp_path, corpus, rest, complaint):
+    with pytest.raises(UserError, match=complaint):
+        parse_run(train_words(corpus, tmp_path / "run", "--compressed", compressed, *rest))
+
+
+def test_an_unfactorized_model_is_no_compressed_one(baseline, tmp_path, corpus):
+    run = parse_run(train_words(corpus, tmp_path / "run", "--compressed", baseline))
+    with pytest.raises(UserError, match="is not factorized"):
+        run_experiment(run)
+
+
+def test_a_compressed_model_without_a_record_needs_a_named_teacher(compressed, tmp_path, corpus):
+    (compressed / "compression.json").unlink()
+    train = ["--do_train", True, "--max_steps", 1, "--distillation_weight", 0.5]
+    run = parse_run(train_words(corpus, tmp_path / "run", "--compressed", compressed, *train))
+    with pytest.raises(UserError, match="does not say what it was compressed from"):
+        run_experiment(run)
