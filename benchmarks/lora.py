@@ -71,6 +71,7 @@ def _adapt(
             save_strategy="no",
             report_to="none",
             disable_tqdm=True,
+            dataloader_pin_memory=False,
             seed=bench.seed,
         )
         trainer = FactorizedTrainer(

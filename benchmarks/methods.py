@@ -47,7 +47,7 @@ def _measure(bench: Bench, method: str, steps: int, baseline: float, rows: dict)
         model, _ = compressor.make(rank)
         seconds = time.perf_counter() - began
         loss = bench.loss(model)
-        pca = rows[rank, "pca", 0][-1]["loss"] if (rank, "pca", 0) in rows else loss
+        pca = loss if method == "pca" and not steps else rows[rank, "pca", 0][-1]["loss"]
         closed = (pca - loss) / (pca - baseline)
         rows[rank, method, steps].append(
             {"loss": loss, "closed": closed, "bytes": model_size(model).bytes, "seconds": seconds}

@@ -1,5 +1,6 @@
 """What README tells a user to type is what the code understands."""
 
+import importlib
 import re
 import shlex
 from pathlib import Path
@@ -10,7 +11,7 @@ from conftest import tiny_model
 
 from factorized_gpt2 import FactorizedGPT2, FactorizedGPT2Config
 from factorized_gpt2.arguments import EvaluationArguments, ManualParser, parse_run
-from factorized_gpt2.cli.compress import CompressArguments
+from factorized_gpt2.cli.compress import CalibrationArguments, CompressArguments, check
 from factorized_gpt2.cli.evaluate import EvaluateArguments
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -33,11 +34,16 @@ def test_commands_are_understood(command):
         if "--config_file" in words:
             assert (REPOSITORY / words[words.index("--config_file") + 1]).exists()
     elif "compress.py" in words:
-        parser = ManualParser((CompressArguments, EvaluationArguments))
-        assert parser.parse(words[words.index("compress.py") + 1 :])[0].ranks
+        parser = ManualParser((CompressArguments, CalibrationArguments, EvaluationArguments))
+        check(*parser.parse(words[words.index("compress.py") + 1 :]))
     elif "evaluate.py" in words:
         parser = ManualParser((EvaluateArguments, EvaluationArguments))
         assert parser.parse(words[words.index("evaluate.py") + 1 :])[0].models
+    elif words[0] == "python":
+        script = Path(words[1])
+        assert (REPOSITORY / script).exists()
+        module = importlib.import_module(script.stem)
+        ManualParser(getattr(module, f"{script.stem.capitalize()}Arguments")).parse(words[2:])
     else:
         assert words[0] == "make"
         assert re.search(rf"^{words[1]}:", (REPOSITORY / "Makefile").read_text(), re.MULTILINE)

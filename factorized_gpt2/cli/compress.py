@@ -82,7 +82,7 @@ def compress(argv: list[str]) -> None:
         prog="compress.py",
         description="Factorize the token embedding and head of a trained GPT-2.",
     ).parse(argv)
-    _check(arguments, calibration, evaluation)
+    check(arguments, calibration, evaluation)
     baseline = load_baseline(arguments.baseline)
     if arguments.ranks:
         baseline.check_ranks(arguments.ranks)
@@ -117,7 +117,12 @@ def compress(argv: list[str]) -> None:
     _plot(compressor, ranks, measure)
 
 
-def _check(arguments: CompressArguments, calibration: CalibrationArguments, evaluation: EvaluationArguments) -> None:
+def check(arguments: CompressArguments, calibration: CalibrationArguments, evaluation: EvaluationArguments) -> None:
+    """Check what can be checked without a model.
+
+    Raises:
+        UserError: A setting out of range, or one that contradicts or lacks another.
+    """
     ranks, loss, share = arguments.ranks, arguments.target_loss_increase, arguments.explained_variance
     if sum(choice is not None for choice in (ranks, loss, share)) != 1:
         raise UserError("Set one of ranks, target_loss_increase and explained_variance.")
