@@ -134,25 +134,28 @@ _MINIMISED = {"pca": "variance", "weighted": "weighted variance"}
 
 
 def plot_loss_against_bytes(
-    points: Sequence[tuple[int, float, int]], baseline: tuple[float, int], method: str, path: Path
+    points: Sequence[tuple[int, float, int]], baseline_bytes: int, labelled: Sequence[int], method: str, path: Path
 ) -> None:
-    """Plot loss against the size of compressed models beside the baseline's; the format follows the suffix.
+    """Plot how much loss compressed models add, against their size; the format follows the suffix.
 
     Args:
-        points: Bytes, loss in nats a token and rank k of each model.
-        baseline: Loss and bytes of the baseline.
+        points: Bytes, loss beyond the baseline's in nats a token, and rank k of each model.
+        baseline_bytes: The baseline's size.
+        labelled: Ranks whose points are labelled.
         method: The method's name.
         path: Image to write.
     """
     figure, axes = plt.subplots(figsize=(6.4, 4.2), layout="constrained")
-    points = sorted(points)
-    axes.plot([size / 1e6 for size, _, _ in points], [loss for _, loss, _ in points], "o-", label=method)
-    for size, loss, rank in points:
-        axes.annotate(f"k = {rank}", (size / 1e6, loss), xytext=(6, 6), textcoords="offset points", fontsize=8)
-    axes.axhline(baseline[0], color="black", linewidth=1)
-    axes.plot(baseline[1] / 1e6, baseline[0], "ks", label="baseline")
+    # On a logarithmic scale, a model that loses nothing stands at the lower edge.
+    drawn = [(size / 1e6, max(increase, 1e-4), rank) for size, increase, rank in sorted(points)]
+    axes.plot([size for size, _, _ in drawn], [increase for _, increase, _ in drawn], "o-", label=method)
+    for size, increase, rank in drawn:
+        if rank in labelled:
+            axes.annotate(f"k = {rank}", (size, increase), xytext=(6, 6), textcoords="offset points", fontsize=8)
+    axes.axvline(baseline_bytes / 1e6, color="black", linewidth=1, label="size of the baseline")
+    axes.set_yscale("log")
     axes.set_xlabel("parameters [MB]")
-    axes.set_ylabel("loss [nats / token]")
+    axes.set_ylabel("loss beyond the baseline's [nats / token]")
     axes.grid(alpha=0.3)
     axes.legend(frameon=False)
     figure.savefig(path, dpi=150)

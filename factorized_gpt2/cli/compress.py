@@ -204,8 +204,8 @@ def _plot(compressor: Compressor, ranks: list[int], measure: _Measure) -> None:
     if measure.losses:
         (_, baseline, size), *others = measure.losses
         path = root / f"loss_against_bytes_{method}.png"
-        points = [(bytes_, loss.loss, rank) for rank, loss, bytes_ in others]
-        plot_loss_against_bytes(points, (baseline.loss, size), method, path)
+        points = [(bytes_, measured.loss - baseline.loss, rank) for rank, measured, bytes_ in others]
+        plot_loss_against_bytes(points, size, ranks, method, path)
         logger.info("Loss against bytes: %s", path)
 
 
