@@ -23,6 +23,7 @@ from .shell import run_command
 
 PROMPT = "Return a list of"
 VOCAB_SIZE = 4096
+REFINE_STEPS = 60
 
 
 @dataclass
@@ -50,18 +51,16 @@ def demo(argv: list[str]) -> None:
     _announce("Training the baseline")
     _run(names["baseline"], root, arguments)
     _announce("Compressing it by PCA, without training")
-    ranks = [str(load_config(f"demo/{name}")["n_embd_wte"]) for name in names["pca_nofinetune"]]
     corpus = root / "corpus"
-    compress(
-        [
-            f"--baseline={models / 'gpt_baseline'}",
-            f"--output_dir={models}",
-            f"--eval_file={corpus / 'validation.jsonl'}",
-            "--eval_batch_size=16",
-            "--ranks",
-            *ranks,
-        ]
-    )
+    ranks = [str(load_config(f"demo/{name}")["n_embd_wte"]) for name in names["pca_nofinetune"]]
+    words = [f"--baseline={models / 'gpt_baseline'}", f"--output_dir={models}", "--ranks", *ranks]
+    words += [f"--eval_file={corpus / 'validation.jsonl'}", "--eval_batch_size=16"]
+    compress(words)
+    _announce("Compressing it token by token, to the same size, and refining that")
+    learning = ["--method=tokenwise", f"--calibration_file={corpus / 'train.jsonl'}"]
+    refine_steps = REFINE_STEPS if arguments.max_steps is None else min(REFINE_STEPS, arguments.max_steps)
+    compress([*words, *learning])
+    compress([*words, *learning, f"--refine={refine_steps}"])
     for family, title in (
         ("pca_nofinetune", "Recording the compressed models"),
         ("pca_lora", "Healing them with LoRA"),
