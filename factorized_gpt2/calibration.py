@@ -144,8 +144,7 @@ def _draw(
 
 
 def _float32_parts(model: FactorizedGPT2, device: torch.device | str) -> tuple[nn.Module, torch.Tensor]:
-    """Return trunk and head matrix, in float32 on a device; of a copy, unless the model is so already."""
-    if model.dtype != torch.float32 or model.device != torch.device(device):
-        model = copy.deepcopy(model).to(device, torch.float32)
-    model.eval()
+    """Return trunk and head matrix, in float32 on a device and without dropout; copies, unless they are so already."""
+    if model.dtype != torch.float32 or model.device.type != torch.device(device).type or model.training:
+        model = copy.deepcopy(model).to(device, torch.float32).eval()
     return model.transformer, model.lm_head.weight.detach()

@@ -32,7 +32,8 @@ def smallest_rank_by_loss(increase_of: Callable[[int], float], largest: int, tar
     """Find the smallest rank whose loss exceeds the baseline's by no more than a target, with few evaluations.
 
     The increase is taken to fall as the rank grows. The logarithm of an increase is nearly a straight line in the
-    rank: where that line meets the target is tried next, unless it lies too near an end of what is still open.
+    rank: where that line meets the target is tried next, unless it lies too near an end of what is still open, or so
+    many tries have gone by that halving is due (as in the ITP method, Oliveira & Takahashi, 2020).
 
     Args:
         increase_of: Measures a rank's loss increase, in nats a token. Called once for any rank.
@@ -45,23 +46,27 @@ def smallest_rank_by_loss(increase_of: Callable[[int], float], largest: int, tar
     Raises:
         UserError: Even the largest rank exceeds the target.
     """
-    log_excess = {}
+    increases, log_excess = {}, {}
 
     def exceeds(rank: int) -> bool:
-        log_excess[rank] = math.log(max(increase_of(rank), target * 1e-3) / target)
+        increases[rank] = increase_of(rank)
+        excess = increases[rank] / target
+        # Infinite or NaN, a model that does not work; zero or less, one that loses nothing.
+        log_excess[rank] = math.log(min(max(excess, 1e-3), 1e6)) if not math.isnan(excess) else math.log(1e6)
         return log_excess[rank] > 0
 
     if exceeds(largest):
-        excess = math.exp(log_excess[largest]) * target
-        raise UserError(f"Even rank {largest} costs {excess:.4f} nats a token, more than {target}.")
+        raise UserError(f"Even rank {largest} costs {increases[largest]:.4f} nats a token, more than {target}.")
     if largest == 1 or not exceeds(1):
         return 1
     too_small, enough = 1, largest
+    halvings_left = math.ceil(math.log2(largest - 1)) + 1
     while enough - too_small > 1:
         open_ranks = enough - too_small
+        halvings_left -= 1
         slope = (log_excess[too_small] - log_excess[enough]) / open_ranks
         guess = too_small + round(log_excess[too_small] / slope)
-        margin = max(1, open_ranks // 8)
+        margin = min(max(1, open_ranks // 8, open_ranks - 2**halvings_left), open_ranks // 2)
         rank = min(max(guess, too_small + margin), enough - margin)
         if exceeds(rank):
             too_small = rank

@@ -4,7 +4,7 @@ import copy
 import tempfile
 
 from datasets import Dataset
-from transformers import PrinterCallback, ProgressCallback, TrainingArguments, set_seed
+from transformers import PrinterCallback, ProgressCallback, TrainingArguments
 
 from .adapters import set_dropout
 from .calibration import spread_blocks
@@ -41,7 +41,6 @@ def refine(
         weight.requires_grad_(name.removeprefix("transformer.").startswith(("wte.", "scale_", "lm_head.")))
     set_dropout(student, 0.0)
     block_size = len(blocks[0]["input_ids"])
-    set_seed(seed)
     with tempfile.TemporaryDirectory() as folder:
         arguments = TrainingArguments(
             output_dir=folder,

@@ -38,7 +38,7 @@ class Side:
         The shrinkage is OAS (Chen et al., 2010): the result is regular even with fewer vectors than dimensions.
         """
         moment, _ = oas(self.vectors.astype(np.float64), assume_centered=True)
-        floor = 1e-9 * np.trace(moment) / len(moment) + np.finfo(np.float64).tiny ** 0.5
+        floor = 1e-9 * np.trace(moment) / len(moment) + 1e-20  # the latter where all vectors are zero
         return moment + floor * np.eye(len(moment))
 
 
@@ -156,8 +156,8 @@ class _Meetings:
         places = np.arange(min(size, self.counts[tokens].max()))
         inside = places < self.counts[tokens][:, None]
         at = np.where(inside, self.starts[tokens][:, None] + places, 0)
-        features = self.vectors[self.sources[at]] * np.where(inside, self.roots[at], 0)[..., None]
-        return features, np.where(inside, self.targets[at], 0)
+        # With its vector zero, a meeting that is none asks for nothing, whatever its target.
+        return self.vectors[self.sources[at]] * np.where(inside, self.roots[at], 0)[..., None], self.targets[at]
 
 
 def _row_products(side: Side, weight: np.ndarray) -> np.ndarray:

@@ -270,8 +270,7 @@ def test_awkward_input_gives_finite_factors(method, case, with_head):
     check_factors(*AWKWARD[case], method, with_head)
 
 
-@pytest.mark.xfail(strict=True, reason="a second moment of zeros is floored below what float32 can invert")
-@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@pytest.mark.filterwarnings("error::RuntimeWarning")
 def test_a_side_of_zeros_gives_finite_factors():
     inputs, outputs = (replace(side, vectors=np.zeros_like(side.vectors)) for side in SIDES)
     uses = (replace(USE, input_side=inputs), replace(USE, output_side=outputs))

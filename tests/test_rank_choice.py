@@ -94,7 +94,6 @@ def test_exponentials_take_few_evaluations(curve):
     assert max(len(search(curve, target)[1]) for target in reached(curve)) <= 8
 
 
-@pytest.mark.xfail(strict=True, reason="interpolation alone creeps along curves that are not exponentials")
 def test_no_curve_takes_many_more_evaluations_than_bisection():
     # Bisection takes 12: both ends and ten halvings. The cliffs that start just above the target are the worst case.
     cliffs = [lambda rank, at=at: 0.0101 if rank < at else -0.1 for at in range(2, LARGEST, 15)]
@@ -126,3 +125,10 @@ def test_a_target_out_of_reach():
     with pytest.raises(UserError, match=r"Even rank 767 costs 0\.1234 nats a token, more than 0\.05"):
         smallest_rank_by_loss(lambda rank: measured.append(rank) or 0.1234, LARGEST, 0.05)
     assert measured == [LARGEST]
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_model_that_does_not_work_is_not_good_enough(bad):
+    assert search(lambda rank: bad if rank < 50 else 0.0, 0.01)[0] == 50
+    with pytest.raises(UserError, match="Even rank 767"):
+        smallest_rank_by_loss(lambda rank: bad, LARGEST, 0.01)
