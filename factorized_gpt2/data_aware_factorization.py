@@ -40,8 +40,9 @@ def factorize_data_aware(
     """Factorize a vocabulary matrix with regard to its use, at several ranks.
 
     With row weights q, m = q W, G = (W - m)^T diag(q) (W - m) and a metric C, all methods take the k leading
-    eigenvectors P of C^(1/2) G C^(1/2): `scale_up = P^T C^(-1/2)`, `scale_down = scale_up.T`, and for `wte` the rows
-    that fit best. They minimise sum_v q_v e_v C e_v^T over the errors e of the rows (Eckart & Young, 1936).
+    eigenvectors P of C^(1/2) G C^(1/2), which span the rows of `scale_up` as P^T C^(-1/2), `scale_down = scale_up.T`,
+    and for `wte` the rows that fit best. They minimise sum_v q_v e_v C e_v^T over the errors e of the rows (Eckart &
+    Young, 1936). Of all factors with one product, those with orthonormal rows of `scale_up` are returned, as by PCA.
 
     - "weighted": C = I, PCA with rows weighted by frequency.
     - "joint": C = E[g g^T] + E[h h^T], gradients on the input side and hidden states on the output side: the loss to
@@ -155,7 +156,20 @@ def _fit(
             rows, projection, mean = _alternate(weight, projection, mean, row_weights, sides, decomposition.moments)
         else:
             rows = decomposition.centred @ (decomposition.root @ leading).astype(np.float32)
+        rows, projection = _in_principal_axes(rows, projection)
         yield _Fit(rows, projection, mean, float(decomposition.shares[rank - 1]))
+
+
+def _in_principal_axes(rows: np.ndarray, projection: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Write the same product as PCA would: orthonormal rows of the projection, by falling square sum of the scores.
+
+    Only training notices: AdamW's steps have one length for all weights, so each factor should have its usual scale.
+    """
+    axes, triangle = np.linalg.qr(projection.T)  # projection = triangle.T @ axes.T
+    gram = _weighted_product(rows, rows, np.ones(len(rows)))
+    _, rotation = np.linalg.eigh(triangle @ gram @ triangle.T)
+    rotation = rotation[:, ::-1]
+    return rows @ (triangle.T @ rotation).astype(np.float32), (axes @ rotation).T
 
 
 def _alternate(
