@@ -141,7 +141,9 @@ def _loss(bench: Bench, embedding: np.ndarray, variant: Variant, rank: int) -> f
         factors = factorize_data_aware(embedding, [rank], variant.method, variant.use, head)[rank]
     model = from_gpt2(bench.baseline.model, factors)
     if variant.method == "tokenwise" and variant.compensated:
-        scale_down = compensated_head(bench.baseline.model, model, factors, bench.calibration.sample)
+        tokens = len(variant.use.output_side.vectors)
+        sample = spread_blocks(bench.calibration.blocks, tokens)
+        scale_down = compensated_head(model, factors.scale_down, sample, variant.use.output_side.vectors)
         model = from_gpt2(bench.baseline.model, replace(factors, scale_down=scale_down))
     return bench.loss(model)
 

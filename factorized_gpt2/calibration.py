@@ -10,7 +10,6 @@ from tqdm.auto import tqdm
 
 from .data import collate_blocks
 from .data_aware_factorization import VocabularyUse
-from .factorization import Factors
 from .modeling_factorized_gpt2 import FactorizedGPT2
 from .row_fit import Side
 
@@ -48,7 +47,7 @@ def calibrate(
     log-likelihood of the draws taken with respect to the token embeddings: its second moment is the Fisher
     information, which is the curvature of KL(baseline || changed model) where nothing is changed yet. A text's real
     tokens would not do: their gradients also hold what the model fits badly. In float32, a block at a time, with no
-    more than `_ROWS_AT_ONCE` rows of logits; what is kept takes 8 d + 96 bytes a token.
+    more than `_ROWS_AT_ONCE` rows of logits; what is kept takes 8 d + 104 bytes a token.
 
     Args:
         model: Unfactorized.
@@ -84,41 +83,44 @@ def calibrate(
 
 @torch.no_grad()
 def compensated_head(
-    model: FactorizedGPT2,
     compressed: FactorizedGPT2,
-    factors: Factors,
+    scale_down: np.ndarray,
     blocks: Dataset,
+    hidden_states: np.ndarray,
     device: torch.device | str = "cpu",
     desc: str | None = None,
 ) -> np.ndarray:
-    """Fit `scale_down` to the hidden states that the compressed model will see, not those of the baseline.
+    """Fit `scale_down` to the hidden states that a compressed model sees, not those of the baseline.
 
     With h the baseline's final hidden states and h' the compressed model's on the same text, T = E[h h'^T] E[h'
     h'^T]^-1 predicts h from h' with least squared error, and (T h') takes the place of h before `scale_down`.
 
     Args:
-        model: The baseline.
-        compressed: The model that `factors` make of it.
-        factors: `scale_down` (d, k) is read.
+        compressed: The compressed model.
+        scale_down: (d, k) floats, what it has.
         blocks: Column `input_ids`.
+        hidden_states: (N, d) float32, the baseline's final hidden states of these blocks, as `calibrate` keeps them.
         device: Where to run.
         desc: Label of the progress bar; `None` for no bar.
 
     Returns:
         The new `scale_down`, (d, k) float32.
     """
-    trunk, other = (_float32_parts(each, device)[0] for each in (model, compressed))
-    width = model.config.n_embd
+    trunk, _ = _float32_parts(compressed, device)
+    width = hidden_states.shape[1]
     own, cross = (torch.zeros(width, width, dtype=torch.float64, device=device) for _ in range(2))
+    done = 0
     for row in tqdm(blocks, desc=desc, disable=desc is None, leave=False):
         ids = collate_blocks([row])["input_ids"].to(device)
-        true, seen = (each(ids, use_cache=False).last_hidden_state[0].double() for each in (trunk, other))
+        seen = trunk(ids, use_cache=False).last_hidden_state[0].double()
+        true = torch.from_numpy(hidden_states[done : done + len(seen)]).to(device, torch.float64)
+        done += len(seen)
         own += seen.T @ seen
         cross += seen.T @ true
     # A ridge towards T = I: where the text says too little, hidden states stay as they are.
     ridge = _COMPENSATION_RIDGE * own.trace() / width * torch.eye(width, dtype=torch.float64, device=device)
     transform = torch.linalg.solve(own + ridge, cross + ridge).cpu().numpy()  # T^T, (d, d)
-    return np.ascontiguousarray(transform @ factors.scale_down, dtype=np.float32)
+    return np.ascontiguousarray(transform @ scale_down, dtype=np.float32)
 
 
 _COMPENSATION_RIDGE = 1e-3

@@ -158,7 +158,10 @@ class Compressor:
         model = from_gpt2(self.baseline.model, factors)
         if self.recipe.method == "tokenwise":
             desc = f"Compensating the head at k = {rank}" if self.progress else None
-            scale_down = compensated_head(self.baseline.model, model, factors, self.text.sample, self.device, desc)
+            hidden_states = self._use.output_side.vectors
+            scale_down = compensated_head(
+                model, factors.scale_down, self.text.sample, hidden_states, self.device, desc
+            )
             factors = replace(factors, scale_down=scale_down)
             model = from_gpt2(self.baseline.model, factors)
         if self.recipe.refine_steps:
