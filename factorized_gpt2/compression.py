@@ -170,14 +170,12 @@ class Compressor:
             )
         return model, factors
 
-    def save(self, model: FactorizedGPT2, rank: int, share: float) -> Path:
+    def save(self, model: FactorizedGPT2, rank: int, share: float) -> None:
         """Write a compressed model's folder, whole or not at all."""
-        folder = self.folder(rank)
-        with replacing_folder(folder) as temporary:
+        with replacing_folder(self.folder(rank)) as temporary:
             model.save_pretrained(temporary)
             self.tokenizer.save_pretrained(temporary)
             write_json(temporary / RECORD_NAME, self._record(rank) | {"explained_variance_ratio": share})
-        return folder
 
     def load_or_make(self, rank: int) -> tuple[FactorizedGPT2, Path]:
         """Load the compressed model of a rank, or make its folder first.
@@ -188,11 +186,11 @@ class Compressor:
         Raises:
             UserError: The folder holds something else, unless `overwrite`.
         """
-        stored = self.load(rank)
-        if stored is not None:
-            return stored, self.folder(rank)
-        model, factors = self.make(rank)
-        return model, self.save(model, rank, factors.explained_variance_ratio)
+        model = self.load(rank)
+        if model is None:
+            model, factors = self.make(rank)
+            self.save(model, rank, factors.explained_variance_ratio)
+        return model, self.folder(rank)
 
     def load(self, rank: int) -> FactorizedGPT2 | None:
         """Load the compressed model of a rank if its folder was made from this baseline in this way.

@@ -11,10 +11,11 @@ from datasets import Dataset
 
 from ..arguments import EvaluationArguments, ManualParser
 from ..baseline import check_tokenizer, load_baseline
-from ..compression import METHODS, CalibrationText, Compressor, Recipe
+from ..compression import METHODS, RECORD_NAME, CalibrationText, Compressor, Recipe
 from ..data import load_blocks, load_tokenizer
 from ..errors import UserError
 from ..evaluation import LossSum, model_size, perplexity, sum_loss
+from ..files import read_json
 from ..modeling_factorized_gpt2 import FactorizedGPT2
 from ..rank_choice import smallest_rank_by_loss, smallest_rank_by_share
 from ..reporting import plot_loss_against_bytes, plot_spectrum
@@ -106,15 +107,17 @@ def compress(argv: list[str]) -> None:
 
     rows = [measure.row("-", "", baseline.model, Path(arguments.baseline))]
     ranks = arguments.ranks or [_choose(arguments, compressor, measure)]
-    compressor.factorize(ranks)
+    missing = [rank for rank in ranks if not compressor.folder(rank).exists()]
+    if missing:
+        compressor.factorize(missing)
     for rank in sorted(ranks, reverse=True):
         model, folder = compressor.load_or_make(rank)
-        share = f"{compressor.factorize([rank])[rank].explained_variance_ratio:.4f}"
-        rows.append(measure.row(rank, share, model, folder))
+        share = read_json(folder / RECORD_NAME)["explained_variance_ratio"]
+        rows.append(measure.row(rank, f"{share:.4f}", model, folder))
     if blocks is not None:
         print(f"Validation loss in nats a token, over {measure.losses[0][1].tokens:,} tokens:")
     print_table(rows)
-    _plot(compressor, ranks, measure)
+    _plot(compressor, ranks, measure, with_spectrum=bool(missing) or arguments.ranks is None)
 
 
 def check(arguments: CompressArguments, calibration: CalibrationArguments, evaluation: EvaluationArguments) -> None:
@@ -186,21 +189,32 @@ def _choose(arguments: CompressArguments, compressor: Compressor, measure: _Meas
             raise UserError(f"explained_variance {arguments.explained_variance} needs the whole width of {width}.")
         return rank
 
+    target, good_enough = arguments.target_loss_increase, {}
+
     def increase_of(rank: int) -> float:
-        model = compressor.load(rank) or compressor.make(rank)[0]
+        stored = compressor.load(rank)
+        model, factors = (stored, None) if stored else compressor.make(rank)
         increase = measure.loss(rank, model) - measure.losses[0][1].loss
         print(f"k = {rank}: {increase:+.4f} nats a token", flush=True)
+        if increase <= target:
+            good_enough.clear()  # each is smaller than the last
+            good_enough[rank] = model, factors
         return increase
 
-    return smallest_rank_by_loss(increase_of, min(width - 1, vocab_size), arguments.target_loss_increase)
+    rank = smallest_rank_by_loss(increase_of, min(width - 1, vocab_size), target)
+    model, factors = good_enough[rank]
+    if factors is not None:
+        compressor.save(model, rank, factors.explained_variance_ratio)
+    return rank
 
 
-def _plot(compressor: Compressor, ranks: list[int], measure: _Measure) -> None:
+def _plot(compressor: Compressor, ranks: list[int], measure: _Measure, with_spectrum: bool) -> None:
     """Draw the spectrum, and loss against bytes where there are losses, beside the model folders."""
     method, root = compressor.recipe.method, compressor.root
-    spectrum = root / f"spectrum_{method}.png"
-    plot_spectrum(compressor.shares, ranks, method, spectrum)
-    logger.info("Spectrum: %s", spectrum)
+    if with_spectrum:
+        path = root / f"spectrum_{method}.png"
+        plot_spectrum(compressor.shares, ranks, method, path)
+        logger.info("Spectrum: %s", path)
     if measure.losses:
         (_, baseline, size), *others = measure.losses
         path = root / f"loss_against_bytes_{method}.png"
