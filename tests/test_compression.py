@@ -171,7 +171,7 @@ def other_folder(stock_folder, tmp_path):
 def test_factors_of_another_baseline_are_refused_unless_overwritten(stock_folder, other_folder, tmp_path):
     tokenizer = ("--tokenizer", stock_folder)
     compress(arguments(stock_folder, tmp_path, "--ranks", 4))
-    with pytest.raises(UserError, match="was not made from .*; remove or overwrite it"):
+    with pytest.raises(UserError, match=r"was not made from .*; remove or overwrite it"):
         compress(arguments(other_folder, tmp_path, "--ranks", 4, *tokenizer))
     shutil.rmtree(tmp_path / "gpt_pca_nofinetune_k4")
     with pytest.raises(UserError, match="belong to another baseline; remove or overwrite them"):
