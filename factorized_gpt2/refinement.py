@@ -3,6 +3,7 @@
 import copy
 import tempfile
 
+import torch
 from datasets import Dataset
 from transformers import PrinterCallback, ProgressCallback, TrainingArguments
 
@@ -14,7 +15,8 @@ from .modeling_factorized_gpt2 import FactorizedGPT2
 from .trainer import FactorizedTrainer
 
 TOKENS_PER_STEP = 2048
-LEARNING_RATE = 3e-3  # docs/factorization.md measures others
+LARGEST_LEARNING_RATE = 3e-3
+_FAR = 0.25  # divergence of a start, in nats a token, from which on it learns at the largest rate
 
 
 def refine(
@@ -23,7 +25,9 @@ def refine(
     """Train `wte`, `scale_up`, `scale_down` (and an untied `lm_head`) on KL(baseline || model); the trunk is frozen.
 
     AdamW with a cosine schedule down to a twentieth of the learning rate, `TOKENS_PER_STEP` tokens a step, no dropout,
-    in float32, half precision for the teacher where there is CUDA.
+    in float32, half precision for the teacher where there is CUDA. The divergence is quadratic in the distance of the
+    weights, so the learning rate goes with the root of the start's divergence, up to `LARGEST_LEARNING_RATE`: a good
+    start takes small steps, and keeps what it has.
 
     Args:
         model: Factorized. It is not changed.
@@ -40,13 +44,15 @@ def refine(
     for name, weight in student.named_parameters():
         weight.requires_grad_(name.removeprefix("transformer.").startswith(("wte.", "scale_", "lm_head.")))
     set_dropout(student, 0.0)
-    block_size = len(blocks[0]["input_ids"])
+    blocks = spread_blocks(blocks, steps * TOKENS_PER_STEP)
+    distillation = Distillation(copy.deepcopy(baseline), weight=1.0)
+    divergence = _divergence(student, distillation, spread_blocks(blocks, 2 * TOKENS_PER_STEP))
     with tempfile.TemporaryDirectory() as folder:
         arguments = TrainingArguments(
             output_dir=folder,
             max_steps=steps,
-            per_device_train_batch_size=max(1, TOKENS_PER_STEP // block_size),
-            learning_rate=LEARNING_RATE,
+            per_device_train_batch_size=max(1, TOKENS_PER_STEP // len(blocks[0]["input_ids"])),
+            learning_rate=LARGEST_LEARNING_RATE * min(1.0, divergence / _FAR) ** 0.5,
             lr_scheduler_type="cosine_with_min_lr",
             lr_scheduler_kwargs={"min_lr_rate": 0.05},
             warmup_steps=min(10, steps // 10),
@@ -59,14 +65,13 @@ def refine(
             disable_tqdm=True,
             dataloader_pin_memory=False,
         )
-        arguments._n_gpu = min(
-            1, arguments.n_gpu
-        )  # one device: DataParallel would split the batch of the student alone
+        # One device: DataParallel would split the batch of the student, not of the teacher.
+        arguments._n_gpu = min(1, arguments.n_gpu)
         trainer = FactorizedTrainer(
-            distillation=Distillation(copy.deepcopy(baseline), weight=1.0),
+            distillation=distillation,
             model=student,
             args=arguments,
-            train_dataset=spread_blocks(blocks, steps * TOKENS_PER_STEP),
+            train_dataset=blocks,
             data_collator=collate_blocks,
         )
         trainer.remove_callback(PrinterCallback)
@@ -76,6 +81,18 @@ def refine(
     refined = copy.deepcopy(model)
     refined.load_state_dict(student.state_dict())
     return refined.eval()
+
+
+@torch.no_grad()
+def _divergence(student: FactorizedGPT2, distillation: Distillation, blocks: Dataset) -> float:
+    """Measure KL(baseline || student), in nats a token."""
+    student = student.to(distillation.teacher.device).eval()
+    nats, tokens = 0.0, 0
+    for row in blocks:
+        batch = {name: value.to(student.device) for name, value in collate_blocks([row]).items()}
+        nats += distillation.divergence(student(batch["input_ids"]).logits, **batch).item()
+        tokens += batch["labels"].numel() - 1
+    return nats / tokens
 
 
 class _Bar(ProgressCallback):
