@@ -13,7 +13,7 @@ from factorized_gpt2.arguments import load_config, parse_run
 from factorized_gpt2.baseline import Baseline, load_baseline
 from factorized_gpt2.calibration import spread_blocks
 from factorized_gpt2.compression import CalibrationText, Compressor, Recipe
-from factorized_gpt2.corpus import hold_out, python_documents, train_tokenizer
+from factorized_gpt2.corpus import train_tokenizer, write_python_corpus
 from factorized_gpt2.data import TextSource, load_blocks, load_tokenizer
 from factorized_gpt2.errors import UserError
 from factorized_gpt2.evaluation import sum_loss
@@ -76,11 +76,7 @@ def prepare_texts(arguments: BaselineArguments) -> Texts:
                 train_tokenizer(small["text"], VOCAB_SIZE).save_pretrained(temporary / "tokenizer")
         return Texts(str(books / "train.parquet"), str(books / "validation.parquet"), str(tokenizer), "# Title: ")
     if not folder.exists():
-        training, validation = hold_out(python_documents())
-        with replacing_folder(folder) as temporary:
-            for name, documents in (("train", training), ("validation", validation)):
-                Dataset.from_dict({"text": documents}).to_json(temporary / f"{name}.jsonl")
-            train_tokenizer(training, VOCAB_SIZE).save_pretrained(temporary / "tokenizer")
+        write_python_corpus(folder, VOCAB_SIZE)
     return Texts(str(folder / "train.jsonl"), str(folder / "validation.jsonl"), str(tokenizer), None)
 
 

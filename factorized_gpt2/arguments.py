@@ -251,10 +251,12 @@ class Run:
         return settings
 
 
+_PARTS = (ModelArguments, AdapterArguments, DistillationArguments, DataArguments, RunArguments)  # as in `Run`
+
+
 def default_settings() -> dict[str, Any]:
     """Collect the default of every setting that has a fixed one."""
-    parts = (ModelArguments, AdapterArguments, DistillationArguments, DataArguments, RunArguments)
-    return {item.name: item.default for part in parts for item in fields(part) if item.default is not MISSING}
+    return {item.name: item.default for part in _PARTS for item in fields(part) if item.default is not MISSING}
 
 
 def parse_run(argv: list[str]) -> Run:
@@ -340,7 +342,7 @@ class ManualParser(HfArgumentParser):
 
 def _make_parser() -> ManualParser:
     parser = ManualParser(
-        (ModelArguments, AdapterArguments, DistillationArguments, DataArguments, RunArguments),
+        _PARTS,
         prog="train_hf.py",
         description="Train, fine-tune with LoRA or evaluate a GPT-2 with a factorized vocabulary.",
         epilog="All options can stand in a JSON config, by the same names; flags override it.",

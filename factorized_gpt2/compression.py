@@ -16,7 +16,7 @@ from .baseline import Baseline
 from .calibration import calibrate, compensated_head, count_tokens, spread_blocks
 from .conversion import from_gpt2, vocabulary_matrices
 from .data_aware_factorization import METHODS as DATA_AWARE_METHODS
-from .data_aware_factorization import VocabularyUse, data_aware_shares, factorize_data_aware
+from .data_aware_factorization import DataAwareDecomposition, VocabularyUse
 from .errors import UserError
 from .factor_files import pca_factors
 from .factorization import Factors, explained_shares, factorize_ranks
@@ -49,6 +49,7 @@ class CalibrationText:
         """The blocks that the model is run over, spread evenly."""
         return spread_blocks(self.blocks, self.tokens)
 
+    @cached_property
     def record(self) -> dict[str, Any]:
         """What a compressed model's record says of it; the fingerprint is of the sampled tokens."""
         ids = self.sample.with_format("numpy")["input_ids"]
@@ -120,15 +121,14 @@ class Compressor:
         self.baseline, self.root, self.tokenizer, self.text = baseline, root, tokenizer, text
         self.recipe = replace(recipe, tied=recipe.tied and baseline.model.config.tie_word_embeddings)
         self.overwrite, self.device, self.progress = overwrite, device, progress
-        self._factors: dict[int, Factors] = {}
+        self._ahead: dict[int, Factors] = {}
 
     @cached_property
     def shares(self) -> np.ndarray:
         """Share of what the method minimises that each rank keeps, (min(V, d),) float64, rank 1 first."""
-        embedding, _ = self._matrices
         if self.recipe.method == "pca":
-            return explained_shares(embedding)
-        return data_aware_shares(embedding, self.recipe.method, self._use, self.recipe.tied)
+            return explained_shares(self._matrices[0])
+        return self._decomposition.shares
 
     def folder(self, rank: int) -> Path:
         """Where the model of some rank is kept; for PCA alone, under the protocol's name."""
@@ -136,25 +136,21 @@ class Compressor:
         words = ["gpt", self.recipe.method, *(["untied"] if untied else [])]
         return self.root / "_".join([*words, "refined" if self.recipe.refine_steps else "nofinetune", f"k{rank}"])
 
-    def factorize(self, ranks: Sequence[int]) -> dict[int, Factors]:
-        """Factorize at several ranks, all those that are new with one decomposition.
+    def factorize_ahead(self, ranks: Sequence[int]) -> None:
+        """Factorize at ranks that will be made, with one decomposition.
 
         Raises:
             UserError: A rank out of range; the protocol's factor files hold something else, unless `overwrite`.
         """
-        self.baseline.check_ranks(ranks)
-        missing = [rank for rank in ranks if rank not in self._factors]
-        if missing:
-            self._factors |= self._factorize(missing)
-        return {rank: self._factors[rank] for rank in ranks}
+        self._ahead |= self._factorize(ranks)
 
-    def make(self, rank: int) -> tuple[FactorizedGPT2, Factors]:
+    def make(self, rank: int) -> tuple[FactorizedGPT2, float]:
         """Factorize, compensate and refine as the recipe says, in memory.
 
         Returns:
-            The compressed model in evaluation mode, and its factors before refinement.
+            The compressed model in evaluation mode, and the `explained_variance_ratio` of its factors.
         """
-        factors = self.factorize([rank])[rank]
+        factors = self._ahead.pop(rank, None) or self._factorize([rank])[rank]
         model = from_gpt2(self.baseline.model, factors)
         if self.recipe.method == "tokenwise":
             desc = f"Compensating the head at k = {rank}" if self.progress else None
@@ -168,7 +164,7 @@ class Compressor:
             model = refine(
                 model, self.baseline.model, self.text.blocks, self.recipe.refine_steps, self.recipe.seed, self.progress
             )
-        return model, factors
+        return model, factors.explained_variance_ratio
 
     def save(self, model: FactorizedGPT2, rank: int, share: float) -> None:
         """Write a compressed model's folder, whole or not at all."""
@@ -188,8 +184,8 @@ class Compressor:
         """
         model = self.load(rank)
         if model is None:
-            model, factors = self.make(rank)
-            self.save(model, rank, factors.explained_variance_ratio)
+            model, share = self.make(rank)
+            self.save(model, rank, share)
         return model, self.folder(rank)
 
     def load(self, rank: int) -> FactorizedGPT2 | None:
@@ -217,7 +213,7 @@ class Compressor:
         return None
 
     def _record(self, rank: int) -> dict[str, Any]:
-        calibration = self.text.record() if self.recipe.needs_text else None
+        calibration = self.text.record if self.recipe.needs_text else None
         return asdict(self.recipe) | {
             "seed": self.recipe.seed if self.recipe.needs_text else None,
             "n_embd_wte": rank,
@@ -237,12 +233,18 @@ class Compressor:
         desc = "Calibrating" if self.progress else None
         return calibrate(self.baseline.model, self.text.sample, counts, self.recipe.seed, self.device, desc)
 
-    def _factorize(self, ranks: Sequence[int]) -> dict[int, Factors]:
+    @cached_property
+    def _decomposition(self) -> DataAwareDecomposition:
         embedding, head = self._matrices
+        return DataAwareDecomposition(embedding, self.recipe.method, self._use, head)
+
+    def _factorize(self, ranks: Sequence[int]) -> dict[int, Factors]:
+        self.baseline.check_ranks(ranks)
         if self.recipe.method != "pca":
-            return factorize_data_aware(embedding, ranks, self.recipe.method, self._use, head)
+            return {rank: self._decomposition.factors(rank) for rank in ranks}
         if self.recipe.tied == self.baseline.model.config.tie_word_embeddings:
             return pca_factors(self.baseline, ranks, self.root, self.overwrite)
+        embedding, head = self._matrices
         return factorize_ranks(embedding, ranks, head)
 
 

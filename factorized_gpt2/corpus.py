@@ -7,10 +7,12 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from pydoc_data import topics
 
+from datasets import Dataset
 from tokenizers import ByteLevelBPETokenizer
 from transformers import PreTrainedTokenizerFast
 
 from .errors import UserError
+from .files import replacing_folder
 
 END_OF_TEXT = "<|endoftext|>"
 
@@ -44,6 +46,20 @@ def hold_out(documents: list[str], every: int = 12) -> tuple[list[str], list[str
     """Split documents into training and validation, each `every`-th one being held out."""
     training = [text for index, text in enumerate(documents) if index % every]
     return training, documents[::every]
+
+
+def write_python_corpus(folder: Path, vocab_size: int) -> tuple[int, int]:
+    """Write `train.jsonl`, `validation.jsonl` and `tokenizer/`, trained on the former, whole or not at all.
+
+    Returns:
+        How many documents there are to train on, and held out.
+    """
+    training, validation = hold_out(python_documents())
+    with replacing_folder(folder) as temporary:
+        for name, texts in (("train", training), ("validation", validation)):
+            Dataset.from_dict({"text": texts}).to_json(temporary / f"{name}.jsonl")
+        train_tokenizer(training, vocab_size).save_pretrained(temporary / "tokenizer")
+    return len(training), len(validation)
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:

@@ -1,6 +1,6 @@
 """Factorizations that know how a model uses its vocabulary; docs/factorization.md derives them. Arrays in and out."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -64,34 +64,50 @@ def factorize_data_aware(
         ValueError: A rank out of range or none, a matrix that is not two-dimensional, NaN or infinity in it, or an
             unknown method.
     """
-    if method not in METHODS:
-        raise ValueError(f"Unknown method {method!r}; known are {', '.join(METHODS)}.")
-    sides = (use.input_side, use.output_side)
     check_factorizable(weight, ranks, "the token embedding")
-    if lm_head is None:
-        fits = _fit(weight, ranks, method, use.row_weights(), sides)
-        return {fit.rank: fit.factors() for fit in fits}
-    check_factorizable(lm_head, ranks, "the head")
-    inputs = _fit(weight, ranks, method, use.row_weights(), sides[:1])
-    outputs = _fit(lm_head, ranks, method, use.row_weights(), sides[1:])
-    return {fit.rank: fit.factors(head) for fit, head in zip(inputs, outputs, strict=True)}
+    if lm_head is not None:
+        check_factorizable(lm_head, ranks, "the head")
+    decomposition = DataAwareDecomposition(weight, method, use, lm_head)
+    return {rank: decomposition.factors(rank) for rank in ranks}
 
 
-def data_aware_shares(weight: np.ndarray, method: str, use: VocabularyUse, tied: bool) -> np.ndarray:
-    """Compute the `explained_variance_ratio` of every rank at once.
+class DataAwareDecomposition:
+    """What `factorize_data_aware` computes before it knows the rank.
 
     Args:
-        weight: (V, d) floats, the token embedding.
-        method: One of `METHODS`.
-        use: What text says of it.
-        tied: Whether the factors serve the head too.
+        weight: As there, finite.
+        method: As there.
+        use: As there.
+        lm_head: As there, finite.
 
-    Returns:
-        (min(V, d),) float64, rank 1 first.
+    Raises:
+        ValueError: An unknown method.
     """
-    sides = (use.input_side, use.output_side)
-    decomposition = _decompose(_as_float32(weight), method, use.row_weights(), sides if tied else sides[:1])
-    return decomposition.shares[: min(weight.shape)]
+
+    def __init__(self, weight: np.ndarray, method: str, use: VocabularyUse, lm_head: np.ndarray | None = None):
+        if method not in METHODS:
+            raise ValueError(f"Unknown method {method!r}; known are {', '.join(METHODS)}.")
+        sides = (use.input_side, use.output_side)
+        self._input = _decompose(weight, method, use.row_weights(), sides if lm_head is None else sides[:1])
+        self._head = None if lm_head is None else _decompose(lm_head, method, use.row_weights(), sides[1:])
+
+    @property
+    def shares(self) -> np.ndarray:
+        """The `explained_variance_ratio` of every rank, (min(V, d),) float64, rank 1 first."""
+        return self._input.shares[: min(self._input.weight.shape)]
+
+    def factors(self, rank: int) -> Factors:
+        """Make the factors of a rank, 1 <= k <= min(V, d)."""
+        embedding = _fit(self._input, rank)
+        head = embedding if self._head is None else _fit(self._head, rank)
+        return Factors(
+            wte=_as_float32(embedding.rows),
+            scale_up=_as_float32(embedding.projection),
+            scale_down=_as_float32(head.projection.T),
+            mean=_as_float32(embedding.mean),
+            explained_variance_ratio=float(self.shares[rank - 1]),
+            lm_head=None if self._head is None else _as_float32(head.rows.T),
+        )
 
 
 @dataclass(frozen=True)
@@ -101,30 +117,18 @@ class _Fit:
     rows: np.ndarray  # (V, k)
     projection: np.ndarray  # (k, d)
     mean: np.ndarray  # (d,)
-    share: float
-
-    @property
-    def rank(self) -> int:
-        return len(self.projection)
-
-    def factors(self, head: "_Fit | None" = None) -> Factors:
-        return Factors(
-            wte=_as_float32(self.rows),
-            scale_up=_as_float32(self.projection),
-            scale_down=_as_float32((head or self).projection.T),
-            mean=_as_float32(self.mean),
-            explained_variance_ratio=self.share,
-            lm_head=None if head is None else _as_float32(head.rows.T),
-        )
 
 
 @dataclass(frozen=True)
 class _Decomposition:
     """Eigenvectors of C^(1/2) G C^(1/2), largest first, and what they were computed from."""
 
-    mean: np.ndarray  # (d,)
-    centred: np.ndarray  # (V, d) float32
+    weight: np.ndarray  # (V, d) float32
+    method: str
+    row_weights: np.ndarray  # (V,)
+    sides: Sequence[Side]
     moments: list[np.ndarray]
+    mean: np.ndarray  # (d,)
     root: np.ndarray  # C^(1/2)
     inverse_root: np.ndarray
     vectors: np.ndarray
@@ -132,6 +136,7 @@ class _Decomposition:
 
 
 def _decompose(weight: np.ndarray, method: str, row_weights: np.ndarray, sides: Sequence[Side]) -> _Decomposition:
+    weight = _as_float32(weight)
     mean = row_weights @ weight
     centred = weight - mean.astype(np.float32)
     moments = [np.eye(weight.shape[1])] if method == "weighted" else [side.second_moment() for side in sides]
@@ -141,23 +146,19 @@ def _decompose(weight: np.ndarray, method: str, row_weights: np.ndarray, sides: 
     values, vectors = np.linalg.eigh(root @ gram @ root)
     values = np.maximum(values[::-1], 0)
     shares = np.minimum(values.cumsum() / values.sum(), 1) if values.sum() > 0 else np.ones_like(values)
-    return _Decomposition(mean, centred, moments, root, inverse_root, vectors[:, ::-1], shares)
+    return _Decomposition(
+        weight, method, row_weights, sides, moments, mean, root, inverse_root, vectors[:, ::-1], shares
+    )
 
 
-def _fit(
-    weight: np.ndarray, ranks: Sequence[int], method: str, row_weights: np.ndarray, sides: Sequence[Side]
-) -> Iterator[_Fit]:
-    weight = _as_float32(weight)
-    decomposition = _decompose(weight, method, row_weights, sides)
-    for rank in ranks:
-        leading, mean = decomposition.vectors[:, :rank], decomposition.mean
-        projection = leading.T @ decomposition.inverse_root
-        if method == "tokenwise":
-            rows, projection, mean = _alternate(weight, projection, mean, row_weights, sides, decomposition.moments)
-        else:
-            rows = decomposition.centred @ (decomposition.root @ leading).astype(np.float32)
-        rows, projection = _in_principal_axes(rows, projection)
-        yield _Fit(rows, projection, mean, float(decomposition.shares[rank - 1]))
+def _fit(of: _Decomposition, rank: int) -> _Fit:
+    leading, mean = of.vectors[:, :rank], of.mean
+    projection = leading.T @ of.inverse_root
+    if of.method == "tokenwise":
+        rows, projection, mean = _alternate(of.weight, projection, mean, of.row_weights, of.sides, of.moments)
+    else:
+        rows = (of.weight - mean.astype(np.float32)) @ (of.root @ leading).astype(np.float32)
+    return _Fit(*_in_principal_axes(rows, projection), mean)
 
 
 def _in_principal_axes(rows: np.ndarray, projection: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -102,12 +102,15 @@ class ModelSize:
 _VOCABULARY_MODULES = ("wte.", "scale_up.", "scale_down.", "lm_head.")
 
 
+def is_vocabulary(name: str) -> bool:
+    """Tell whether a parameter, by its name, belongs to the token embedding, the scale matrices or the head."""
+    return name.removeprefix("transformer.").startswith(_VOCABULARY_MODULES)
+
+
 def model_size(model: nn.Module) -> ModelSize:
     """Count a model's parameters and bytes, and the vocabulary's share of them."""
     named = list(model.named_parameters())
-    vocabulary = [
-        weight for name, weight in named if name.removeprefix("transformer.").startswith(_VOCABULARY_MODULES)
-    ]
+    vocabulary = [weight for name, weight in named if is_vocabulary(name)]
     weights = [weight for _, weight in named]
     return ModelSize(
         parameters=sum(weight.numel() for weight in weights),

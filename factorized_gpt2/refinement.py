@@ -11,6 +11,7 @@ from .adapters import set_dropout
 from .calibration import spread_blocks
 from .data import collate_blocks
 from .distillation import Distillation
+from .evaluation import is_vocabulary
 from .modeling_factorized_gpt2 import FactorizedGPT2
 from .trainer import FactorizedTrainer
 
@@ -42,7 +43,7 @@ def refine(
     """
     student = copy.deepcopy(model).float()
     for name, weight in student.named_parameters():
-        weight.requires_grad_(name.removeprefix("transformer.").startswith(("wte.", "scale_", "lm_head.")))
+        weight.requires_grad_(is_vocabulary(name))
     set_dropout(student, 0.0)
     blocks = spread_blocks(blocks, steps * TOKENS_PER_STEP)
     distillation = Distillation(copy.deepcopy(baseline), weight=1.0)

@@ -1,6 +1,7 @@
 """Result files to a table and a plot."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ import matplotlib
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
 from tabulate import tabulate
 
 from .errors import UserError
@@ -87,23 +89,20 @@ def plot_loss_against_rank(results: Sequence[dict[str, Any]], path: Path) -> Non
         results: Contents of `results.json` files.
         path: Image to write, such as `loss.png`.
     """
-    figure, axes = plt.subplots(figsize=(6.4, 4.2), layout="constrained")
-    ranks = sorted({row["n_embd_wte"] for row in results if row["n_embd_wte"]})
-    for family, style in _STYLES.items():
-        points = [(row["n_embd_wte"], row["eval_loss"]) for row in results if row["family"] == family]
-        if points:
-            axes.plot(*zip(*points, strict=True), label=FAMILIES[family], **style)
-    for row in results:
-        if row["family"] == "baseline":
-            axes.axhline(row["eval_loss"], color="black", linewidth=1, label="baseline (not factorized)")
-    axes.set_xscale("log", base=2)
-    axes.set_xticks(ranks, labels=map(str, ranks))
-    axes.set_xlabel("rank k of the token embedding")
-    axes.set_ylabel("validation loss [nats / token]")
-    axes.grid(alpha=0.3)
-    axes.legend(frameon=False)
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
+    with _saved_axes(path) as axes:
+        ranks = sorted({row["n_embd_wte"] for row in results if row["n_embd_wte"]})
+        for family, style in _STYLES.items():
+            points = [(row["n_embd_wte"], row["eval_loss"]) for row in results if row["family"] == family]
+            if points:
+                axes.plot(*zip(*points, strict=True), label=FAMILIES[family], **style)
+        for row in results:
+            if row["family"] == "baseline":
+                axes.axhline(row["eval_loss"], color="black", linewidth=1, label="baseline (not factorized)")
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(ranks, labels=map(str, ranks))
+        axes.set_xlabel("rank k of the token embedding")
+        axes.set_ylabel("validation loss [nats / token]")
+        axes.legend(frameon=False)
 
 
 def plot_spectrum(shares: Sequence[float], ranks: Sequence[int], method: str, path: Path) -> None:
@@ -115,19 +114,16 @@ def plot_spectrum(shares: Sequence[float], ranks: Sequence[int], method: str, pa
         method: The method's name.
         path: Image to write.
     """
-    figure, axes = plt.subplots(figsize=(6.4, 4.2), layout="constrained")
-    left_out = [max(1 - share, 1e-6) for share in shares]
-    axes.plot(range(1, len(left_out) + 1), left_out, color="black", linewidth=1.2)
-    for rank in ranks:
-        axes.plot(rank, left_out[rank - 1], "o", color="tab:blue")
-        label = f"k = {rank}: {shares[rank - 1]:.3f} kept"
-        axes.annotate(label, (rank, left_out[rank - 1]), xytext=(6, 6), textcoords="offset points", fontsize=8)
-    axes.set_yscale("log")
-    axes.set_xlabel("rank k of the token embedding")
-    axes.set_ylabel(f"share of the {_MINIMISED.get(method, 'curvature')} left out")
-    axes.grid(alpha=0.3)
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
+    with _saved_axes(path) as axes:
+        left_out = [max(1 - share, 1e-6) for share in shares]
+        axes.plot(range(1, len(left_out) + 1), left_out, color="black", linewidth=1.2)
+        for rank in ranks:
+            axes.plot(rank, left_out[rank - 1], "o", color="tab:blue")
+            label = f"k = {rank}: {shares[rank - 1]:.3f} kept"
+            axes.annotate(label, (rank, left_out[rank - 1]), xytext=(6, 6), textcoords="offset points", fontsize=8)
+        axes.set_yscale("log")
+        axes.set_xlabel("rank k of the token embedding")
+        axes.set_ylabel(f"share of the {_MINIMISED.get(method, 'curvature')} left out")
 
 
 _MINIMISED = {"pca": "variance", "weighted": "weighted variance"}
@@ -145,18 +141,27 @@ def plot_loss_against_bytes(
         method: The method's name.
         path: Image to write.
     """
+    with _saved_axes(path) as axes:
+        # On a logarithmic scale, a model that loses nothing stands at the lower edge.
+        drawn = [(size / 1e6, max(increase, 1e-4), rank) for size, increase, rank in sorted(points)]
+        axes.plot([size for size, _, _ in drawn], [increase for _, increase, _ in drawn], "o-", label=method)
+        for size, increase, rank in drawn:
+            if rank in labelled:
+                axes.annotate(f"k = {rank}", (size, increase), xytext=(6, 6), textcoords="offset points", fontsize=8)
+        axes.axvline(baseline_bytes / 1e6, color="black", linewidth=1, label="size of the baseline")
+        axes.set_yscale("log")
+        axes.set_xlabel("parameters [MB]")
+        axes.set_ylabel("loss beyond the baseline's [nats / token]")
+        axes.legend(frameon=False)
+
+
+@contextmanager
+def _saved_axes(path: Path) -> Iterator[Axes]:
+    """Yield axes to draw on; save their figure when the block ends well, close it in any case."""
     figure, axes = plt.subplots(figsize=(6.4, 4.2), layout="constrained")
-    # On a logarithmic scale, a model that loses nothing stands at the lower edge.
-    drawn = [(size / 1e6, max(increase, 1e-4), rank) for size, increase, rank in sorted(points)]
-    axes.plot([size for size, _, _ in drawn], [increase for _, increase, _ in drawn], "o-", label=method)
-    for size, increase, rank in drawn:
-        if rank in labelled:
-            axes.annotate(f"k = {rank}", (size, increase), xytext=(6, 6), textcoords="offset points", fontsize=8)
-    axes.axvline(baseline_bytes / 1e6, color="black", linewidth=1, label="size of the baseline")
-    axes.set_yscale("log")
-    axes.set_xlabel("parameters [MB]")
-    axes.set_ylabel("loss beyond the baseline's [nats / token]")
     axes.grid(alpha=0.3)
-    axes.legend(frameon=False)
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
+    try:
+        yield axes
+        figure.savefig(path, dpi=150)
+    finally:
+        plt.close(figure)

@@ -10,6 +10,8 @@ import pytest
 import speed
 from conftest import DOCUMENTS
 
+from factorized_gpt2 import corpus
+
 SMALL = ["--baseline_steps", "4", "--calibration_tokens", "512", "--eval_tokens", "512"]
 
 
@@ -21,7 +23,7 @@ def work_dir(tmp_path_factory):
 @pytest.fixture
 def words(work_dir, monkeypatch):
     monkeypatch.setattr(baselines, "VOCAB_SIZE", 300)
-    monkeypatch.setattr(baselines, "python_documents", lambda: DOCUMENTS)
+    monkeypatch.setattr(corpus, "python_documents", lambda: DOCUMENTS)
     return ["--text", "python", "--work_dir", str(work_dir), *SMALL]
 
 

@@ -6,7 +6,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from factorized_gpt2.data_aware_factorization import METHODS, VocabularyUse, data_aware_shares, factorize_data_aware
+from factorized_gpt2.data_aware_factorization import (
+    METHODS,
+    DataAwareDecomposition,
+    VocabularyUse,
+    factorize_data_aware,
+)
 from factorized_gpt2.factorization import Factors, factorize
 from factorized_gpt2.row_fit import PRIOR_OCCURRENCES, Side, fit_rows
 
@@ -211,7 +216,7 @@ def test_inputs_are_not_changed(method):
 def test_shares_are_those_of_the_factors_at_every_rank(method, tied, rows):
     weight, head, use = random_matrix(rows), random_matrix(rows, seed=1), random_use(rows)
     ranks = range(1, min(rows, WIDTH) + 1)
-    shares = data_aware_shares(weight, method, use, tied)
+    shares = DataAwareDecomposition(weight, method, use, None if tied else head).shares
     factors = factorize_data_aware(weight, ranks, method, use, None if tied else head)
     assert shares.shape == (len(ranks),)
     np.testing.assert_allclose(shares, [factors[rank].explained_variance_ratio for rank in ranks], rtol=1e-12)

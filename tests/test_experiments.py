@@ -249,6 +249,16 @@ def test_other_settings_need_consent(fresh):
     assert fresh.run("run", **TINY, max_steps=2, seed=3, overwrite_output_dir=True).settings["seed"] == 3
 
 
+def test_a_setting_of_a_later_version_counts_as_having_had_its_default(fresh):
+    finished = fresh.run("run", **TINY, max_steps=2)
+    path = fresh.root / "run/run.json"
+    path.write_text(json.dumps({name: value for name, value in finished.settings.items() if name != "teacher"}))
+    assert fresh.run("run", **TINY, max_steps=2) == finished
+    path.write_text(json.dumps({name: value for name, value in finished.settings.items() if name != "tokenizer"}))
+    with pytest.raises(UserError, match=r"other settings \(tokenizer\)"):
+        fresh.run("run", **TINY, max_steps=2)
+
+
 def test_evaluation_does_not_depend_on_its_batch_size(workshop):
     settings = {"baseline": workshop.baseline, "do_train": False, "eval_strategy": "no", "save_strategy": "no"}
     settings["load_best_model_at_end"] = False

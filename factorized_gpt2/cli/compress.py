@@ -109,13 +109,13 @@ def compress(argv: list[str]) -> None:
     ranks = arguments.ranks or [_choose(arguments, compressor, measure)]
     missing = [rank for rank in ranks if not compressor.folder(rank).exists()]
     if missing:
-        compressor.factorize(missing)
+        compressor.factorize_ahead(missing)
     for rank in sorted(ranks, reverse=True):
         model, folder = compressor.load_or_make(rank)
         share = read_json(folder / RECORD_NAME)["explained_variance_ratio"]
         rows.append(measure.row(rank, f"{share:.4f}", model, folder))
     if blocks is not None:
-        print(f"Validation loss in nats a token, over {measure.losses[0][1].tokens:,} tokens:")
+        print(f"Validation loss in nats a token, over {measure.losses['-'].tokens:,} tokens:")
     print_table(rows)
     _plot(compressor, ranks, measure, with_spectrum=bool(missing) or arguments.ranks is None)
 
@@ -151,18 +151,22 @@ class _Measure:
     def __init__(self, baseline: FactorizedGPT2, blocks: Dataset | None, batch_size: int, device: str):
         self.baseline_bytes = model_size(baseline).bytes
         self.blocks, self.batch_size, self.device = blocks, batch_size, device
-        self.losses: list[tuple[Any, LossSum, int]] = []  # rank or "-", loss, bytes; the baseline first
+        self.losses: dict[int | str, LossSum] = {}  # by rank; the baseline's under "-"
+        self.bytes: dict[int | str, int] = {}
 
-    def loss(self, rank: Any, model: FactorizedGPT2) -> float:
+    def loss(self, rank: int | str, model: FactorizedGPT2) -> float:
         """Measure a model's loss, once for every rank."""
-        known = next((loss for measured, loss, _ in self.losses if measured == rank), None)
-        if known is None:
+        if rank not in self.losses:
             desc = f"Evaluating {'the baseline' if rank == '-' else f'k = {rank}'}"
-            known = sum_loss(model.to(self.device), self.blocks, self.batch_size, self.device, desc=desc)
-            self.losses.append((rank, known, model_size(model).bytes))
-        return known.loss
+            self.losses[rank] = sum_loss(model.to(self.device), self.blocks, self.batch_size, self.device, desc=desc)
+            self.bytes[rank] = model_size(model).bytes
+        return self.losses[rank].loss
 
-    def row(self, rank: Any, share: str, model: FactorizedGPT2, folder: Path) -> dict[str, Any]:
+    def increase(self, rank: int | str) -> float:
+        """Say how far a measured model's loss exceeds the baseline's, in nats a token."""
+        return self.losses[rank].loss - self.losses["-"].loss
+
+    def row(self, rank: int | str, share: str, model: FactorizedGPT2, folder: Path) -> dict[str, Any]:
         """Lay out a row of the table."""
         size = model_size(model)
         row = {
@@ -177,7 +181,7 @@ class _Measure:
         if self.blocks is not None:
             loss = self.loss(rank, model)
             row |= {"loss": f"{loss:.4f}", "perplexity": f"{perplexity(loss):.2f}"}
-            row |= {"increase": f"{loss - self.losses[0][1].loss:+.4f}"}
+            row |= {"increase": f"{self.increase(rank):+.4f}"}
         return row | {"folder": str(folder)}
 
 
@@ -193,18 +197,19 @@ def _choose(arguments: CompressArguments, compressor: Compressor, measure: _Meas
 
     def increase_of(rank: int) -> float:
         stored = compressor.load(rank)
-        model, factors = (stored, None) if stored else compressor.make(rank)
-        increase = measure.loss(rank, model) - measure.losses[0][1].loss
+        model, share = (stored, None) if stored else compressor.make(rank)
+        measure.loss(rank, model)
+        increase = measure.increase(rank)
         print(f"k = {rank}: {increase:+.4f} nats a token", flush=True)
         if increase <= target:
             good_enough.clear()  # each is smaller than the last
-            good_enough[rank] = model, factors
+            good_enough[rank] = model, share
         return increase
 
     rank = smallest_rank_by_loss(increase_of, min(width - 1, vocab_size), target)
-    model, factors = good_enough[rank]
-    if factors is not None:
-        compressor.save(model, rank, factors.explained_variance_ratio)
+    model, share = good_enough[rank]
+    if share is not None:
+        compressor.save(model, rank, share)
     return rank
 
 
@@ -216,10 +221,9 @@ def _plot(compressor: Compressor, ranks: list[int], measure: _Measure, with_spec
         plot_spectrum(compressor.shares, ranks, method, path)
         logger.info("Spectrum: %s", path)
     if measure.losses:
-        (_, baseline, size), *others = measure.losses
         path = root / f"loss_against_bytes_{method}.png"
-        points = [(bytes_, measured.loss - baseline.loss, rank) for rank, measured, bytes_ in others]
-        plot_loss_against_bytes(points, size, ranks, method, path)
+        points = [(measure.bytes[rank], measure.increase(rank), rank) for rank in measure.losses if rank != "-"]
+        plot_loss_against_bytes(points, measure.baseline_bytes, ranks, method, path)
         logger.info("Loss against bytes: %s", path)
 
 

@@ -7,14 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import Dataset, disable_progress_bars
+from datasets import disable_progress_bars
 from transformers import set_seed
 from transformers.utils import logging as transformers_logging
 
 from ..arguments import ManualParser, load_config, parse_run
-from ..corpus import hold_out, python_documents, train_tokenizer
+from ..corpus import write_python_corpus
 from ..data import load_tokenizer
-from ..files import replacing_folder
 from ..modeling_factorized_gpt2 import FactorizedGPT2
 from ..reporting import plot_loss_against_rank, read_results, results_table
 from ..training import run_experiment
@@ -86,12 +85,8 @@ def _prepare_corpus(folder: Path) -> None:
     if folder.exists():
         return
     _announce("Collecting Python's own documentation and training a tokenizer on it")
-    training, validation = hold_out(python_documents())
-    with replacing_folder(folder) as temporary:
-        for name, texts in (("train", training), ("validation", validation)):
-            Dataset.from_dict({"text": texts}).to_json(temporary / f"{name}.jsonl")
-        train_tokenizer(training, VOCAB_SIZE).save_pretrained(temporary / "tokenizer")
-    print(f"{len(training):,} documents to train on, {len(validation):,} held out.")
+    training, validation = write_python_corpus(folder, VOCAB_SIZE)
+    print(f"{training:,} documents to train on, {validation:,} held out.")
 
 
 def _run(name: str, root: Path, arguments: DemoArguments) -> None:
