@@ -130,11 +130,17 @@ class Compressor:
             return explained_shares(self._matrices[0])
         return self._decomposition.shares
 
+    @property
+    def label(self) -> str:
+        """What tells this way of compressing from others, as in `tokenwise_refined`."""
+        untied = self.baseline.model.config.tie_word_embeddings and not self.recipe.tied
+        words = [self.recipe.method, "untied" if untied else "", "refined" if self.recipe.refine_steps else ""]
+        return "_".join(filter(None, words))
+
     def folder(self, rank: int) -> Path:
         """Where the model of some rank is kept; for PCA alone, under the protocol's name."""
-        untied = self.baseline.model.config.tie_word_embeddings and not self.recipe.tied
-        words = ["gpt", self.recipe.method, *(["untied"] if untied else [])]
-        return self.root / "_".join([*words, "refined" if self.recipe.refine_steps else "nofinetune", f"k{rank}"])
+        trained = "" if self.recipe.refine_steps else "_nofinetune"
+        return self.root / f"gpt_{self.label}{trained}_k{rank}"
 
     def factorize_ahead(self, ranks: Sequence[int]) -> None:
         """Factorize at ranks that will be made, with one decomposition.

@@ -118,19 +118,18 @@ def plot_spectrum(shares: Sequence[float], ranks: Sequence[int], method: str, pa
         left_out = [max(1 - share, 1e-6) for share in shares]
         axes.plot(range(1, len(left_out) + 1), left_out, color="black", linewidth=1.2)
         for rank in ranks:
-            axes.plot(rank, left_out[rank - 1], "o", color="tab:blue")
-            label = f"k = {rank}: {shares[rank - 1]:.3f} kept"
-            axes.annotate(label, (rank, left_out[rank - 1]), xytext=(6, 6), textcoords="offset points", fontsize=8)
+            axes.plot(rank, left_out[rank - 1], "o", label=f"k = {rank}: {shares[rank - 1]:.3f} kept")
         axes.set_yscale("log")
         axes.set_xlabel("rank k of the token embedding")
         axes.set_ylabel(f"share of the {_MINIMISED.get(method, 'curvature')} left out")
+        axes.legend(frameon=False)
 
 
 _MINIMISED = {"pca": "variance", "weighted": "weighted variance"}
 
 
 def plot_loss_against_bytes(
-    points: Sequence[tuple[int, float, int]], baseline_bytes: int, labelled: Sequence[int], method: str, path: Path
+    points: Sequence[tuple[int, float, int]], baseline_bytes: int, labelled: Sequence[int], label: str, path: Path
 ) -> None:
     """Plot how much loss compressed models add, against their size; the format follows the suffix.
 
@@ -138,18 +137,19 @@ def plot_loss_against_bytes(
         points: Bytes, loss beyond the baseline's in nats a token, and rank k of each model.
         baseline_bytes: The baseline's size.
         labelled: Ranks whose points are labelled.
-        method: The method's name.
+        label: How the models were compressed.
         path: Image to write.
     """
     with _saved_axes(path) as axes:
         # On a logarithmic scale, a model that loses nothing stands at the lower edge.
         drawn = [(size / 1e6, max(increase, 1e-4), rank) for size, increase, rank in sorted(points)]
-        axes.plot([size for size, _, _ in drawn], [increase for _, increase, _ in drawn], "o-", label=method)
+        axes.plot([size for size, _, _ in drawn], [increase for _, increase, _ in drawn], "o-", label=label)
         for size, increase, rank in drawn:
             if rank in labelled:
                 axes.annotate(f"k = {rank}", (size, increase), xytext=(6, 6), textcoords="offset points", fontsize=8)
         axes.axvline(baseline_bytes / 1e6, color="black", linewidth=1, label="size of the baseline")
         axes.set_yscale("log")
+        axes.margins(0.1)
         axes.set_xlabel("parameters [MB]")
         axes.set_ylabel("loss beyond the baseline's [nats / token]")
         axes.legend(frameon=False)

@@ -88,6 +88,8 @@ def test_refinement_brings_the_model_nearer(words, tmp_path, capsys):
             losses.append(float(capsys.readouterr().out.splitlines()[-1].split()[-4]))
         assert losses[1] < losses[0] - 0.01
         assert record(tmp_path / f"gpt_{method}_refined_k3")["refine_steps"] == 30
+        plots = {path.name for path in tmp_path.glob(f"loss_against_bytes_{method}*.png")}
+        assert plots == {f"loss_against_bytes_{method}.png", f"loss_against_bytes_{method}_refined.png"}
 
 
 def test_an_untied_model_has_a_head_of_its_own(words, tmp_path):

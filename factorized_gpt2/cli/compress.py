@@ -215,15 +215,15 @@ def _choose(arguments: CompressArguments, compressor: Compressor, measure: _Meas
 
 def _plot(compressor: Compressor, ranks: list[int], measure: _Measure, with_spectrum: bool) -> None:
     """Draw the spectrum, and loss against bytes where there are losses, beside the model folders."""
-    method, root = compressor.recipe.method, compressor.root
+    label, root = compressor.label, compressor.root
     if with_spectrum:
-        path = root / f"spectrum_{method}.png"
-        plot_spectrum(compressor.shares, ranks, method, path)
+        path = root / f"spectrum_{label}.png"
+        plot_spectrum(compressor.shares, ranks, compressor.recipe.method, path)
         logger.info("Spectrum: %s", path)
     if measure.losses:
-        path = root / f"loss_against_bytes_{method}.png"
+        path = root / f"loss_against_bytes_{label}.png"
         points = [(measure.bytes[rank], measure.increase(rank), rank) for rank in measure.losses if rank != "-"]
-        plot_loss_against_bytes(points, measure.baseline_bytes, ranks, method, path)
+        plot_loss_against_bytes(points, measure.baseline_bytes, ranks, label, path)
         logger.info("Loss against bytes: %s", path)
 
 
