@@ -1,65 +1,36 @@
 """How far a model is from its teacher: the Kullback-Leibler divergence of their next-token distributions."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
+from .blockwise_loss import RowLoss, cross_entropy_rows
 from .data import IGNORED_LABEL
 from .modeling_factorized_gpt2 import FactorizedGPT2
 
-ROWS_AT_ONCE = (
-    512  # of the teacher's logits, (rows, V); all of them at once would take as much memory as the student's
-)
 
+def divergence_rows(
+    logits: torch.Tensor, teacher_logits: torch.Tensor, temperature: float = 1.0
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Compute KL(teacher || student) of rows of logits (Hinton et al., 2015) and its gradient by the student's.
 
-def kl_divergence(
-    logits: torch.Tensor,
-    teacher_logits_of: Callable[[slice], torch.Tensor],
-    counted: torch.Tensor,
-    temperature: float = 1.0,
-) -> torch.Tensor:
-    """Sum KL(teacher || student) over tokens (Hinton et al., 2015), with the teacher's logits never there as a whole.
-
-    With p = softmax(teacher / t) and q = softmax(student / t), row by row:
-    `t**2 * (counted * (p * (p.log() - q.log())).sum(-1)).sum()`. The factor t**2 keeps the
-    gradient's scale as t grows.
+    With p = softmax(teacher / t) and q = softmax(student / t), row by row: `t**2 * (p * (p.log() - q.log())).sum(-1)`.
+    The factor t**2 keeps the gradient's scale as t grows.
 
     Args:
-        logits: (N, V) floats of the student; differentiable.
-        teacher_logits_of: Gives the teacher's logits (n, V) of n rows.
-        counted: (N,) bool, which rows count.
+        logits: (n, V) float32 of the student.
+        teacher_logits: (n, V) floats.
         temperature: t > 0.
 
     Returns:
-        Scalar float32, in nats.
+        The divergences (n, 1) in nats and their gradients (n, V), both float32.
     """
-    return _KLDivergence.apply(logits, teacher_logits_of, counted, temperature)
-
-
-class _KLDivergence(torch.autograd.Function):
-    """Takes the gradient on the way forward, a few rows at a time: one tensor of the logits' size, their gradient."""
-
-    @staticmethod
-    def forward(ctx, logits, teacher_logits_of, counted, temperature):
-        gradient = torch.empty_like(logits)
-        total = torch.zeros((), dtype=torch.float32, device=logits.device)
-        for start in range(0, len(logits), ROWS_AT_ONCE):
-            rows = slice(start, start + ROWS_AT_ONCE)
-            counts = counted[rows].float()[:, None]
-            teacher = (teacher_logits_of(rows).float() / temperature).log_softmax(-1)
-            student = (logits[rows].float() / temperature).log_softmax(-1)
-            probabilities = teacher.exp()
-            total += (probabilities * (teacher - student) * counts).sum()
-            gradient[rows] = (student.exp_() - probabilities) * (counts * temperature)
-        ctx.save_for_backward(gradient)
-        return total * temperature**2
-
-    @staticmethod
-    def backward(ctx, upstream):
-        (gradient,) = ctx.saved_tensors
-        return gradient * upstream, None, None, None
+    teacher = (teacher_logits.float() / temperature).log_softmax(-1)
+    student = (logits / temperature).log_softmax(-1)
+    probabilities = teacher.exp()
+    divergences = (probabilities * teacher.sub_(student)).sum(-1, keepdim=True)
+    return divergences * temperature**2, student.exp_().sub_(probabilities).mul_(temperature)
 
 
 @dataclass(frozen=True)
@@ -80,22 +51,31 @@ class Distillation:
         self.teacher.eval().requires_grad_(False)
 
     @torch.no_grad()
-    def divergence(self, logits: torch.Tensor, input_ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        """Sum the divergence over the positions of which the next label counts.
+    def row_loss(self, input_ids: torch.Tensor, labels: torch.Tensor) -> RowLoss:
+        """Make the mixed loss of a batch, for a model that takes it as `row_loss`.
+
+        Neither model's logits are ever there as a whole. Positions count of which the next label does.
 
         Args:
-            logits: (B, T, V) of the student; differentiable.
             input_ids: (B, T) int64.
             labels: (B, T) int64, not shifted.
 
         Returns:
-            Scalar float32, in nats.
+            The loss of rows; its sum is in nats.
         """
-        hidden_states = self.teacher.transformer(input_ids).last_hidden_state.flatten(0, 1)  # [B * T, d]
-        counted = nn.functional.pad(labels[:, 1:] != IGNORED_LABEL, (0, 1)).flatten()
+        hidden_states = self.teacher.transformer(input_ids, use_cache=False).last_hidden_state.flatten(0, 1)
+        hidden_states = hidden_states.to(self.teacher.dtype)  # [B * T, d]; autocast may have widened it
+        next_labels = nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORED_LABEL).flatten()
 
-        def teacher_logits_of(rows: slice) -> torch.Tensor:
-            return self.teacher.compute_logits(hidden_states[rows])
+        def mixed_rows(logits: torch.Tensor, rows: slice) -> tuple[torch.Tensor, torch.Tensor]:
+            counts = (next_labels[rows, None] != IGNORED_LABEL).float()
+            teacher_logits = self.teacher.compute_logits(hidden_states[rows])
+            losses, gradients = divergence_rows(logits, teacher_logits, self.temperature)
+            if self.weight == 1:
+                logits.copy_(gradients)
+                return losses * counts, counts
+            cross_entropies, scales = cross_entropy_rows(logits, rows, next_labels)
+            logits.mul_(scales * (1 - self.weight)).add_(gradients, alpha=self.weight)
+            return torch.lerp(cross_entropies, losses, self.weight) * counts, counts
 
-        with torch.enable_grad():
-            return kl_divergence(logits.flatten(0, 1), teacher_logits_of, counted, self.temperature)
+        return mixed_rows

@@ -52,7 +52,8 @@ def sum_loss(
     batches it is kept in float64, so the result does not depend on the batch size beyond rounding.
 
     Args:
-        model: Takes `input_ids`, `labels` (B, T) and `num_items_in_batch`, returns `loss`. Its mode is restored.
+        model: Takes `input_ids`, `labels` (B, T), `num_items_in_batch` and `skip_logits`, returns `loss`. Its mode is
+            restored.
         blocks: Column `input_ids`.
         batch_size: Blocks a forward pass.
         device: Where the model is.
@@ -74,6 +75,7 @@ def sum_loss(
                     labels=batch["labels"].to(device),
                     num_items_in_batch=1,
                     use_cache=False,
+                    skip_logits=True,
                 )
             nats += outputs.loss.double().cpu()
             tokens += int((batch["labels"][:, 1:] != IGNORED_LABEL).sum())

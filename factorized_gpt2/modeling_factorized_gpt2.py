@@ -11,6 +11,7 @@ from transformers import GenerationMixin, GPT2PreTrainedModel
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, DynamicCache
+from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
@@ -21,6 +22,7 @@ from transformers.utils import TransformersKwargs, can_return_tuple
 from transformers.utils.generic import maybe_autocast, merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
+from .blockwise_loss import RowLoss, causal_lm_loss, sum_row_loss
 from .configuration_factorized_gpt2 import FactorizedGPT2Config
 
 
@@ -253,6 +255,8 @@ class FactorizedGPT2(FactorizedGPT2PreTrainedModel, GenerationMixin):
 
     _tied_weights_keys = {"lm_head.weight": "transformer.wte.weight"}
 
+    loss_backend = "auto"  # of `blockwise_loss.sum_cross_entropy`
+
     def __init__(self, config: FactorizedGPT2Config):
         super().__init__(config)
         self.loss_type = "ForCausalLM"
@@ -288,10 +292,16 @@ class FactorizedGPT2(FactorizedGPT2PreTrainedModel, GenerationMixin):
         Raises:
             ValueError: An adapter on a head that is tied to `wte`.
         """
-        if self.scale_down is not None:
-            hidden_states = self.scale_down(hidden_states)  # [..., d] -> [..., k]
+        hidden_states, head = self._to_head_width(hidden_states), self._head()
+        return head(hidden_states) if isinstance(head, nn.Module) else nn.functional.linear(hidden_states, head)
+
+    def _to_head_width(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return hidden_states if self.scale_down is None else self.scale_down(hidden_states)  # [..., d] -> [..., k]
+
+    def _head(self) -> nn.Module | torch.Tensor:
+        """Return what maps (..., k) to logits: a module, or where `wte` is adapted and the head follows it, (V, k)."""
         if not self.config.tie_word_embeddings:
-            return self.lm_head(hidden_states)
+            return self.lm_head
         if hasattr(self.lm_head, "base_layer") or hasattr(self.lm_head, "modules_to_save"):
             raise ValueError(
                 "lm_head is tied to wte and cannot carry an adapter of its own: target wte (the head follows it), or "
@@ -299,9 +309,8 @@ class FactorizedGPT2(FactorizedGPT2PreTrainedModel, GenerationMixin):
             )
         wte = self.transformer.wte
         if isinstance(wte, nn.Embedding):
-            return self.lm_head(hidden_states)
-        every_token = torch.arange(self.config.vocab_size, device=hidden_states.device)
-        return nn.functional.linear(hidden_states, wte(every_token))
+            return self.lm_head
+        return wte(torch.arange(self.config.vocab_size, device=self.lm_head.weight.device))
 
     @can_return_tuple
     def forward(
@@ -315,19 +324,29 @@ class FactorizedGPT2(FactorizedGPT2PreTrainedModel, GenerationMixin):
         labels: torch.LongTensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
+        skip_logits: bool | None = None,
+        row_loss: RowLoss | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> CausalLMOutputWithPast:
-        """Compute logits and, given labels, the loss. Arguments not listed are those of the trunk.
+        """Compute logits or, given labels, the loss, or both. Arguments not listed are those of the trunk.
 
         Args:
             labels: (B, T) int64, shifted inside the model: `labels=input_ids` trains next-token prediction. -100 is
                 ignored.
             logits_to_keep: 0 for all positions, n for the last n, or a tensor of positions.
+            skip_logits: Whether to compute the loss alone, a block of rows at a time, and return no logits. By
+                default so in training mode with labels, unless `loss_function` was replaced.
+            row_loss: A loss of logits instead of the labels' cross-entropy, summed over all rows, neither shifted nor
+                divided; implies `skip_logits`.
             **kwargs: `num_items_in_batch` divides the summed loss (instead of the batch's own count); `shift_labels`
                 are labels that are shifted already; the rest goes to the trunk.
 
         Returns:
-            `loss` (scalar, float32, in nats) when labels are given, `logits` (B, T, V), and what was asked for.
+            `loss` (scalar, float32, in nats) when labels are given, `logits` (B, T, V) unless skipped, and what was
+            asked for.
+
+        Raises:
+            ValueError: `skip_logits` without anything to compute a loss of.
         """
         outputs: BaseModelOutputWithPast = self.transformer(
             input_ids,
@@ -339,11 +358,25 @@ class FactorizedGPT2(FactorizedGPT2PreTrainedModel, GenerationMixin):
             use_cache=use_cache,
             **kwargs,
         )
-        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.compute_logits(outputs.last_hidden_state[:, kept, :])
-        loss = None
-        if labels is not None:
-            loss = self.loss_function(logits, labels, vocab_size=self.config.vocab_size, **kwargs)
+        if skip_logits is None:
+            skip_logits = self.training and labels is not None and self.loss_function is ForCausalLMLoss
+        loss = logits = None
+        if skip_logits or row_loss is not None:
+            if labels is None and row_loss is None:
+                raise ValueError("skip_logits leaves nothing to return without labels or row_loss.")
+            inputs, head = self._to_head_width(outputs.last_hidden_state), self._head()
+            # A head with accelerate's hooks has its weight only while it is called.
+            if type(head) is nn.Linear and not hasattr(head, "_hf_hook"):
+                head = head.weight
+            if row_loss is not None:
+                loss = sum_row_loss(inputs.flatten(0, -2), head, row_loss)
+            else:
+                loss = causal_lm_loss(inputs, head, labels, backend=self.loss_backend, **kwargs)
+        else:
+            kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+            logits = self.compute_logits(outputs.last_hidden_state[:, kept, :])
+            if labels is not None:
+                loss = self.loss_function(logits, labels, vocab_size=self.config.vocab_size, **kwargs)
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,

@@ -91,7 +91,7 @@ def _divergence(student: FactorizedGPT2, distillation: Distillation, blocks: Dat
     nats, tokens = 0.0, 0
     for row in blocks:
         batch = {name: value.to(student.device) for name, value in collate_blocks([row]).items()}
-        nats += distillation.divergence(student(batch["input_ids"]).logits, **batch).item()
+        nats += student(batch["input_ids"], row_loss=distillation.row_loss(**batch), use_cache=False).loss.item()
         tokens += batch["labels"].numel() - 1
     return nats / tokens
 

@@ -38,14 +38,10 @@ class FactorizedTrainer(Trainer):
         """Mix the divergence from the teacher into the loss, each a mean over the tokens of the whole batch."""
         if self.distillation is None:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        weight = self.distillation.weight
-        if weight < 1:
-            loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
-        else:
-            loss, outputs = 0.0, model(input_ids=inputs["input_ids"])
-        divergence = self.distillation.divergence(outputs["logits"], inputs["input_ids"], inputs["labels"])
+        row_loss = self.distillation.row_loss(inputs["input_ids"], inputs["labels"])
+        outputs = model(input_ids=inputs["input_ids"], row_loss=row_loss)
         processes = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
-        loss = (1 - weight) * loss + weight * divergence * processes / num_items_in_batch
+        loss = outputs["loss"] * processes / num_items_in_batch
         return (loss, outputs) if return_outputs else loss
 
     def evaluation_loop(

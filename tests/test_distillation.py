@@ -8,71 +8,77 @@ import torch
 from conftest import random_ids, tiny_model
 from torch.nn import functional
 
-from factorized_gpt2 import distillation as module
+from factorized_gpt2 import blockwise_loss
 from factorized_gpt2.arguments import parse_run
 from factorized_gpt2.data import IGNORED_LABEL
-from factorized_gpt2.distillation import Distillation, kl_divergence
+from factorized_gpt2.distillation import Distillation, divergence_rows
 from factorized_gpt2.errors import UserError
 from factorized_gpt2.training import run_experiment
 
 
-def plain(student, teacher, counted, temperature):
-    """The same in PyTorch's own words, float64."""
+def plain(student, teacher, temperature):
+    """The divergence of every row in PyTorch's own words, float64."""
     p, q = ((x.double() / temperature).log_softmax(-1) for x in (teacher, student))
-    rows = functional.kl_div(q, p, reduction="none", log_target=True).sum(-1)
-    return (rows * counted).sum() * temperature**2
+    return functional.kl_div(q, p, reduction="none", log_target=True).sum(-1) * temperature**2
+
+
+def fitting(model, ids, labels=None, weight=1.0, temperature=1.0):
+    """The loss of a model with a tiny teacher, and the teacher's logits."""
+    distillation = Distillation(tiny_model(n_embd_wte=None, seed=3).train(), weight, temperature)
+    assert not distillation.teacher.training
+    labels = ids if labels is None else labels
+    value = model(ids, row_loss=distillation.row_loss(ids, labels)).loss
+    return value, distillation.teacher
 
 
 @pytest.mark.parametrize("temperature", [1.0, 2.5])
 @pytest.mark.parametrize("rows", [1, 7, 513])
-@pytest.mark.parametrize(
-    ("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 1e-2)], ids=["float32", "bfloat16"]
-)
-def test_value_and_gradient(monkeypatch, rows, temperature, dtype, tolerance):
-    monkeypatch.setattr(module, "ROWS_AT_ONCE", 100)
-    student = (3 * torch.randn(rows, 31)).to(dtype).requires_grad_()
-    teacher = (3 * torch.randn(rows, 31)).to(dtype)
-    counted = torch.rand(rows) < 0.8
-    value = kl_divergence(student, lambda which: teacher[which], counted, temperature)
-    (3 * value).backward()
-    gradient, student.grad = student.grad, None
-    expected = plain(student, teacher, counted, temperature)
-    (3 * expected).backward()
-    assert value.dtype == torch.float32
-    assert value.item() == pytest.approx(expected.item(), rel=1e-5, abs=1e-5)
-    assert gradient.dtype == dtype
-    torch.testing.assert_close(gradient, student.grad, rtol=tolerance, atol=tolerance)
-    assert (gradient[~counted] == 0).all()
+def test_rows_of_the_divergence(rows, temperature):
+    student, teacher = 3 * torch.randn(2, rows, 31)
+    student.requires_grad_()
+    values, gradients = divergence_rows(student.detach(), teacher, temperature)
+    expected = plain(student, teacher, temperature)
+    expected.sum().backward()
+    assert values.shape == (rows, 1)
+    torch.testing.assert_close(values[:, 0].double(), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(gradients, student.grad, rtol=1e-4, atol=1e-5)
 
 
 def test_two_tokens_by_hand():
-    # p = (1/2, 1/2), q = (1/4, 3/4): KL = log(2) / 2 + log(2/3) / 2.
-    student = torch.tensor([[0.0, math.log(3)]])
-    value = kl_divergence(student, lambda rows: torch.zeros(1, 2)[rows], torch.tensor([True]))
-    assert value.item() == pytest.approx(0.5 * math.log(2) + 0.5 * math.log(2 / 3), abs=1e-6)
+    # p = (1/2, 1/2), q = (1/4, 3/4): KL = log(2) / 2 + log(2/3) / 2; the gradient is q - p.
+    values, gradients = divergence_rows(torch.tensor([[0.0, math.log(3)]]), torch.zeros(1, 2))
+    assert values.item() == pytest.approx(0.5 * math.log(2) + 0.5 * math.log(2 / 3), abs=1e-6)
+    assert gradients.tolist() == [[pytest.approx(-0.25), pytest.approx(0.25)]]
 
 
 def test_a_model_is_not_apart_from_itself():
-    model, ids = tiny_model(n_embd_wte=None), random_ids()
-    teacher = Distillation(tiny_model(n_embd_wte=None).train(), 1.0)
-    assert not teacher.teacher.training
-    assert teacher.divergence(model(ids).logits, ids, ids).item() == pytest.approx(0, abs=1e-5)
+    value, _ = fitting(tiny_model(n_embd_wte=None, seed=3), random_ids())
+    assert value.item() == pytest.approx(0, abs=1e-5)
 
 
-def test_only_positions_with_a_next_label_count():
+@pytest.mark.parametrize("block_logits", [1, 500, 2**23])
+@pytest.mark.parametrize("weight", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_the_mixed_loss_of_a_model(monkeypatch, block_logits, weight, temperature):
+    monkeypatch.setitem(blockwise_loss.BLOCK_LOGITS, "cpu", block_logits)
     student, ids = tiny_model(), random_ids()
-    teacher = Distillation(tiny_model(n_embd_wte=None), 0.5)
     labels = ids.clone()
     labels[1, 6:] = IGNORED_LABEL
-    logits = student(ids).logits
-    counted = torch.zeros(2, 10)
-    counted[0, :9] = counted[1, :5] = 1
-    expected = plain(logits, teacher.teacher(ids).logits, counted, 1.0)
-    value = teacher.divergence(logits, ids, labels)
-    assert value.item() == pytest.approx(expected.item(), rel=1e-5)
+    value, teacher = fitting(student, ids, labels, weight, temperature)
     value.backward()
-    assert student.scale_down.weight.grad.abs().max() > 0
-    assert all(weight.grad is None for weight in teacher.teacher.parameters())
+    gradients = {name: parameter.grad.clone() for name, parameter in student.named_parameters()}
+    student.zero_grad()
+
+    logits = student(ids).logits
+    apart = plain(logits, teacher(ids).logits, temperature)
+    expected = weight * (apart[0, :9].sum() + apart[1, :5].sum())
+    expected = expected + (1 - weight) * student.loss_function(logits, labels, 99, num_items_in_batch=1)
+    expected.backward()
+    assert value.dtype == torch.float32
+    assert value.item() == pytest.approx(expected.item(), rel=1e-5)
+    for name, parameter in student.named_parameters():
+        torch.testing.assert_close(gradients[name], parameter.grad, rtol=1e-4, atol=1e-4, msg=name)
+    assert all(weight.grad is None for weight in teacher.parameters())
 
 
 @pytest.fixture(scope="module")

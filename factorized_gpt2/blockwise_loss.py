@@ -1,0 +1,280 @@
+"""The loss of a linear head, block by block: the logits (N, V) are never there as a whole.
+
+At a small rank k the head's arithmetic is little and its logits are much: writing, normalising and reading them again
+is what the loss of a GPT-2 spends its time and memory on. Here one buffer holds the logits of a few rows. They turn
+into the gradient in place, which goes through the head at once; what stays are the gradients of the head's input and,
+if it is trained, of its weight. Taken on the way forward, they need no second product in backward.
+
+Shapes in comments: N rows (tokens), V vocabulary, k width of the head, n rows of a block.
+"""
+
+import re
+from collections.abc import Callable
+from functools import partial
+from importlib.util import find_spec
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+BACKENDS = ("auto", "blockwise", "cut_cross_entropy")
+
+# Logits of a block: on a CPU it stays in the cache, elsewhere it is large enough to keep the device busy.
+BLOCK_LOGITS = {"cpu": 2**23}
+BLOCK_LOGITS_ELSEWHERE = 3 * 2**23
+ROWS_OF_A_MODULE = 256
+
+RowLoss = Callable[[torch.Tensor, slice], tuple[torch.Tensor, torch.Tensor]]
+"""Takes the logits (n, V) float32 of some rows, and these rows; overwrites the logits with their gradient, up to a
+factor a row. Returns every row's loss and that factor, each (n, 1) float32, and 0 where a row does not count.
+"""
+
+
+def cross_entropy_rows(
+    logits: torch.Tensor, rows: slice, labels: torch.Tensor, ignore_index: int = -100
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cross-entropy as a `RowLoss`, once `labels` (N,) int64 are bound: -log softmax(logits)[label], in nats."""
+    labels = labels[rows, None]
+    counts = labels != ignore_index
+    labels = labels.where(counts, 0)
+    largest = logits.amax(1, keepdim=True)
+    logit_of_label = logits.gather(1, labels)
+    sums = logits.sub_(largest).exp_().sum(1, keepdim=True)
+    losses = sums.log() + largest - logit_of_label
+    logits.scatter_add_(1, labels, -sums)  # softmax - one_hot, times sums
+    return losses.where(counts, 0.0), sums.reciprocal().where(counts, 0.0)
+
+
+def causal_lm_loss(
+    hidden: torch.Tensor,
+    head: torch.Tensor | nn.Module,
+    labels: torch.Tensor,
+    num_items_in_batch: torch.Tensor | int | None = None,
+    ignore_index: int = -100,
+    shift_labels: torch.Tensor | None = None,
+    backend: str = "auto",
+    **_: object,
+) -> torch.Tensor:
+    """Compute what transformers' `ForCausalLMLoss` does of logits, without the logits.
+
+    Args:
+        hidden: (B, T, k) floats.
+        head: As `sum_row_loss` takes it.
+        labels: (B, T) int64, not shifted.
+        num_items_in_batch: Divides the sum; by default the number of labels that count.
+        ignore_index: The label that does not count.
+        shift_labels: (B, T) int64, shifted already; `labels` are then not looked at.
+        backend: As in `sum_cross_entropy`.
+
+    Returns:
+        Scalar float32, in nats.
+    """
+    if shift_labels is None:
+        shift_labels = nn.functional.pad(labels[..., 1:], (0, 1), value=ignore_index)
+    shift_labels = shift_labels.flatten().to(hidden.device)
+    total = sum_cross_entropy(hidden.flatten(0, -2), head, shift_labels, ignore_index, backend)
+    if num_items_in_batch is None:
+        num_items_in_batch = (shift_labels != ignore_index).sum()
+    elif isinstance(num_items_in_batch, torch.Tensor):
+        num_items_in_batch = num_items_in_batch.to(total.device)
+    return total / num_items_in_batch
+
+
+def sum_cross_entropy(
+    hidden: torch.Tensor,
+    head: torch.Tensor | nn.Module,
+    labels: torch.Tensor,
+    ignore_index: int = -100,
+    backend: str = "auto",
+) -> torch.Tensor:
+    """Sum the cross-entropy of a head over tokens.
+
+    Plainly: `cross_entropy((hidden @ head.T).float(), labels, ignore_index=ignore_index, reduction="sum")`.
+    Differentiable once. Under autocast the products run in its dtype, all else in float32.
+
+    Args:
+        hidden: (N, k) floats.
+        head: As `sum_row_loss` takes it.
+        labels: (N,) int64.
+        ignore_index: The label of rows that do not count.
+        backend: `blockwise`, plain PyTorch, anywhere; `cut_cross_entropy`, the kernels of the package of that name
+            (Wijmans et al., 2024, "Cut Your Losses in Large-Vocabulary Language Models") with exact gradients, for a
+            matrix on CUDA in half precision; `auto`, the latter where it is installed and can run.
+
+    Returns:
+        Scalar float32, in nats.
+
+    Raises:
+        ValueError: An unknown backend, or one that cannot run here.
+    """
+    if isinstance(head, torch.Tensor):
+        hidden, head = _in_autocast_dtype(hidden, head)
+    if _uses_cut_cross_entropy(backend, hidden, head):
+        from cut_cross_entropy import linear_cross_entropy
+
+        losses = linear_cross_entropy(hidden, head, labels, ignore_index, reduction="none", filter_eps=None)
+        return losses.sum(dtype=torch.float32)
+    if isinstance(head, nn.Module):
+        return sum_row_loss(hidden, head, partial(cross_entropy_rows, labels=labels, ignore_index=ignore_index))
+    wanted = (torch.is_grad_enabled() and tensor.requires_grad for tensor in (hidden, head))
+    return _sum_cross_entropy(hidden, head, labels, ignore_index, *wanted)[0]
+
+
+def sum_row_loss(hidden: torch.Tensor, head: torch.Tensor | nn.Module, row_loss: RowLoss) -> torch.Tensor:
+    """Sum any loss of rows of logits over tokens; differentiable once.
+
+    Args:
+        hidden: (N, k) floats.
+        head: A matrix (V, k) of the same dtype unless autocast is on; or, where the head is more than a matrix (an
+            adapter with dropout), a module that maps (n, k) to (n, V): a block's logits are then computed once more
+            in backward.
+        row_loss: What to sum.
+
+    Returns:
+        Scalar float32.
+    """
+    if isinstance(head, torch.Tensor):
+        return _LinearRowLoss.apply(*_in_autocast_dtype(hidden, head), row_loss)
+    total = torch.zeros((), dtype=torch.float32, device=hidden.device)
+    for start in range(0, len(hidden), ROWS_OF_A_MODULE):
+        rows = slice(start, start + ROWS_OF_A_MODULE)
+        total = total + checkpoint(_block_loss, hidden[rows], head, row_loss, rows, use_reentrant=False)
+    return total
+
+
+def _block_loss(hidden: torch.Tensor, head: nn.Module, row_loss: RowLoss, rows: slice) -> torch.Tensor:
+    return _RowLossOfLogits.apply(head(hidden), row_loss, rows)
+
+
+def _in_autocast_dtype(*tensors: torch.Tensor) -> list[torch.Tensor]:
+    device = tensors[0].device.type
+    if not torch.is_autocast_enabled(device):
+        return list(tensors)
+    return [tensor.to(torch.get_autocast_dtype(device)) for tensor in tensors]
+
+
+def _uses_cut_cross_entropy(backend: str, hidden: torch.Tensor, head: torch.Tensor | nn.Module) -> bool:
+    if backend not in BACKENDS:
+        raise ValueError(f"Unknown loss backend {backend!r}; known are {', '.join(BACKENDS)}.")
+    if backend == "blockwise":
+        return False
+    fits = isinstance(head, torch.Tensor) and hidden.is_cuda and hidden.dtype in (torch.float16, torch.bfloat16)
+    usable = fits and find_spec("cut_cross_entropy") is not None
+    if backend == "cut_cross_entropy" and not usable:
+        raise ValueError("The loss backend cut_cross_entropy needs its package, CUDA, half precision, a plain head.")
+    return usable
+
+
+@torch.no_grad()
+def _sum_blocks(
+    hidden: torch.Tensor, weight: torch.Tensor, row_loss: RowLoss, hidden_grad: bool, weight_grad: bool
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Sum a loss over rows.
+
+    Returns:
+        The sum, float32; its gradients by `hidden`, (N, k) in its dtype, and by `weight`, (V, k) float32 whatever the
+        dtype (a sum over tokens can exceed what float16 holds). Those not wanted are empty.
+    """
+    half = hidden.dtype != torch.float32
+    block_logits = BLOCK_LOGITS.get(hidden.device.type, BLOCK_LOGITS_ELSEWHERE)
+    size = max(1, min(block_logits // len(weight), len(hidden)))
+    buffer = hidden.new_empty(size, len(weight))
+    buffer32 = torch.empty_like(buffer, dtype=torch.float32) if half else buffer
+    total = hidden.new_zeros((), dtype=torch.float32)
+    by_hidden = torch.empty_like(hidden) if hidden_grad else hidden.new_empty(0)
+    by_weight = torch.zeros_like(weight, dtype=torch.float32) if weight_grad else hidden.new_empty(0)
+    with torch.autocast(hidden.device.type, enabled=False):
+        for start in range(0, len(hidden), size):
+            rows = slice(start, start + size)
+            block = hidden[rows]
+            logits, logits32 = buffer[: len(block)], buffer32[: len(block)]
+            torch.mm(block, weight.T, out=logits)
+            if half:
+                logits32.copy_(logits)
+            losses, scales = row_loss(logits32, rows)  # from here on the buffer holds gradients
+            total += losses.sum()
+            if half and (hidden_grad or weight_grad):
+                torch.mul(logits32, scales, out=logits)
+            if hidden_grad:
+                torch.mm(logits, weight, out=by_hidden[rows])
+                if not half:
+                    by_hidden[rows] *= scales
+            if weight_grad:
+                if half:
+                    by_weight += logits.T @ block
+                else:
+                    by_weight.addmm_(logits.T, block * scales)
+    return total, by_hidden, by_weight
+
+
+def _scaled(gradient: torch.Tensor, upstream: torch.Tensor, dtype: torch.dtype) -> torch.Tensor | None:
+    """Multiply in float32: a loss scale times a gradient may fit a dtype that the scale alone does not."""
+    return (gradient.float() * upstream).to(dtype) if gradient.numel() else None
+
+
+# An operator of its own is opaque to torch.compile: no break in the graph, and no loop over blocks unrolled into it.
+@torch.library.custom_op(re.sub(r"\W", "_", __name__) + "::sum_cross_entropy", mutates_args=())
+def _sum_cross_entropy(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    labels: torch.Tensor,
+    ignore_index: int,
+    hidden_grad: bool,
+    weight_grad: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    row_loss = partial(cross_entropy_rows, labels=labels, ignore_index=ignore_index)
+    return _sum_blocks(hidden, weight, row_loss, hidden_grad, weight_grad)
+
+
+@_sum_cross_entropy.register_fake
+def _(hidden, weight, labels, ignore_index, hidden_grad, weight_grad):
+    return (
+        hidden.new_empty((), dtype=torch.float32),
+        torch.empty_like(hidden) if hidden_grad else hidden.new_empty(0),
+        torch.empty_like(weight, dtype=torch.float32) if weight_grad else hidden.new_empty(0),
+    )
+
+
+def _save_gradients(ctx, inputs, output) -> None:
+    ctx.dtypes = [tensor.dtype for tensor in inputs[:2]]
+    ctx.save_for_backward(*output[1:])
+    ctx.mark_non_differentiable(*output[1:])
+
+
+def _scale_gradients(ctx, upstream, *_):
+    gradients = zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+    return *(_scaled(gradient, upstream, dtype) for gradient, dtype in gradients), *[None] * 4
+
+
+_sum_cross_entropy.register_autograd(_scale_gradients, setup_context=_save_gradients)
+
+
+class _LinearRowLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden, weight, row_loss):
+        total, *gradients = _sum_blocks(hidden, weight, row_loss, *ctx.needs_input_grad[:2])
+        ctx.dtypes = [hidden.dtype, weight.dtype]
+        ctx.save_for_backward(*gradients)
+        return total
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, upstream):
+        gradients = zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+        return *(_scaled(gradient, upstream, dtype) for gradient, dtype in gradients), None
+
+
+class _RowLossOfLogits(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, logits, row_loss, rows):
+        gradient = logits.to(torch.float32, copy=True)
+        with torch.autocast(logits.device.type, enabled=False):
+            losses, scales = row_loss(gradient, rows)
+        ctx.save_for_backward(gradient.mul_(scales).to(logits.dtype))
+        return losses.sum()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, upstream):
+        (gradient,) = ctx.saved_tensors
+        return _scaled(gradient, upstream, gradient.dtype), None, None
