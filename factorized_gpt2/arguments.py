@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from transformers import HfArgumentParser, TrainingArguments
 
+from .blockwise_loss import BACKENDS
 from .data import TextSource
 from .errors import UserError
 from .files import read_json
@@ -186,15 +187,31 @@ class RunArguments(TrainingArguments):
     overwrite_output_dir: bool = field(
         default=False, metadata={"help": "Replace what another run, or another baseline, left in the output folders."}
     )
+    loss_backend: str = field(
+        default="auto",
+        metadata={
+            "help": "How the loss does without logits. blockwise: plain PyTorch. cut_cross_entropy: that package's "
+            "kernels, on CUDA in half precision. auto: these where they are installed and can run.",
+            "choices": list(BACKENDS),
+        },
+    )
+    # Every parameter takes part in every step; and looking for NaN would wait for the device each time.
+    ddp_find_unused_parameters: bool | None = field(
+        default=False, metadata={"help": "Let DistributedDataParallel look for parameters without a gradient."}
+    )
+    logging_nan_inf_filter: bool = field(
+        default=False, metadata={"help": "Leave NaN and infinity out of the logged loss, for a wait in every step."}
+    )
 
     def __post_init__(self) -> None:
         has_cuda = torch.cuda.is_available() and not self.use_cpu
-        bf16_on_cpu = self.bf16 and self.use_cpu  # asked for in so many words, and supported
-        if not has_cuda and (self.fp16 or self.torch_compile or (self.bf16 and not bf16_on_cpu)):
+        # A CPU asked for in so many words can do these two.
+        if not has_cuda and (self.fp16 or ((self.bf16 or self.torch_compile) and not self.use_cpu)):
             if os.environ.get("LOCAL_RANK", "0") == "0":
                 logger.warning("No CUDA on this machine: training in float32, not compiled.")
-            self.fp16 = self.torch_compile = False
-            self.bf16 = bf16_on_cpu
+            self.fp16 = False
+            self.bf16 = self.bf16 and self.use_cpu
+            self.torch_compile = self.torch_compile and self.use_cpu
         self.dataloader_pin_memory = self.dataloader_pin_memory and has_cuda
         super().__post_init__()
         if self.effective_batch_size is not None:

@@ -3,6 +3,7 @@
 from typing import Any
 
 import torch
+from accelerate.utils import TorchDynamoPlugin
 from datasets import Dataset
 from torch import nn
 from transformers import Trainer
@@ -10,6 +11,7 @@ from transformers.trainer_utils import EvalLoopOutput
 
 from .distillation import Distillation
 from .evaluation import LossSum, perplexity, sum_loss
+from .modeling_factorized_gpt2 import FactorizedGPT2Block
 
 
 class FactorizedTrainer(Trainer):
@@ -22,11 +24,24 @@ class FactorizedTrainer(Trainer):
 
     def __init__(self, distillation: Distillation | None = None, **kwargs: Any):
         super().__init__(**kwargs)
+        self._compile_blocks()
         self.distillation = distillation
         if distillation is not None:
             half = torch.bfloat16 if self.args.bf16 else torch.float16
             on_cuda = self.args.device.type == "cuda"
             distillation.teacher.to(self.args.device, half if on_cuda else torch.float32)
+
+    def _compile_blocks(self) -> None:
+        """Compile block by block, in place, instead of the model as a whole.
+
+        Compiled as a whole, attention gets a mask and loses its fast causal path; and every block compiles the same.
+        """
+        args = self.args
+        self.accelerator.state.dynamo_plugin = TorchDynamoPlugin(backend="no")
+        if args.torch_compile:
+            for module in self.model.modules():
+                if isinstance(module, FactorizedGPT2Block):
+                    module.compile(backend=args.torch_compile_backend, mode=args.torch_compile_mode)
 
     def compute_loss(
         self,

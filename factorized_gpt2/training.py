@@ -67,6 +67,7 @@ def run_experiment(run: Run) -> Results:
         train_blocks = _load_split(run, "train", tokenizer) if run.training.do_train else None
         validation_blocks = _load_split(run, "validation", tokenizer)
         distillation = _distillation(run, model.config.vocab_size)
+    model.loss_backend = run.training.loss_backend
     if run.adapter.lora_rank:
         lora = run.adapter
         _keep_base(model, output_dir / BASE_NAME, run.training.should_save)
@@ -89,7 +90,7 @@ def run_experiment(run: Run) -> Results:
     eval_loss = trainer.state.best_metric if best_is_loaded else trainer.evaluate()["eval_loss"]
 
     # Under mixed precision the Trainer has wrapped the forward pass in autocast; what is saved is float32.
-    model = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False, keep_torch_compile=False)
+    model = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
     probe = collate_blocks([validation_blocks[0]])["input_ids"]
     expected = _logits(model, probe)
     if isinstance(model, PeftModel):
