@@ -105,8 +105,10 @@ def sum_cross_entropy(
         Scalar float32, in nats.
 
     Raises:
-        ValueError: An unknown backend, or one that cannot run here.
+        ValueError: Labels that do not fit; an unknown backend, or one that cannot run here.
     """
+    if labels.shape != hidden.shape[:1]:
+        raise ValueError(f"{len(hidden)} rows need as many labels, got {tuple(labels.shape)}.")
     if isinstance(head, torch.Tensor):
         hidden, head = _in_autocast_dtype(hidden, head)
     if _uses_cut_cross_entropy(backend, hidden, head):
@@ -116,8 +118,7 @@ def sum_cross_entropy(
         return losses.sum(dtype=torch.float32)
     if isinstance(head, nn.Module):
         return sum_row_loss(hidden, head, partial(cross_entropy_rows, labels=labels, ignore_index=ignore_index))
-    wanted = (torch.is_grad_enabled() and tensor.requires_grad for tensor in (hidden, head))
-    return _sum_cross_entropy(hidden, head, labels, ignore_index, *wanted)[0]
+    return _sum_cross_entropy(hidden, head, labels, ignore_index, *_wanted(hidden, head))[0]
 
 
 def sum_row_loss(hidden: torch.Tensor, head: torch.Tensor | nn.Module, row_loss: RowLoss) -> torch.Tensor:
@@ -134,7 +135,8 @@ def sum_row_loss(hidden: torch.Tensor, head: torch.Tensor | nn.Module, row_loss:
         Scalar float32.
     """
     if isinstance(head, torch.Tensor):
-        return _LinearRowLoss.apply(*_in_autocast_dtype(hidden, head), row_loss)
+        hidden, head = _in_autocast_dtype(hidden, head)
+        return _LinearRowLoss.apply(hidden, head, row_loss, _wanted(hidden, head))
     total = torch.zeros((), dtype=torch.float32, device=hidden.device)
     for start in range(0, len(hidden), ROWS_OF_A_MODULE):
         rows = slice(start, start + ROWS_OF_A_MODULE)
@@ -144,6 +146,11 @@ def sum_row_loss(hidden: torch.Tensor, head: torch.Tensor | nn.Module, row_loss:
 
 def _block_loss(hidden: torch.Tensor, head: nn.Module, row_loss: RowLoss, rows: slice) -> torch.Tensor:
     return _RowLossOfLogits.apply(head(hidden), row_loss, rows)
+
+
+def _wanted(hidden: torch.Tensor, weight: torch.Tensor) -> tuple[bool, bool]:
+    takes_gradient = torch.is_grad_enabled()
+    return takes_gradient and hidden.requires_grad, takes_gradient and weight.requires_grad
 
 
 def _in_autocast_dtype(*tensors: torch.Tensor) -> list[torch.Tensor]:
@@ -175,6 +182,9 @@ def _sum_blocks(
         The sum, float32; its gradients by `hidden`, (N, k) in its dtype, and by `weight`, (V, k) float32 whatever the
         dtype (a sum over tokens can exceed what float16 holds). Those not wanted are empty.
     """
+    dtype = hidden.dtype
+    if dtype == torch.float16 and hidden.device.type == "cpu":  # which multiplies float32 many times faster
+        hidden, weight = hidden.float(), weight.float()
     half = hidden.dtype != torch.float32
     block_logits = BLOCK_LOGITS.get(hidden.device.type, BLOCK_LOGITS_ELSEWHERE)
     size = max(1, min(block_logits // len(weight), len(hidden)))
@@ -201,10 +211,13 @@ def _sum_blocks(
                     by_hidden[rows] *= scales
             if weight_grad:
                 if half:
-                    by_weight += logits.T @ block
+                    by_weight.add_(logits.T @ (block * _HALF_SCALE), alpha=1 / _HALF_SCALE)
                 else:
                     by_weight.addmm_(logits.T, block * scales)
-    return total, by_hidden, by_weight
+    return total, by_hidden.to(dtype), by_weight
+
+
+_HALF_SCALE = 2.0**-8  # keeps the sum over a block's rows within float16
 
 
 def _scaled(gradient: torch.Tensor, upstream: torch.Tensor, dtype: torch.dtype) -> torch.Tensor | None:
@@ -242,6 +255,8 @@ def _save_gradients(ctx, inputs, output) -> None:
 
 
 def _scale_gradients(ctx, upstream, *_):
+    if torch.is_grad_enabled():  # as under create_graph
+        raise RuntimeError("The loss without logits can be differentiated once only; pass skip_logits=False.")
     gradients = zip(ctx.saved_tensors, ctx.dtypes, strict=True)
     return *(_scaled(gradient, upstream, dtype) for gradient, dtype in gradients), *[None] * 4
 
@@ -251,8 +266,8 @@ _sum_cross_entropy.register_autograd(_scale_gradients, setup_context=_save_gradi
 
 class _LinearRowLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, row_loss):
-        total, *gradients = _sum_blocks(hidden, weight, row_loss, *ctx.needs_input_grad[:2])
+    def forward(ctx, hidden, weight, row_loss, wanted):
+        total, *gradients = _sum_blocks(hidden, weight, row_loss, *wanted)
         ctx.dtypes = [hidden.dtype, weight.dtype]
         ctx.save_for_backward(*gradients)
         return total
@@ -261,7 +276,7 @@ class _LinearRowLoss(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, upstream):
         gradients = zip(ctx.saved_tensors, ctx.dtypes, strict=True)
-        return *(_scaled(gradient, upstream, dtype) for gradient, dtype in gradients), None
+        return *(_scaled(gradient, upstream, dtype) for gradient, dtype in gradients), None, None
 
 
 class _RowLossOfLogits(torch.autograd.Function):

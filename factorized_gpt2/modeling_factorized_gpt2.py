@@ -244,6 +244,12 @@ class FactorizedGPT2Model(FactorizedGPT2PreTrainedModel):
         )
 
 
+def _is_plain(head: nn.Module | torch.Tensor) -> bool:
+    """Tell whether a head is its weight and no more: no bias, no adapter, no hook that acts when it is called."""
+    hooks = ("_forward_hooks", "_forward_pre_hooks", "_hf_hook")  # the last is accelerate's
+    return type(head) is nn.Linear and head.bias is None and not any(getattr(head, name, None) for name in hooks)
+
+
 class FactorizedGPT2(FactorizedGPT2PreTrainedModel, GenerationMixin):
     """Causal language model: the trunk, then `scale_down` (d, k) and `lm_head` (k, V).
 
@@ -360,21 +366,21 @@ class FactorizedGPT2(FactorizedGPT2PreTrainedModel, GenerationMixin):
         )
         if skip_logits is None:
             skip_logits = self.training and labels is not None and self.loss_function is ForCausalLMLoss
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        hidden_states = outputs.last_hidden_state[:, kept, :]
         loss = logits = None
         if skip_logits or row_loss is not None:
             if labels is None and row_loss is None:
                 raise ValueError("skip_logits leaves nothing to return without labels or row_loss.")
-            inputs, head = self._to_head_width(outputs.last_hidden_state), self._head()
-            # A head with accelerate's hooks has its weight only while it is called.
-            if type(head) is nn.Linear and not hasattr(head, "_hf_hook"):
+            inputs, head = self._to_head_width(hidden_states), self._head()
+            if _is_plain(head):
                 head = head.weight
             if row_loss is not None:
                 loss = sum_row_loss(inputs.flatten(0, -2), head, row_loss)
             else:
                 loss = causal_lm_loss(inputs, head, labels, backend=self.loss_backend, **kwargs)
         else:
-            kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-            logits = self.compute_logits(outputs.last_hidden_state[:, kept, :])
+            logits = self.compute_logits(hidden_states)
             if labels is not None:
                 loss = self.loss_function(logits, labels, vocab_size=self.config.vocab_size, **kwargs)
         return CausalLMOutputWithPast(

@@ -1,0 +1,195 @@
+"""Milliseconds a token of greedy decoding, batch 1: factorized against not, `generate` against a bare loop, and more.
+
+`python benchmarks/decoding.py`: eager and compiled, merged LoRA, bfloat16, an int8 trunk; side by side in one run.
+"""
+
+import statistics
+import sys
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from side_by_side import machine, measure_in_turns, now, print_table, ratios
+from torch import nn
+from transformers import DynamicCache, StaticCache
+
+from factorized_gpt2 import FactorizedGPT2, FactorizedGPT2Config
+from factorized_gpt2.adapters import add_lora, merge
+from factorized_gpt2.arguments import LORA_TARGETS, ManualParser
+from factorized_gpt2.cli.shell import run_command
+
+
+@dataclass
+class DecodingArguments:
+    """The models and the text."""
+
+    ranks: list[int] = field(default_factory=lambda: [64, 128, 256, 512], metadata={"help": "k."})
+    n_layer: int = field(default=12, metadata={"help": "Blocks."})
+    width: int = field(default=768, metadata={"help": "d."})
+    vocab_size: int = field(default=50257, metadata={"help": "V."})
+    prompt: int = field(default=32, metadata={"help": "Tokens before the first new one."})
+    tokens: int = field(default=32, metadata={"help": "New tokens a timed run."})
+    rounds: int = field(default=7, metadata={"help": "Timed runs."})
+    compile: bool = field(default=True, metadata={"help": "Measure compiled decoding too (two minutes to compile)."})
+
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+Decoder = Callable[[], float]
+
+
+@torch.no_grad()
+def main(argv: list[str]) -> None:
+    """Print a table of ranks, and one of ways to decode."""
+    arguments = ManualParser(DecodingArguments, prog="decoding.py", description=__doc__).parse(argv)[0]
+    print(f"{machine('peft')}; prompt {arguments.prompt}, {arguments.tokens} new tokens\n", flush=True)
+    models = {rank: _model(arguments, rank) for rank in (None, *arguments.ranks)}
+    _print_ranks(arguments, models)
+    _print_ways(arguments, models)
+
+
+def _print_ranks(arguments: DecodingArguments, models: dict[int | None, FactorizedGPT2]) -> None:
+    forms = {
+        "float32": models,
+        "bfloat16": {rank: _model(arguments, rank).bfloat16() for rank in models},
+    }
+    if DEVICE == "cpu":
+        forms["int8 trunk"] = {rank: _with_int8_trunk(_model(arguments, rank)) for rank in models}
+    decoders = {(form, rank): _loop(arguments, model) for form in forms for rank, model in forms[form].items()}
+    if arguments.compile:
+        forms["float32, compiled"] = models
+        for rank, model in models.items():
+            decoders["float32, compiled", rank] = _compiled(arguments, model)
+    seconds = measure_in_turns(decoders, arguments.rounds)
+    rows = []
+    for rank in models:
+        row = {"k": rank or "-"}
+        for form in forms:
+            row[f"{form}, ms"] = _milliseconds(seconds[form, rank])
+            if rank:
+                row[f"unfactorized / this, {form}"] = ratios(seconds[form, None], seconds[form, rank])
+        rows.append(row)
+    print_table(rows)
+
+
+def _print_ways(arguments: DecodingArguments, models: dict[int | None, FactorizedGPT2]) -> None:
+    print("\nAgainst the bare loop, float32:\n")
+    rows = []
+    for rank, model in models.items():
+        merged = merge(add_lora(_model(arguments, rank), 32, 64, 0.1, LORA_TARGETS))
+        ways = {
+            "bare": _loop(arguments, model),
+            "generate": _generate(arguments, model),
+            "merged": _loop(arguments, merged),
+            "static": _static(arguments, model, model),
+        }
+        seconds = measure_in_turns(ways, arguments.rounds)
+        rows.append(
+            {
+                "k": rank or "-",
+                "bare loop, ms": _milliseconds(seconds["bare"]),
+                "generate / bare": ratios(seconds["generate"], seconds["bare"]),
+                "merged LoRA / never adapted": ratios(seconds["merged"], seconds["bare"]),
+                "static cache / dynamic": ratios(seconds["static"], seconds["bare"]),
+            }
+        )
+    print_table(rows)
+
+
+def _model(arguments: DecodingArguments, rank: int | None) -> FactorizedGPT2:
+    torch.manual_seed(0)
+    config = FactorizedGPT2Config(
+        n_embd_wte=rank,
+        n_layer=arguments.n_layer,
+        n_head=arguments.width // 64,
+        n_embd=arguments.width,
+        vocab_size=arguments.vocab_size,
+        n_positions=arguments.prompt + arguments.tokens + 1,
+        bos_token_id=0,
+        eos_token_id=None,
+        pad_token_id=0,
+    )
+    return FactorizedGPT2(config).eval().to(DEVICE)
+
+
+def _with_int8_trunk(model: FactorizedGPT2) -> FactorizedGPT2:
+    """Quantize the linear layers of the blocks, weights to int8 ahead and activations as they come."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        model.transformer.h = torch.ao.quantization.quantize_dynamic(model.transformer.h, {nn.Linear}, torch.qint8)
+    return model
+
+
+def _prompt(arguments: DecodingArguments) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(arguments.vocab_size, (1, arguments.prompt), generator=generator).to(DEVICE)
+
+
+def _loop(arguments: DecodingArguments, model: FactorizedGPT2) -> Decoder:
+    """Decode in the plainest loop there is, the cache growing."""
+    prompt = _prompt(arguments)
+
+    def run() -> float:
+        cache = DynamicCache(config=model.config)
+        outputs = model(prompt, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        began = now()
+        for _ in range(arguments.tokens):
+            token = outputs.logits[:, -1].argmax(-1, keepdim=True)
+            outputs = model(token, past_key_values=cache, use_cache=True)
+        outputs.logits[:, -1].argmax(-1)
+        return (now() - began) / arguments.tokens
+
+    return run
+
+
+def _generate(arguments: DecodingArguments, model: FactorizedGPT2) -> Decoder:
+    """Let `generate` decode; the time of the prompt and of setting up is that of a call for one token."""
+    prompt = _prompt(arguments)
+
+    def run() -> float:
+        began = now()
+        model.generate(prompt, max_new_tokens=1, do_sample=False)
+        between = now()
+        model.generate(prompt, max_new_tokens=arguments.tokens + 1, do_sample=False)
+        return (now() - between - (between - began)) / arguments.tokens
+
+    return run
+
+
+def _static(
+    arguments: DecodingArguments, model: FactorizedGPT2, forward: Callable[..., object], settings: dict | None = None
+) -> Decoder:
+    """Decode with a cache of fixed size."""
+    prompt = _prompt(arguments)
+    length = arguments.prompt + arguments.tokens
+
+    def run() -> float:
+        cache = StaticCache(config=model.config, max_cache_len=length)
+        outputs = model(prompt, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        with torch._inductor.config.patch(settings or {}):
+            began = now()
+            for position in range(arguments.prompt, length):
+                token = outputs.logits[:, -1].argmax(-1, keepdim=True)
+                positions = torch.tensor([[position]], device=DEVICE)
+                outputs = forward(token, past_key_values=cache, use_cache=True, position_ids=positions)
+            outputs.logits[:, -1].argmax(-1)
+            return (now() - began) / arguments.tokens
+
+    return run
+
+
+def _compiled(arguments: DecodingArguments, model: FactorizedGPT2) -> Decoder:
+    """Decode with a static cache and a forward pass compiled as one graph; on a CPU with its weights packed ahead."""
+    if DEVICE == "cuda":
+        return _static(arguments, model, torch.compile(model.forward, fullgraph=True, mode="reduce-overhead"))
+    forward = torch.compile(model.forward, fullgraph=True, dynamic=False, mode="max-autotune-no-cudagraphs")
+    return _static(arguments, model, forward, {"freezing": True})
+
+
+def _milliseconds(seconds: list[float]) -> str:
+    return f"{1000 * statistics.median(seconds):.2f}"
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main))
