@@ -91,7 +91,9 @@ class FactorizedGPT2MLP(nn.Module):
         self.mlp_up = nn.Linear(config.n_embd, inner)
         self.mlp_down = nn.Linear(inner, config.n_embd)
         self.mlp_down.init_std = residual_init_std(config)
-        self.act = ACT2FN[config.activation_function]
+        # One kernel for the function that transformers spells out under the name of gelu_new.
+        fused = {"gelu_new": "gelu_pytorch_tanh"}
+        self.act = ACT2FN[fused.get(config.activation_function, config.activation_function)]
         self.dropout = nn.Dropout(config.resid_pdrop)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
