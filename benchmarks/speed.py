@@ -11,6 +11,7 @@ import time
 from dataclasses import dataclass, field
 
 import numpy as np
+from side_by_side import machine, measure_in_turns, print_table, ratios, seconds_cell, timed
 from tabulate import tabulate
 
 from factorized_gpt2.arguments import ManualParser
@@ -30,6 +31,7 @@ class SpeedArguments:
     width: int = field(default=768, metadata={"help": "d."})
     ranks: list[int] = field(default_factory=lambda: [64, 128, 256, 512], metadata={"help": "k."})
     tokens: int = field(default=16384, metadata={"help": "Calibration tokens."})
+    rounds: int = field(default=5, metadata={"help": "Timed runs of the comparison of decompositions."})
 
 
 def main(argv: list[str]) -> None:
@@ -41,12 +43,37 @@ def main(argv: list[str]) -> None:
         with context.Pool(1) as pool:
             rows.append({"method": method} | pool.apply(_measure, (method, arguments)))
     print(tabulate(rows, headers="keys", tablefmt="github", floatfmt=".2f"))
+    _print_sharing(arguments)
+
+
+def _print_sharing(arguments: SpeedArguments) -> None:
+    """Compare one decomposition for all ranks with one for each."""
+    weight = _random_weight(arguments, np.random.default_rng(0))
+    ways = {
+        "one": timed(lambda: factorize_ranks(weight, arguments.ranks)),
+        "each": timed(lambda: [factorize_ranks(weight, [rank]) for rank in arguments.ranks]),
+    }
+    seconds = measure_in_turns(ways, arguments.rounds)
+    print(f"\n{machine('scikit-learn')}; PCA at {len(arguments.ranks)} ranks:\n")
+    print_table(
+        [
+            {
+                "one for all, ms": seconds_cell(seconds["one"]),
+                "one for each, ms": seconds_cell(seconds["each"]),
+                "one for all / one for each": ratios(seconds["one"], seconds["each"]),
+            }
+        ]
+    )
+
+
+def _random_weight(arguments: SpeedArguments, rng: np.random.Generator) -> np.ndarray:
+    weight = rng.standard_normal((arguments.vocab_size, arguments.width), np.float32)
+    return weight * np.geomspace(1, 0.1, arguments.width, dtype=np.float32)
 
 
 def _measure(method: str, arguments: SpeedArguments) -> dict[str, float]:
     rng = np.random.default_rng(0)
-    weight = rng.standard_normal((arguments.vocab_size, arguments.width), np.float32)
-    weight *= np.geomspace(1, 0.1, arguments.width, dtype=np.float32)
+    weight = _random_weight(arguments, rng)
     use = _random_use(arguments, rng)
     before = _peak_memory()
     began = time.perf_counter()

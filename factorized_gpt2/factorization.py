@@ -63,8 +63,8 @@ def factorize_ranks(weight: np.ndarray, ranks: Sequence[int], lm_head: np.ndarra
     """
     embedding = _fit_pca(weight, ranks, "the token embedding")
     head = None if lm_head is None else _fit_pca(lm_head, ranks, "the head")
-    scores = embedding.transform(_as_float64(weight))
-    head_scores = None if head is None else head.transform(_as_float64(lm_head))
+    scores = _transform(embedding, weight)
+    head_scores = None if head is None else _transform(head, lm_head)
     factors = {}
     for rank in ranks:
         output_side = embedding if head is None else head
@@ -119,6 +119,11 @@ def _fit_pca(weight: np.ndarray, ranks: Sequence[int], name: str) -> PCA:
     # The covariance squares the condition number; in float64 the leading subspace is that of a full SVD.
     with np.errstate(invalid="ignore"):  # equal rows: no variance, and shares of it are 0 / 0
         return PCA(n_components=max(ranks), svd_solver="covariance_eigh").fit(_as_float64(weight))
+
+
+def _transform(pca: PCA, weight: np.ndarray) -> np.ndarray:
+    """Do what `pca.transform` does, in the result's own precision: half the time and memory of float64."""
+    return (_as_float32(weight) - _as_float32(pca.mean_)) @ _as_float32(pca.components_.T)
 
 
 def _explained_share(pca: PCA, rank: int) -> float:

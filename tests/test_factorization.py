@@ -100,8 +100,10 @@ def test_nested_ranks_equal_separate_fits(ranks):
     assert set(together) == set(ranks)
     for rank in ranks:
         alone = factorize(weight, rank, head)
-        for name in ("wte", "scale_up", "scale_down", "mean", "lm_head"):
+        for name in ("scale_up", "scale_down", "mean"):
             np.testing.assert_array_equal(getattr(together[rank], name), getattr(alone, name), err_msg=name)
+        for name in ("wte", "lm_head"):  # products in float32, rounded otherwise at another width
+            np.testing.assert_allclose(getattr(together[rank], name), getattr(alone, name), atol=2e-6, err_msg=name)
         assert together[rank].explained_variance_ratio == alone.explained_variance_ratio
 
 

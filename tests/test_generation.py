@@ -175,7 +175,8 @@ def test_reading_in_pieces_gives_the_logits_of_reading_at_once(variant, attentio
             cache = outputs.past_key_values
             logits.append(outputs.logits)
         expected = model(ids, use_cache=False).logits
-    torch.testing.assert_close(torch.cat(logits, dim=1), expected, atol=1e-5, rtol=1e-5)
+    # Vectorized kernels round the tail of an array otherwise than the rest, and pieces have their own tails.
+    torch.testing.assert_close(torch.cat(logits, dim=1), expected, atol=3e-5, rtol=1e-5)
 
 
 def test_cache_holds_keys_and_values_by_layer(model, ids):
