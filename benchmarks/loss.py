@@ -28,7 +28,7 @@ class LossArguments:
     width: int = field(default=768, metadata={"help": "d of the unfactorized head."})
     dtypes: list[str] = field(default_factory=lambda: ["float32", "bfloat16"], metadata={"help": "Of the inputs."})
     rounds: int = field(default=5, metadata={"help": "Timed runs."})
-    backend: str = field(default="auto", metadata={"help": "Of the loss.", "choices": list(BACKENDS)})
+    backend: str = field(default="blockwise", metadata={"help": "Of the loss.", "choices": list(BACKENDS)})
 
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

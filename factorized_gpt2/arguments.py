@@ -7,6 +7,7 @@ import logging
 import os
 from collections.abc import Iterable
 from dataclasses import MISSING, dataclass, field, fields
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -188,7 +189,7 @@ class RunArguments(TrainingArguments):
         default=False, metadata={"help": "Replace what another run, or another baseline, left in the output folders."}
     )
     loss_backend: str = field(
-        default="auto",
+        default="blockwise",
         metadata={
             "help": "How the loss does without logits. blockwise: plain PyTorch. cut_cross_entropy: that package's "
             "kernels, on CUDA in half precision. auto: these where they are installed and can run.",
@@ -403,6 +404,11 @@ def _check(run: Run) -> None:
         raise UserError("distillation_weight needs a teacher: name one, or a baseline.")
     if distillation.teacher and not distillation.distillation_weight:
         raise UserError("teacher does nothing while distillation_weight is 0.")
+    half = training.fp16 or training.bf16
+    if training.loss_backend == "cut_cross_entropy" and not (
+        half and training.device.type == "cuda" and find_spec("cut_cross_entropy")
+    ):
+        raise UserError("loss_backend=cut_cross_entropy needs CUDA, fp16 or bf16, and the package cut-cross-entropy.")
     if data.block_size < 2:
         raise UserError(f"block_size must be at least 2, got {data.block_size}.")
     if training.do_train and training.max_steps < 1 and training.num_train_epochs <= 0:

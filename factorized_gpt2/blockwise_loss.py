@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-BACKENDS = ("auto", "blockwise", "cut_cross_entropy")
+BACKENDS = ("blockwise", "cut_cross_entropy", "auto")
 
 # Logits of a block: on a CPU it stays in the cache, elsewhere it is large enough to keep the device busy.
 BLOCK_LOGITS = {"cpu": 2**23}
@@ -52,7 +52,7 @@ def causal_lm_loss(
     num_items_in_batch: torch.Tensor | int | None = None,
     ignore_index: int = -100,
     shift_labels: torch.Tensor | None = None,
-    backend: str = "auto",
+    backend: str = "blockwise",
     **_: object,
 ) -> torch.Tensor:
     """Compute what transformers' `ForCausalLMLoss` does of logits, without the logits.
@@ -85,7 +85,7 @@ def sum_cross_entropy(
     head: torch.Tensor | nn.Module,
     labels: torch.Tensor,
     ignore_index: int = -100,
-    backend: str = "auto",
+    backend: str = "blockwise",
 ) -> torch.Tensor:
     """Sum the cross-entropy of a head over tokens.
 

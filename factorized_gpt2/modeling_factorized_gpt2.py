@@ -263,7 +263,7 @@ class FactorizedGPT2(FactorizedGPT2PreTrainedModel, GenerationMixin):
 
     _tied_weights_keys = {"lm_head.weight": "transformer.wte.weight"}
 
-    loss_backend = "auto"  # of `blockwise_loss.sum_cross_entropy`
+    loss_backend = "blockwise"  # of `blockwise_loss.sum_cross_entropy`
 
     def __init__(self, config: FactorizedGPT2Config):
         super().__init__(config)

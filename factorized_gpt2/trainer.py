@@ -10,6 +10,7 @@ from transformers import Trainer
 from transformers.trainer_utils import EvalLoopOutput
 
 from .distillation import Distillation
+from .errors import UserError
 from .evaluation import LossSum, perplexity, sum_loss
 from .modeling_factorized_gpt2 import FactorizedGPT2Block
 
@@ -20,10 +21,16 @@ class FactorizedTrainer(Trainer):
     Args:
         distillation: A teacher that gives a part of the training loss; `None` trains on the text alone.
         **kwargs: What `Trainer` takes.
+
+    Raises:
+        UserError: Distillation in one process with several GPUs.
     """
 
     def __init__(self, distillation: Distillation | None = None, **kwargs: Any):
         super().__init__(**kwargs)
+        if distillation is not None and self.args.n_gpu > 1:
+            # DataParallel would split the student's batch, not the teacher's.
+            raise UserError("Distillation on several GPUs needs a process for each: accelerate launch.")
         self._compile_blocks()
         self.distillation = distillation
         if distillation is not None:

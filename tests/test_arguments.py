@@ -96,8 +96,11 @@ def test_a_config_extends_another_beside_it(tmp_path):
 def test_half_precision_falls_back_without_cuda(monkeypatch, caplog):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     run = parse_run(["--config", "baseline"])
+    assert not run.training.ddp_find_unused_parameters
+    assert not run.training.logging_nan_inf_filter
     assert not run.training.fp16
     assert not run.training.torch_compile
+    assert parse_run(["--config", "baseline", "--use_cpu", "True", "--fp16", "False"]).training.torch_compile
     assert [record.message for record in caplog.records if record.name.startswith("factorized")] == [
         "No CUDA on this machine: training in float32, not compiled."
     ]
@@ -117,6 +120,8 @@ def test_half_precision_falls_back_without_cuda(monkeypatch, caplog):
         ({"baseline": "b"}, "n_layer contradicts baseline"),
         ({"lora_rank": 4}, "lora_rank must be 0"),
         ({"block_size": 1}, "block_size must be at least 2"),
+        ({"loss_backend": "cut_cross_entropy"}, "needs CUDA, fp16 or bf16, and the package"),
+        ({"loss_backend": "none"}, "loss_backend.*invalid choice"),
         ({"effective_batch_size": 6}, "effective_batch_size=6 cannot be had"),
         ({"dataset_name": None, "train_file": ["x"]}, "No validation text"),
         ({"dataset_name": None, "validation_file": ["x"]}, "No training text"),

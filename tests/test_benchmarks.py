@@ -4,13 +4,18 @@ import re
 
 import ablation
 import baselines
+import decoding
 import lora
+import loss
 import methods
 import pytest
 import speed
+import text
+import training
 from conftest import DOCUMENTS
 
-from factorized_gpt2 import corpus
+from factorized_gpt2 import corpus as corpus_module
+from factorized_gpt2.errors import UserError
 
 SMALL = ["--baseline_steps", "4", "--calibration_tokens", "512", "--eval_tokens", "512"]
 
@@ -23,7 +28,7 @@ def work_dir(tmp_path_factory):
 @pytest.fixture
 def words(work_dir, monkeypatch):
     monkeypatch.setattr(baselines, "VOCAB_SIZE", 300)
-    monkeypatch.setattr(corpus, "python_documents", lambda: DOCUMENTS)
+    monkeypatch.setattr(corpus_module, "python_documents", lambda: DOCUMENTS)
     return ["--text", "python", "--work_dir", str(work_dir), *SMALL]
 
 
@@ -70,7 +75,81 @@ def test_lora(words, capsys):
 def test_speed(capsys, monkeypatch):
     monkeypatch.setattr(speed, "METHODS", ("pca", "tokenwise"))
     speed.main(["--vocab_size", "200", "--width", "24", "--ranks", "4", "8", "--tokens", "64"])
-    head, *rows = table(capsys)
+    head, *rows, sharing_head, sharing = table(capsys)
     assert head == ["method", "seconds", "peak memory, GB", "of it before, GB"]
     assert [row[0] for row in rows] == ["pca", "tokenwise"]
     assert all(float(row[2]) > 0 for row in rows)
+    assert sharing_head[-1] == "one for all / one for each"
+    assert RATIO.fullmatch(sharing[-1])
+
+
+RATIO = re.compile(r"\d+\.\d\d \(\d+\.\d\d to \d+\.\d\d\)")
+
+SHAPE = ["--ranks", "4", "--width", "64", "--vocab_size", "99"]
+
+
+def test_loss(capsys):
+    words = [*SHAPE, "--rows", "32", "--rounds", "2"]
+    loss.main(words)
+    rows = [row for row in table(capsys) if row[0] == "4"]
+    assert [row[1] for row in rows] == ["float32", "bfloat16", *["frozen", "trained"] * 2]
+    assert all(0 <= float(cell) < 1e-4 for cell in rows[0][2:])
+    assert float(rows[2][4]) >= 0
+    assert all(RATIO.fullmatch(cell) for row in rows[4:] for cell in row[4:])
+
+
+NANOGPT = """
+import torch
+from dataclasses import dataclass
+print("a line to stdout")
+@dataclass
+class GPTConfig:
+    block_size: int
+    vocab_size: int
+    n_layer: int
+    n_head: int
+    n_embd: int
+    dropout: float
+    bias: bool
+class GPT(torch.nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.head = torch.nn.Embedding(config.vocab_size, config.vocab_size)
+    def configure_optimizers(self, weight_decay, learning_rate, betas, device_type):
+        return torch.optim.AdamW(self.parameters(), lr=learning_rate)
+    def forward(self, idx, targets):
+        logits = self.head(idx)
+        return logits, torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
+"""
+
+
+def test_training(capsys, tmp_path):
+    (tmp_path / "model.py").write_text(NANOGPT)
+    words = [*SHAPE, "--n_layer", "1", "--block_size", "16", "--rounds", "2", "--nanogpt", str(tmp_path)]
+    training.main(words)
+    head, *rows = table(capsys)
+    assert head[3:] == ["nanoGPT / this", "stock / this", "unfactorized / this"]
+    assert [row[0] for row in rows] == ["nanoGPT", "stock", "unfactorized", "k = 4", "k = 4, LoRA"]
+    assert all(RATIO.fullmatch(cell) for row in rows for cell in row[3:])
+    with pytest.raises(UserError, match="There is no"):
+        training.main([*words[:-1], str(tmp_path / "nowhere")])
+
+
+def test_decoding(capsys):
+    decoding.main([*SHAPE, "--n_layer", "1", "--tokens", "3", "--rounds", "2", "--compile", "False"])
+    head, plain, factorized, ways_head, *ways = table(capsys)
+    assert head[:4] == ["k", "float32, ms", "bfloat16, ms", "int8 trunk, ms"]
+    assert plain[0] == "-"
+    assert all(RATIO.fullmatch(cell) for cell in factorized[4:])
+    assert ways_head[2] == "generate / bare"
+    assert [row[0] for row in ways] == ["-", "4"]
+
+
+def test_text(capsys, corpus):
+    words = ["--text_file", str(corpus / "train.jsonl"), "--block_size", "16", "--processes", "1"]
+    text.main([*words, "--tokenizer", str(corpus / "tokenizer")])
+    _, row = table(capsys)
+    assert row[0] == "1"
+    assert float(row[6]) >= float(row[5]) >= float(row[4]) > 0
+    with pytest.raises(UserError, match="needs a --tokenizer"):
+        text.main(words)

@@ -7,12 +7,14 @@ import pytest
 import torch
 from conftest import random_ids, tiny_model
 from torch.nn import functional
+from transformers import TrainingArguments
 
 from factorized_gpt2 import blockwise_loss
 from factorized_gpt2.arguments import parse_run
 from factorized_gpt2.data import IGNORED_LABEL
 from factorized_gpt2.distillation import Distillation, divergence_rows
 from factorized_gpt2.errors import UserError
+from factorized_gpt2.trainer import FactorizedTrainer
 from factorized_gpt2.training import run_experiment
 
 
@@ -79,6 +81,14 @@ def test_the_mixed_loss_of_a_model(monkeypatch, block_logits, weight, temperatur
     for name, parameter in student.named_parameters():
         torch.testing.assert_close(gradients[name], parameter.grad, rtol=1e-4, atol=1e-4, msg=name)
     assert all(weight.grad is None for weight in teacher.parameters())
+
+
+def test_one_process_with_several_devices_is_refused(tmp_path):
+    args = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to="none")
+    args._n_gpu = 2
+    distillation = Distillation(tiny_model(n_embd_wte=None), 0.5)
+    with pytest.raises(UserError, match="accelerate launch"):
+        FactorizedTrainer(model=tiny_model(), args=args, distillation=distillation)
 
 
 @pytest.fixture(scope="module")
