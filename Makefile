@@ -3,7 +3,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test lint format conformance clean conformance
+.PHONY: demo test lint format clean conformance
 
 demo: $(INSTALLED)  ## train, compress, heal and compare a small GPT-2 on text that every Python carries
 	$(BIN)/factorized-gpt2-demo --output_dir demo_output

@@ -1,5 +1,6 @@
 """The Trainer: how a step's loss and an evaluation's loss are computed."""
 
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -65,6 +66,14 @@ class FactorizedTrainer(Trainer):
         processes = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
         loss = outputs["loss"] * processes / num_items_in_batch
         return (loss, outputs) if return_outputs else loss
+
+    @cached_property
+    def _parameters_but_embeddings(self) -> int:
+        return self.model.num_parameters(exclude_embeddings=True)
+
+    def floating_point_ops(self, inputs: dict[str, torch.Tensor]) -> int:
+        """Estimate as `Trainer` does, with the parameters counted once and not in every step."""
+        return 6 * inputs["input_ids"].numel() * self._parameters_but_embeddings
 
     def evaluation_loop(
         self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"

@@ -300,21 +300,6 @@ def test_a_head_with_a_bias():
     assert_same(step(model), exact_step(model))
 
 
-def test_a_head_with_a_hook():
-    model, ids = tiny_model(tie_word_embeddings=False).train(), random_ids()
-    model.lm_head.register_forward_hook(lambda module, args, logits: 2 * logits)
-    expected = model(ids, labels=ids, skip_logits=False).loss
-    assert model(ids, labels=ids).loss.item() == pytest.approx(expected.item(), rel=1e-5)
-
-
-def test_positions_to_keep(variant):
-    model, ids = tiny_model(**variant).train(), random_ids()
-    given = {"labels": ids, "shift_labels": ids[:, -3:].contiguous(), "logits_to_keep": 3}
-    assert model(ids, **given).loss.item() == pytest.approx(model(ids, **given, skip_logits=False).loss.item())
-    with pytest.raises(ValueError, match="as many labels"):
-        model(ids, labels=ids[:, :5])
-
-
 @pytest.mark.parametrize("adapter", [None, "wte", "lm_head"])
 def test_autocast(variant, adapter):
     model = tiny_model(**variant | ({"tie_word_embeddings": False} if adapter == "lm_head" else {})).train()
@@ -383,7 +368,10 @@ def test_backends(monkeypatch):
     model = tiny_model().train()
     model.loss_backend = "blockwise"
     assert_same(step(model), exact_step(model))
-    for model.loss_backend, complaint in (("cut_cross_entropy", "needs.*CUDA"), ("magic", "blockwise, cut_cross_entropy, auto")):
+    for model.loss_backend, complaint in (
+        ("cut_cross_entropy", "needs.*CUDA"),
+        ("magic", "blockwise, cut_cross_entropy, auto"),
+    ):
         with pytest.raises(ValueError, match=rf"{model.loss_backend}.*{complaint}"):
             step(model)
     given, package = [], ModuleType("cut_cross_entropy")

@@ -174,3 +174,18 @@ def test_every_parameter_gets_a_gradient(model, ids):
         # A key's bias shifts all scores of a query alike, which softmax does not see.
         if not name.endswith("k_proj.bias"):
             assert parameter.grad.abs().max() > 1e-6, name
+
+
+def test_a_head_with_a_hook():
+    model, ids = tiny_model(tie_word_embeddings=False).train(), random_ids()
+    model.lm_head.register_forward_hook(lambda module, args, logits: 2 * logits)
+    expected = model(ids, labels=ids, skip_logits=False).loss
+    assert model(ids, labels=ids).loss.item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_positions_to_keep(variant):
+    model, ids = tiny_model(**variant).train(), random_ids()
+    given = {"labels": ids, "shift_labels": ids[:, -3:].contiguous(), "logits_to_keep": 3}
+    assert model(ids, **given).loss.item() == pytest.approx(model(ids, **given, skip_logits=False).loss.item())
+    with pytest.raises(ValueError, match="as many labels"):
+        model(ids, labels=ids[:, :5])
