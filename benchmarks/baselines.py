@@ -9,7 +9,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from factorized_gpt2.arguments import load_config, parse_run
+from factorized_gpt2.arguments import parse_run
 from factorized_gpt2.baseline import Baseline, load_baseline
 from factorized_gpt2.calibration import spread_blocks
 from factorized_gpt2.compression import CalibrationText, Compressor, Recipe
@@ -18,6 +18,7 @@ from factorized_gpt2.data import TextSource, load_blocks, load_tokenizer
 from factorized_gpt2.errors import UserError
 from factorized_gpt2.evaluation import sum_loss
 from factorized_gpt2.files import replacing_folder
+from factorized_gpt2.parsing import load_config
 from factorized_gpt2.training import run_experiment
 
 CONFIG = Path(__file__).with_name("baseline.json")

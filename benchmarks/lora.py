@@ -12,10 +12,11 @@ from tabulate import tabulate
 from transformers import TrainingArguments, set_seed
 
 from factorized_gpt2.adapters import add_lora
-from factorized_gpt2.arguments import LORA_TARGETS, ManualParser
+from factorized_gpt2.arguments import LORA_TARGETS
 from factorized_gpt2.cli.shell import run_command
 from factorized_gpt2.data import collate_blocks
 from factorized_gpt2.distillation import Distillation
+from factorized_gpt2.parsing import ManualParser
 from factorized_gpt2.trainer import FactorizedTrainer
 
 

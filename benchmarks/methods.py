@@ -12,10 +12,10 @@ from dataclasses import dataclass, field
 from baselines import BaselineArguments, Bench, benches
 from tabulate import tabulate
 
-from factorized_gpt2.arguments import ManualParser
 from factorized_gpt2.cli.shell import run_command
 from factorized_gpt2.compression import METHODS
 from factorized_gpt2.evaluation import model_size
+from factorized_gpt2.parsing import ManualParser
 
 
 @dataclass

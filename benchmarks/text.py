@@ -16,11 +16,11 @@ import psutil
 from side_by_side import machine, print_table
 from torch.utils.data import DataLoader
 
-from factorized_gpt2.arguments import ManualParser
 from factorized_gpt2.cli.shell import run_command
 from factorized_gpt2.corpus import write_python_corpus
 from factorized_gpt2.data import TextSource, collate_blocks, load_blocks, load_tokenizer
 from factorized_gpt2.errors import UserError
+from factorized_gpt2.parsing import ManualParser
 
 
 @dataclass

@@ -23,10 +23,11 @@ from transformers import TrainingArguments as StockArguments
 
 from factorized_gpt2 import FactorizedGPT2, FactorizedGPT2Config
 from factorized_gpt2.adapters import add_lora
-from factorized_gpt2.arguments import LORA_TARGETS, ManualParser, RunArguments
+from factorized_gpt2.arguments import LORA_TARGETS, RunArguments
 from factorized_gpt2.cli.shell import run_command
 from factorized_gpt2.data import collate_blocks
 from factorized_gpt2.errors import UserError
+from factorized_gpt2.parsing import ManualParser
 from factorized_gpt2.trainer import FactorizedTrainer
 
 

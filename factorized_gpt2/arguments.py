@@ -1,29 +1,23 @@
 """What a run is told: a JSON config first, flags over it, every check before any work."""
 
 import argparse
-import difflib
-import json
 import logging
 import os
-from collections.abc import Iterable
 from dataclasses import MISSING, dataclass, field, fields
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import HfArgumentParser, TrainingArguments
+from transformers import TrainingArguments
 
 from .blockwise_loss import BACKENDS
 from .data import TextSource
 from .errors import UserError
-from .files import read_json
+from .parsing import ManualParser, as_flags, load_config
 
 logger = logging.getLogger(__name__)
 
 LORA_TARGETS = ("wte", "scale_up", "scale_down", "q_proj", "k_proj", "v_proj", "c_proj", "mlp_up", "mlp_down")
-
-CONFIG_FOLDERS = (Path("configs"), Path(__file__).resolve().parents[1] / "configs")
 
 
 @dataclass
@@ -192,7 +186,8 @@ class RunArguments(TrainingArguments):
         default="blockwise",
         metadata={
             "help": "How the loss does without logits. blockwise: plain PyTorch. cut_cross_entropy: that package's "
-            "kernels, on CUDA in half precision. auto: these where they are installed and can run.",
+            "kernels, on CUDA in half precision. auto: these where they are installed and can run. logits: it does "
+            "not do without.",
             "choices": list(BACKENDS),
         },
     )
@@ -297,65 +292,10 @@ def parse_run(argv: list[str]) -> Run:
     for name in selected.config:
         config |= load_config(name)
     parser.refuse_unknown(config, "config key")
-    *parts, _ = parser.parse(_as_flags(config) + flags)
+    *parts, _ = parser.parse(as_flags(config) + flags)
     run = Run(*parts)
     _check(run)
     return run
-
-
-def load_config(name: str) -> dict[str, Any]:
-    """Read a config by path, or by name under `configs/`, with what it `extends` below it.
-
-    Raises:
-        UserError: There is no such config; the message lists those there are.
-    """
-    candidates = [Path(name), *(folder / name for folder in CONFIG_FOLDERS)]
-    candidates += [path.with_name(path.name + ".json") for path in candidates]
-    found = next((path for path in candidates if path.is_file()), None)
-    if found is None:
-        known = sorted({path.name for folder in CONFIG_FOLDERS for path in folder.glob("*.json")})
-        near = difflib.get_close_matches(name, known, n=1)
-        raise UserError(
-            f"There is no config {name!r}, neither as a path nor under configs/."
-            + (f" Did you mean {near[0]!r}?" if near else f" Known: {', '.join(known)}.")
-        )
-    config = read_json(found)
-    parent = config.pop("extends", None)
-    return config if parent is None else load_config(str(found.parent / parent)) | config
-
-
-class ManualParser(HfArgumentParser):
-    """`HfArgumentParser` without abbreviations, whose every complaint is a `UserError`."""
-
-    def __init__(self, dataclass_types: Any, **kwargs: Any):
-        super().__init__(dataclass_types, allow_abbrev=False, **kwargs)
-
-    def error(self, message: str) -> None:
-        """Complain of one argument."""
-        raise UserError(message)
-
-    def parse(self, words: list[str]) -> tuple:
-        """Parse command-line words into the dataclasses.
-
-        Raises:
-            UserError: A word that is unknown, mistyped or refused by a dataclass, by name.
-        """
-        try:
-            *parts, rest = self.parse_args_into_dataclasses(
-                words, return_remaining_strings=True, look_for_args_file=False
-            )
-        except (ValueError, TypeError, ImportError) as error:
-            raise UserError(str(error)) from error
-        self.refuse_unknown((word.split("=")[0] for word in rest), "argument")
-        return tuple(parts)
-
-    def refuse_unknown(self, names: Iterable[str], kind: str) -> None:
-        """Refuse names that are no argument, and say which known one is nearest."""
-        known = sorted({action.dest for action in self._actions} - {"help", "config"})
-        for name in names:
-            if name not in known:
-                near = difflib.get_close_matches(name.lstrip("-"), known, n=1)
-                raise UserError(f"Unknown {kind} {name!r}." + (f" Did you mean {near[0]!r}?" if near else ""))
 
 
 def _make_parser() -> ManualParser:
@@ -367,19 +307,6 @@ def _make_parser() -> ManualParser:
     )
     parser.add_argument("--config", metavar="NAME", help="JSON config: a path, or a name under configs/.")
     return parser
-
-
-def _as_flags(config: dict[str, Any]) -> list[str]:
-    """Spell a config as command-line words, so that one parser types and checks both."""
-    words = []
-    for name, value in config.items():
-        if isinstance(value, list):
-            words += [f"--{name}", *map(str, value)]
-        elif isinstance(value, dict):
-            words.append(f"--{name}={json.dumps(value)}")
-        elif value is not None:
-            words.append(f"--{name}={value}")
-    return words
 
 
 def _check(run: Run) -> None:

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-BACKENDS = ("blockwise", "cut_cross_entropy", "auto")
+BACKENDS = ("blockwise", "cut_cross_entropy", "auto", "logits")
 
 # Logits of a block: on a CPU it stays in the cache, elsewhere it is large enough to keep the device busy.
 BLOCK_LOGITS = {"cpu": 2**23}
@@ -99,7 +99,8 @@ def sum_cross_entropy(
         ignore_index: The label of rows that do not count.
         backend: `blockwise`, plain PyTorch, anywhere; `cut_cross_entropy`, the kernels of the package of that name
             (Wijmans et al., 2024, "Cut Your Losses in Large-Vocabulary Language Models") with exact gradients, for a
-            matrix on CUDA in half precision; `auto`, the latter where it is installed and can run.
+            matrix on CUDA in half precision; `auto`, the latter where it is installed and can run; `logits`, which
+            makes a model return logits in training too, is `blockwise` where it skips them all the same.
 
     Returns:
         Scalar float32, in nats.
@@ -163,7 +164,7 @@ def _in_autocast_dtype(*tensors: torch.Tensor) -> list[torch.Tensor]:
 def _uses_cut_cross_entropy(backend: str, hidden: torch.Tensor, head: torch.Tensor | nn.Module) -> bool:
     if backend not in BACKENDS:
         raise ValueError(f"Unknown loss backend {backend!r}; known are {', '.join(BACKENDS)}.")
-    if backend == "blockwise":
+    if backend in ("blockwise", "logits"):
         return False
     fits = isinstance(head, torch.Tensor) and hidden.is_cuda and hidden.dtype in (torch.float16, torch.bfloat16)
     usable = fits and find_spec("cut_cross_entropy") is not None

@@ -343,7 +343,8 @@ class FactorizedGPT2(FactorizedGPT2PreTrainedModel, GenerationMixin):
                 ignored.
             logits_to_keep: 0 for all positions, n for the last n, or a tensor of positions.
             skip_logits: Whether to compute the loss alone, a block of rows at a time, and return no logits. By
-                default so in training mode with labels, unless `loss_function` was replaced.
+                default so in training mode with labels, unless `loss_function` was replaced or `loss_backend` is
+                "logits".
             row_loss: A loss of logits instead of the labels' cross-entropy, summed over all rows, neither shifted nor
                 divided; implies `skip_logits`.
             **kwargs: `num_items_in_batch` divides the summed loss (instead of the batch's own count); `shift_labels`
@@ -367,7 +368,8 @@ class FactorizedGPT2(FactorizedGPT2PreTrainedModel, GenerationMixin):
             **kwargs,
         )
         if skip_logits is None:
-            skip_logits = self.training and labels is not None and self.loss_function is ForCausalLMLoss
+            has_logits = self.loss_backend == "logits" or self.loss_function is not ForCausalLMLoss
+            skip_logits = self.training and labels is not None and not has_logits
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         hidden_states = outputs.last_hidden_state[:, kept, :]
         loss = logits = None

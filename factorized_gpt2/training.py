@@ -68,6 +68,7 @@ def run_experiment(run: Run) -> Results:
         validation_blocks = _load_split(run, "validation", tokenizer)
         distillation = _distillation(run, model.config.vocab_size)
     model.loss_backend = run.training.loss_backend
+    use_cache = model.config.use_cache  # which Trainer switches off for good
     if run.adapter.lora_rank:
         lora = run.adapter
         _keep_base(model, output_dir / BASE_NAME, run.training.should_save)
@@ -91,6 +92,7 @@ def run_experiment(run: Run) -> Results:
 
     # Under mixed precision the Trainer has wrapped the forward pass in autocast; what is saved is float32.
     model = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
+    model.config.use_cache = use_cache
     probe = collate_blocks([validation_blocks[0]])["input_ids"]
     expected = _logits(model, probe)
     if isinstance(model, PeftModel):

@@ -4,8 +4,9 @@ import json
 
 import pytest
 
-from factorized_gpt2.arguments import LORA_TARGETS, load_config, parse_run
+from factorized_gpt2.arguments import LORA_TARGETS, parse_run
 from factorized_gpt2.errors import UserError
+from factorized_gpt2.parsing import load_config
 
 RANKS = (64, 128, 256, 512)
 

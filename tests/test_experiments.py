@@ -80,6 +80,7 @@ def test_a_run_leaves_a_model_and_its_results(workshop):
     results = json.loads((folder / "results.json").read_text())
     model = AutoModelForCausalLM.from_pretrained(folder)
     assert isinstance(model, FactorizedGPT2)
+    assert model.config.use_cache  # which Trainer switches off
     assert results["family"] == "baseline"
     assert results["n_embd_wte"] is None
     assert results["parameters"] == model.num_parameters() == results["trained_parameters"]

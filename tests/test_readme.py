@@ -10,9 +10,10 @@ import torch
 from conftest import tiny_model
 
 from factorized_gpt2 import FactorizedGPT2, FactorizedGPT2Config
-from factorized_gpt2.arguments import EvaluationArguments, ManualParser, parse_run
+from factorized_gpt2.arguments import EvaluationArguments, parse_run
 from factorized_gpt2.cli.compress import CalibrationArguments, CompressArguments, check
 from factorized_gpt2.cli.evaluate import EvaluateArguments
+from factorized_gpt2.parsing import ManualParser
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 README = (REPOSITORY / "README.md").read_text(encoding="utf-8")

@@ -183,6 +183,16 @@ def test_a_head_with_a_hook():
     assert model(ids, labels=ids).loss.item() == pytest.approx(expected.item(), rel=1e-5)
 
 
+def test_a_trainer_that_wants_logits_gets_them(model, ids):
+    skipped = model.train()(ids, labels=ids)
+    model.loss_backend = "logits"
+    outputs = model(ids, labels=ids)
+    assert skipped.logits is None
+    assert outputs.logits.shape == (2, 10, VOCAB_SIZE)
+    assert outputs.loss.item() == pytest.approx(skipped.loss.item(), rel=1e-5)
+    assert model(ids, labels=ids, skip_logits=True).logits is None
+
+
 def test_positions_to_keep(variant):
     model, ids = tiny_model(**variant).train(), random_ids()
     given = {"labels": ids, "shift_labels": ids[:, -3:].contiguous(), "logits_to_keep": 3}

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from datasets import Dataset
 
-from ..arguments import EvaluationArguments, ManualParser
+from ..arguments import EvaluationArguments
 from ..baseline import check_tokenizer, load_baseline
 from ..compression import METHODS, RECORD_NAME, CalibrationText, Compressor, Recipe
 from ..data import load_blocks, load_tokenizer
@@ -17,6 +17,7 @@ from ..errors import UserError
 from ..evaluation import LossSum, model_size, perplexity, sum_loss
 from ..files import read_json
 from ..modeling_factorized_gpt2 import FactorizedGPT2
+from ..parsing import ManualParser
 from ..rank_choice import smallest_rank_by_loss, smallest_rank_by_share
 from ..reporting import plot_loss_against_bytes, plot_spectrum
 from .shell import print_table, run_command

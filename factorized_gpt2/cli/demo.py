@@ -11,10 +11,11 @@ from datasets import disable_progress_bars
 from transformers import set_seed
 from transformers.utils import logging as transformers_logging
 
-from ..arguments import ManualParser, load_config, parse_run
+from ..arguments import parse_run
 from ..corpus import write_python_corpus
 from ..data import load_tokenizer
 from ..modeling_factorized_gpt2 import FactorizedGPT2
+from ..parsing import ManualParser, load_config
 from ..reporting import plot_loss_against_rank, read_results, results_table
 from ..training import run_experiment
 from .compress import compress

@@ -1,0 +1,82 @@
+"""Command-line words and JSON configs, and a parser of both that complains in one line."""
+
+import difflib
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from transformers import HfArgumentParser
+
+from .errors import UserError
+from .files import read_json
+
+CONFIG_FOLDERS = (Path("configs"), Path(__file__).resolve().parents[1] / "configs")
+
+
+def load_config(name: str) -> dict[str, Any]:
+    """Read a config by path, or by name under `configs/`, with what it `extends` below it.
+
+    Raises:
+        UserError: There is no such config; the message lists those there are.
+    """
+    candidates = [Path(name), *(folder / name for folder in CONFIG_FOLDERS)]
+    candidates += [path.with_name(path.name + ".json") for path in candidates]
+    found = next((path for path in candidates if path.is_file()), None)
+    if found is None:
+        known = sorted({path.name for folder in CONFIG_FOLDERS for path in folder.glob("*.json")})
+        near = difflib.get_close_matches(name, known, n=1)
+        raise UserError(
+            f"There is no config {name!r}, neither as a path nor under configs/."
+            + (f" Did you mean {near[0]!r}?" if near else f" Known: {', '.join(known)}.")
+        )
+    config = read_json(found)
+    parent = config.pop("extends", None)
+    return config if parent is None else load_config(str(found.parent / parent)) | config
+
+
+class ManualParser(HfArgumentParser):
+    """`HfArgumentParser` without abbreviations, whose every complaint is a `UserError`."""
+
+    def __init__(self, dataclass_types: Any, **kwargs: Any):
+        super().__init__(dataclass_types, allow_abbrev=False, **kwargs)
+
+    def error(self, message: str) -> None:
+        """Complain of one argument."""
+        raise UserError(message)
+
+    def parse(self, words: list[str]) -> tuple:
+        """Parse command-line words into the dataclasses.
+
+        Raises:
+            UserError: A word that is unknown, mistyped or refused by a dataclass, by name.
+        """
+        try:
+            *parts, rest = self.parse_args_into_dataclasses(
+                words, return_remaining_strings=True, look_for_args_file=False
+            )
+        except (ValueError, TypeError, ImportError) as error:
+            raise UserError(str(error)) from error
+        self.refuse_unknown((word.split("=")[0] for word in rest), "argument")
+        return tuple(parts)
+
+    def refuse_unknown(self, names: Iterable[str], kind: str) -> None:
+        """Refuse names that are no argument, and say which known one is nearest."""
+        known = sorted({action.dest for action in self._actions} - {"help", "config"})
+        for name in names:
+            if name not in known:
+                near = difflib.get_close_matches(name.lstrip("-"), known, n=1)
+                raise UserError(f"Unknown {kind} {name!r}." + (f" Did you mean {near[0]!r}?" if near else ""))
+
+
+def as_flags(config: dict[str, Any]) -> list[str]:
+    """Spell a config as command-line words, so that one parser types and checks both."""
+    words = []
+    for name, value in config.items():
+        if isinstance(value, list):
+            words += [f"--{name}", *map(str, value)]
+        elif isinstance(value, dict):
+            words.append(f"--{name}={json.dumps(value)}")
+        elif value is not None:
+            words.append(f"--{name}={value}")
+    return words
