@@ -4,14 +4,13 @@
 """
 
 import copy
-import statistics
 import sys
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
-from side_by_side import machine, measure_in_turns, now, print_table, ratios
+from side_by_side import machine, measure_in_turns, now, print_table, ratios, seconds_cell
 from torch import nn
 from transformers import DynamicCache, StaticCache
 
@@ -74,7 +73,7 @@ def _print_ranks(arguments: DecodingArguments, models: dict[int | None, Factoriz
     for rank in models:
         row = {"k": rank or "-"}
         for form in forms:
-            row[f"{form}, ms"] = _milliseconds(seconds[form, rank])
+            row[f"{form}, ms"] = seconds_cell(seconds[form, rank])
             if rank:
                 row[f"unfactorized / this, {form}"] = ratios(seconds[form, None], seconds[form, rank])
         rows.append(row)
@@ -97,7 +96,7 @@ def _print_ways(arguments: DecodingArguments, models: dict[int | None, Factorize
         rows.append(
             {
                 "k": rank or "-",
-                "bare loop, ms": _milliseconds(seconds["bare"]),
+                "bare loop, ms": seconds_cell(seconds["bare"]),
                 "generate / bare": ratios(seconds["generate"], seconds["bare"]),
                 "merged LoRA / never adapted": ratios(seconds["merged"], seconds["never adapted"]),
                 "static cache / dynamic": ratios(seconds["static"], seconds["bare"]),
@@ -199,10 +198,6 @@ def _compiled(arguments: DecodingArguments, model: FactorizedGPT2) -> Decoder:
         return _static(arguments, model, torch.compile(model.forward, fullgraph=True, mode="reduce-overhead"))
     forward = torch.compile(model.forward, fullgraph=True, dynamic=False, mode="max-autotune-no-cudagraphs")
     return _static(arguments, model, forward, {"freezing": True})
-
-
-def _milliseconds(seconds: list[float]) -> str:
-    return f"{1000 * statistics.median(seconds):.2f}"
 
 
 if __name__ == "__main__":

@@ -4,13 +4,12 @@ import argparse
 import logging
 import os
 from dataclasses import MISSING, dataclass, field, fields
-from importlib.util import find_spec
 from typing import Any
 
 import torch
 from transformers import TrainingArguments
 
-from .blockwise_loss import BACKENDS
+from .blockwise_loss import BACKENDS, cut_cross_entropy_runs
 from .data import TextSource
 from .errors import UserError
 from .parsing import ManualParser, as_flags, load_config
@@ -331,10 +330,8 @@ def _check(run: Run) -> None:
         raise UserError("distillation_weight needs a teacher: name one, or a baseline.")
     if distillation.teacher and not distillation.distillation_weight:
         raise UserError("teacher does nothing while distillation_weight is 0.")
-    half = training.fp16 or training.bf16
-    if training.loss_backend == "cut_cross_entropy" and not (
-        half and training.device.type == "cuda" and find_spec("cut_cross_entropy")
-    ):
+    on_cuda, half = training.device.type == "cuda", training.fp16 or training.bf16
+    if training.loss_backend == "cut_cross_entropy" and not cut_cross_entropy_runs(on_cuda, half):
         raise UserError("loss_backend=cut_cross_entropy needs CUDA, fp16 or bf16, and the package cut-cross-entropy.")
     if data.block_size < 2:
         raise UserError(f"block_size must be at least 2, got {data.block_size}.")

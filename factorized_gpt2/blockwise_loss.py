@@ -161,13 +161,18 @@ def _in_autocast_dtype(*tensors: torch.Tensor) -> list[torch.Tensor]:
     return [tensor.to(torch.get_autocast_dtype(device)) for tensor in tensors]
 
 
+def cut_cross_entropy_runs(on_cuda: bool, in_half_precision: bool) -> bool:
+    """Tell whether the backend of that name can run: it needs both, and its package."""
+    return on_cuda and in_half_precision and find_spec("cut_cross_entropy") is not None
+
+
 def _uses_cut_cross_entropy(backend: str, hidden: torch.Tensor, head: torch.Tensor | nn.Module) -> bool:
     if backend not in BACKENDS:
         raise ValueError(f"Unknown loss backend {backend!r}; known are {', '.join(BACKENDS)}.")
     if backend in ("blockwise", "logits"):
         return False
-    fits = isinstance(head, torch.Tensor) and hidden.is_cuda and hidden.dtype in (torch.float16, torch.bfloat16)
-    usable = fits and find_spec("cut_cross_entropy") is not None
+    half = hidden.dtype in (torch.float16, torch.bfloat16)
+    usable = isinstance(head, torch.Tensor) and cut_cross_entropy_runs(hidden.is_cuda, half)
     if backend == "cut_cross_entropy" and not usable:
         raise ValueError("The loss backend cut_cross_entropy needs its package, CUDA, half precision, a plain head.")
     return usable
@@ -226,6 +231,11 @@ def _scaled(gradient: torch.Tensor, upstream: torch.Tensor, dtype: torch.dtype) 
     return (gradient.float() * upstream).to(dtype) if gradient.numel() else None
 
 
+def _scale_saved(ctx, upstream: torch.Tensor) -> list[torch.Tensor | None]:
+    saved = zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+    return [_scaled(gradient, upstream, dtype) for gradient, dtype in saved]
+
+
 # An operator of its own is opaque to torch.compile: no break in the graph, and no loop over blocks unrolled into it.
 @torch.library.custom_op(re.sub(r"\W", "_", __name__) + "::sum_cross_entropy", mutates_args=())
 def _sum_cross_entropy(
@@ -258,8 +268,7 @@ def _save_gradients(ctx, inputs, output) -> None:
 def _scale_gradients(ctx, upstream, *_):
     if torch.is_grad_enabled():  # as under create_graph
         raise RuntimeError("The loss without logits can be differentiated once only; pass skip_logits=False.")
-    gradients = zip(ctx.saved_tensors, ctx.dtypes, strict=True)
-    return *(_scaled(gradient, upstream, dtype) for gradient, dtype in gradients), *[None] * 4
+    return *_scale_saved(ctx, upstream), *[None] * 4
 
 
 _sum_cross_entropy.register_autograd(_scale_gradients, setup_context=_save_gradients)
@@ -276,8 +285,7 @@ class _LinearRowLoss(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, upstream):
-        gradients = zip(ctx.saved_tensors, ctx.dtypes, strict=True)
-        return *(_scaled(gradient, upstream, dtype) for gradient, dtype in gradients), None, None
+        return *_scale_saved(ctx, upstream), None, None
 
 
 class _RowLossOfLogits(torch.autograd.Function):
