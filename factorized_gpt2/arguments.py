@@ -125,6 +125,9 @@ class DataArguments(TextArguments):
     )
     block_size: int = field(default=1024, metadata={"help": "Tokens a block; positions of a model made from scratch."})
     preprocessing_num_workers: int | None = field(default=None, metadata={"help": "Processes that tokenize."})
+    max_eval_samples: int | None = field(
+        default=None, metadata={"help": "Evaluate on the first blocks of the validation split only. None: all."}
+    )
 
     def source(self, split: str) -> TextSource:
         """Where the text of `split`, train or validation, comes from."""
@@ -234,6 +237,12 @@ class Run:
     distillation: DistillationArguments
     data: DataArguments
     training: RunArguments
+    words: tuple[str, ...] = ()  # as they were asked for
+
+    @property
+    def start(self) -> str | None:
+        """Folder or Hub id of the weights that the run starts from; `None` for a random start."""
+        return self.model.compressed or self.model.baseline
 
     @property
     def family(self) -> str:
@@ -251,7 +260,7 @@ class Run:
     @property
     def is_from_scratch(self) -> bool:
         """Whether the run starts from random weights."""
-        return self.model.baseline is None and self.model.compressed is None
+        return self.start is None
 
     def settings(self) -> dict[str, Any]:
         """Every setting by name, as JSON holds it, without those that say where and how verbosely to run."""
@@ -291,8 +300,10 @@ def parse_run(argv: list[str]) -> Run:
     for name in selected.config:
         config |= load_config(name)
     parser.refuse_unknown(config, "config key")
-    *parts, _ = parser.parse(as_flags(config) + flags)
-    run = Run(*parts)
+    words = as_flags(config) + flags
+    *parts, _ = parser.parse(words)
+    kept = tuple(word for word in words if not word.startswith("--overwrite_output_dir"))
+    run = Run(*parts, words=kept)
     _check(run)
     return run
 
@@ -333,6 +344,8 @@ def _check(run: Run) -> None:
     on_cuda, half = training.device.type == "cuda", training.fp16 or training.bf16
     if training.loss_backend == "cut_cross_entropy" and not cut_cross_entropy_runs(on_cuda, half):
         raise UserError("loss_backend=cut_cross_entropy needs CUDA, fp16 or bf16, and the package cut-cross-entropy.")
+    if data.max_eval_samples is not None and data.max_eval_samples < 1:
+        raise UserError(f"max_eval_samples must be positive, got {data.max_eval_samples}.")
     if data.block_size < 2:
         raise UserError(f"block_size must be at least 2, got {data.block_size}.")
     if training.do_train and training.max_steps < 1 and training.num_train_epochs <= 0:

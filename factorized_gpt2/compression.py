@@ -177,7 +177,8 @@ class Compressor:
         with replacing_folder(self.folder(rank)) as temporary:
             model.save_pretrained(temporary)
             self.tokenizer.save_pretrained(temporary)
-            write_json(temporary / RECORD_NAME, self._record(rank) | {"explained_variance_ratio": share})
+            kept = {"explained_variance_ratio": share, "spectrum": [round(float(share), 6) for share in self.shares]}
+            write_json(temporary / RECORD_NAME, self._record(rank) | kept)
 
     def load_or_make(self, rank: int) -> tuple[FactorizedGPT2, Path]:
         """Load the compressed model of a rank, or make its folder first.

@@ -1,75 +1,57 @@
-"""Result files to a table and a plot."""
+"""Result files to a report: a table, pictures, and where they come from."""
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+import html
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt
-from matplotlib.axes import Axes
 from tabulate import tabulate
 
 from .errors import UserError
-from .files import read_json
-from .results import RESULTS_NAME
-
-FAMILIES = {
-    "baseline": "baseline",
-    "lowrank-scratch": "low rank, from scratch",
-    "pca-nofinetune": "PCA, no training",
-    "pca-lora": "PCA + LoRA",
-    "pca-finetune": "PCA + full fine-tuning",
-    "compressed": "compressed, no training",
-    "compressed-lora": "compressed + LoRA",
-    "compressed-finetune": "compressed + full fine-tuning",
-}
-
-_STYLES = {  # told apart in grey by marker and dash
-    "lowrank-scratch": {"marker": "s", "linestyle": "--", "color": "0.45"},
-    "pca-nofinetune": {"marker": "^", "linestyle": ":", "color": "tab:orange"},
-    "pca-lora": {"marker": "o", "linestyle": "-", "color": "tab:blue"},
-    "pca-finetune": {"marker": "D", "linestyle": "-.", "color": "tab:green"},
-    "compressed": {"marker": "v", "linestyle": ":", "color": "tab:red"},
-    "compressed-lora": {"marker": "P", "linestyle": "-", "color": "tab:purple"},
-    "compressed-finetune": {"marker": "X", "linestyle": "-.", "color": "tab:brown"},
-}
+from .files import replacing_file
+from .plots import (
+    FAMILIES,
+    plot_loss_against_rank,
+    plot_loss_against_size,
+    plot_spectrum,
+    plot_training_curves,
+)
+from .results import RESULTS_NAME, Results
 
 
-def read_results(root: Path) -> list[dict[str, Any]]:
+def read_results(root: Path, missing_ok: bool = False) -> list[Results]:
     """Read every `results.json` in the run folders of `root`, ordered by family and rank.
 
     Raises:
-        UserError: There is none.
+        UserError: There is none, unless `missing_ok`; or one that is no result.
     """
-    results = [read_json(path) for path in sorted(root.glob(f"*/{RESULTS_NAME}"))]
-    if not results:
+    results = [Results.read(path.parent) for path in sorted(root.glob(f"*/{RESULTS_NAME}"))]
+    if not results and not missing_ok:
         raise UserError(f"No results under {root}: no run has finished there.")
     order = list(FAMILIES)
-    return sorted(results, key=lambda row: (order.index(row["family"]), row["n_embd_wte"] or 0))
+    return sorted(results, key=lambda row: (order.index(row.family), row.n_embd_wte or 0))
 
 
-def results_table(results: Sequence[dict[str, Any]], style: str = "simple") -> str:
+def results_table(results: Sequence[Results], style: str = "simple") -> str:
     """Lay out results as a table, one row a run; the gap is to the baseline's loss.
 
     Args:
-        results: Contents of `results.json` files.
+        results: In the order of the rows.
         style: A format of `tabulate`, such as "github" for Markdown.
     """
-    baseline = next((row for row in results if row["family"] == "baseline"), None)
+    baseline = next((row for row in results if row.family == "baseline"), None)
     rows = [
         {
-            "family": FAMILIES[row["family"]],
-            "k": row["n_embd_wte"] or "-",
-            "loss": f"{row['eval_loss']:.4f}",
-            "perplexity": f"{row['perplexity']:.2f}",
-            "gap": f"{row['eval_loss'] - baseline['eval_loss']:+.4f}" if baseline else "",
-            "parameters": f"{row['parameters']:,}",
-            "MB": f"{row['bytes'] / 1e6:.1f}",
-            "trained": f"{row['trained_parameters']:,}",
-            "seconds": f"{row['train_seconds']:.0f}" if row["train_seconds"] else "-",
+            "run": row.run_name,
+            "k": row.n_embd_wte or "-",
+            "loss": f"{row.eval_loss:.4f}",
+            "perplexity": f"{row.perplexity:.2f}",
+            "gap": f"{row.eval_loss - baseline.eval_loss:+.4f}" if baseline else "",
+            "parameters": f"{row.parameters:,}",
+            "MB": f"{row.bytes / 1e6:.1f}",
+            "trained": f"{row.trained_parameters:,}",
+            "best step": "-" if row.best_step is None else f"{row.best_step:,}",
+            "tokens/s": f"{row.tokens_per_second:,.0f}" if row.tokens_per_second else "-",
         }
         for row in results
     ]
@@ -82,86 +64,89 @@ def results_table(results: Sequence[dict[str, Any]], style: str = "simple") -> s
     )
 
 
-def plot_loss_against_rank(results: Sequence[dict[str, Any]], path: Path) -> None:
-    """Plot validation loss against k, a line a family, the baseline as a level; the format follows the suffix.
+_LEGEND = (
+    "Loss in nats a token over the validation text; gap: to the baseline's loss; MB: of the parameters; trained: "
+    "parameters that the optimizer changed; tokens/s: while training, evaluations left out."
+)
+
+
+def write_report(results: Sequence[Results], folder: Path) -> Path:
+    """Write `report.md`, `report.html` and their pictures.
 
     Args:
-        results: Contents of `results.json` files.
-        path: Image to write, such as `loss.png`.
+        results: At least one.
+        folder: Made if need be; other files in it stay.
+
+    Returns:
+        The Markdown file.
     """
-    with _saved_axes(path) as axes:
-        ranks = sorted({row["n_embd_wte"] for row in results if row["n_embd_wte"]})
-        for family, style in _STYLES.items():
-            points = [(row["n_embd_wte"], row["eval_loss"]) for row in results if row["family"] == family]
-            if points:
-                axes.plot(*zip(*points, strict=True), label=FAMILIES[family], **style)
-        for row in results:
-            if row["family"] == "baseline":
-                axes.axhline(row["eval_loss"], color="black", linewidth=1, label="baseline (not factorized)")
-        axes.set_xscale("log", base=2)
-        axes.set_xticks(ranks, labels=map(str, ranks))
-        axes.set_xlabel("rank k of the token embedding")
-        axes.set_ylabel("validation loss [nats / token]")
-        axes.legend(frameon=False)
+    folder.mkdir(parents=True, exist_ok=True)
+    pictures = _draw(results, folder)
+    origin = _origin(results)
+    markdown = ["# Results", results_table(results, "github"), _LEGEND]
+    markdown += [f"![{title}]({name}.png)" for name, title in pictures.items()]
+    markdown += ["## Where they come from", tabulate(origin, ["", ""], "github", disable_numparse=True)]
+    page = ["<!doctype html>", '<meta charset="utf-8">', "<title>Results</title>", _STYLE, "<h1>Results</h1>"]
+    page += [results_table(results, "html"), f"<p>{html.escape(_LEGEND)}</p>"]
+    page += [f'<img src="{name}.svg" alt="{html.escape(title)}">' for name, title in pictures.items()]
+    page += ["<h2>Where they come from</h2>", tabulate(origin, tablefmt="html", disable_numparse=True)]
+    for name, text in (("report.md", "\n\n".join(markdown)), ("report.html", "\n".join(page))):
+        with replacing_file(folder / name) as temporary:
+            temporary.write_text(text + "\n", encoding="utf-8")
+    return folder / "report.md"
 
 
-def plot_spectrum(shares: Sequence[float], ranks: Sequence[int], method: str, path: Path) -> None:
-    """Plot what each rank leaves out of the quantity that a method minimises; the format follows the suffix.
-
-    Args:
-        shares: Kept at rank 1, 2, ..., in [0, 1].
-        ranks: Those to mark.
-        method: The method's name.
-        path: Image to write.
-    """
-    with _saved_axes(path) as axes:
-        left_out = [max(1 - share, 1e-6) for share in shares]
-        axes.plot(range(1, len(left_out) + 1), left_out, color="black", linewidth=1.2)
-        for rank in ranks:
-            axes.plot(rank, left_out[rank - 1], "o", label=f"k = {rank}: {shares[rank - 1]:.3f} kept")
-        axes.set_yscale("log")
-        axes.set_xlabel("rank k of the token embedding")
-        axes.set_ylabel(f"share of the {_MINIMISED.get(method, 'curvature')} left out")
-        axes.legend(frameon=False)
+_STYLE = (
+    "<style>body{font-family:sans-serif;max-width:70em;margin:2em auto}table{border-collapse:collapse}"
+    "td,th{padding:.2em .7em;border-bottom:1px solid #ccc}img{max-width:100%}</style>"
+)
 
 
-_MINIMISED = {"pca": "variance", "weighted": "weighted variance"}
+def _draw(results: Sequence[Results], folder: Path) -> dict[str, str]:
+    """Draw what there are results for; return titles by file name."""
+    pictures = {}
+    if any(row.n_embd_wte for row in results):
+        pictures["loss_against_rank"] = "Validation loss against the rank k, by family"
+        plot_loss_against_rank(results, folder / "loss_against_rank")
+        pictures["loss_against_size"] = "Validation loss against megabytes"
+        plot_loss_against_size(results, folder / "loss_against_size")
+    if any(row.validation_curve or row.training_curve for row in results):
+        pictures["training_curves"] = "Training and validation loss against tokens"
+        plot_training_curves(results, folder / "training_curves")
+    spectra = [row for row in results if row.spectrum and row.family.startswith("pca")]
+    if spectra:
+        pictures["spectrum"] = "Variance of the token embedding that each rank leaves out"
+        ranks = sorted({row.n_embd_wte for row in spectra})
+        plot_spectrum(spectra[0].spectrum, ranks, "pca", folder / "spectrum")
+    return pictures
 
 
-def plot_loss_against_bytes(
-    points: Sequence[tuple[int, float, int]], baseline_bytes: int, labelled: Sequence[int], label: str, path: Path
-) -> None:
-    """Plot how much loss compressed models add, against their size; the format follows the suffix.
+def _origin(results: Sequence[Results]) -> list[tuple[str, str]]:
+    """Say what the runs had in common; where they differ, every value."""
 
-    Args:
-        points: Bytes, loss beyond the baseline's in nats a token, and rank k of each model.
-        baseline_bytes: The baseline's size.
-        labelled: Ranks whose points are labelled.
-        label: How the models were compressed.
-        path: Image to write.
-    """
-    with _saved_axes(path) as axes:
-        # On a logarithmic scale, a model that loses nothing stands at the lower edge.
-        drawn = [(size / 1e6, max(increase, 1e-4), rank) for size, increase, rank in sorted(points)]
-        axes.plot([size for size, _, _ in drawn], [increase for _, increase, _ in drawn], "o-", label=label)
-        for size, increase, rank in drawn:
-            if rank in labelled:
-                axes.annotate(f"k = {rank}", (size, increase), xytext=(6, 6), textcoords="offset points", fontsize=8)
-        axes.axvline(baseline_bytes / 1e6, color="black", linewidth=1, label="size of the baseline")
-        axes.set_yscale("log")
-        axes.margins(0.1)
-        axes.set_xlabel("parameters [MB]")
-        axes.set_ylabel("loss beyond the baseline's [nats / token]")
-        axes.legend(frameon=False)
+    def common(values: Sequence[Any]) -> str:
+        return ", ".join(dict.fromkeys(str(value) for value in values if value is not None)) or "-"
 
+    def setting(name: str, of: Sequence[Results] = results) -> str:
+        return common([row.settings.get(name) for row in of])
 
-@contextmanager
-def _saved_axes(path: Path) -> Iterator[Axes]:
-    """Yield axes to draw on; save their figure when the block ends well, close it in any case."""
-    figure, axes = plt.subplots(figsize=(6.4, 4.2), layout="constrained")
-    axes.grid(alpha=0.3)
-    try:
-        yield axes
-        figure.savefig(path, dpi=150)
-    finally:
-        plt.close(figure)
+    trained = [row for row in results if row.trained_parameters]
+    scratch = [row for row in trained if row.start_fingerprint is None and row.settings.get("n_layer")]
+    return [
+        ("layers, heads, width d", " / ".join(setting(name, scratch) for name in ("n_layer", "n_head", "n_embd"))),
+        ("block", f"{setting('block_size')} tokens"),
+        ("blocks a step", setting("effective_batch_size", trained)),
+        ("steps", setting("max_steps", trained)),
+        ("learning rate", setting("learning_rate", trained)),
+        ("training text", setting("train_file", trained) if trained else "-"),
+        ("validation text", setting("validation_file")),
+        ("dataset", " ".join(setting(name) for name in ("dataset_name", "dataset_config_name"))),
+        ("blocks evaluated", setting("max_eval_samples") if setting("max_eval_samples") != "-" else "all"),
+        ("seed", setting("seed")),
+        ("device", common([row.device for row in results])),
+        ("processes", common([row.processes for row in results])),
+        ("seconds in all", f"{sum(row.seconds or 0 for row in results):,.0f}"),
+        ("largest peak memory", f"{max(row.peak_memory_bytes or 0 for row in results) / 1e9:.2f} GB"),
+        ("code", common([row.git_commit for row in results])),
+        *((name, common([row.versions.get(name) for row in results])) for name in results[0].versions),
+    ]

@@ -1,7 +1,11 @@
 """What a run leaves to be read: the record that `results.json` holds."""
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
+
+from .errors import UserError
+from .files import read_json, write_json
 
 RESULTS_NAME = "results.json"
 
@@ -18,14 +22,28 @@ class Results:
         perplexity: `exp(eval_loss)`.
         parameters, vocabulary_parameters: Of the plain (merged) model.
         bytes, vocabulary_bytes: Of its parameters.
-        settings: The resolved settings.
+        settings: The resolved settings, seeds among them.
         versions: Of Python and the libraries.
+        words: The settings as they were asked for, as `train_hf.py` takes them.
+        git_commit: Commit of this code, with `-dirty` where files differ from it; `None` outside a checkout.
+        start_fingerprint: SHA-256 of the weights that the run started from; `None` for a random start, or one that is
+            not in a local folder.
+        device: What it ran on, such as "cpu" or a GPU's name.
+        processes: How many processes trained.
+        disk_bytes: Of the model's weight files.
+        peak_memory_bytes: Largest amount that the first process held: of the GPU's memory, without CUDA of its own.
+        seconds: Wall-clock time of the run in its last sitting, from reading the text to the saved model.
         train_loss: Last logged training loss, nats a token; `None` when nothing was trained.
         best_step: Optimizer step of the weights that were kept; `None` when nothing was trained.
         best_tokens: Tokens seen until then.
         trained_parameters: Parameters that the optimizer changed.
-        train_seconds: Wall-clock time of training in this process; `None` when nothing was trained.
-        tokens_per_second: Training tokens over that time.
+        train_seconds: Wall-clock time of training in its last sitting, evaluations left out; `None` when nothing was
+            trained.
+        tokens_per_second: Training tokens of all processes over that time.
+        training_curve: Pairs of an optimizer step and the mean training loss since the pair before, nats a token.
+        validation_curve: Pairs of an optimizer step and the validation loss there, nats a token.
+        spectrum: Share of the embedding's variance (for other methods, curvature) that each rank keeps, rank 1 first;
+            `None` where nothing was factorized.
     """
 
     run_name: str
@@ -39,9 +57,39 @@ class Results:
     vocabulary_bytes: int
     settings: dict[str, Any]
     versions: dict[str, str]
+    words: list[str] = field(default_factory=list)
+    git_commit: str | None = None
+    start_fingerprint: str | None = None
+    device: str | None = None
+    processes: int = 1
+    disk_bytes: int | None = None
+    peak_memory_bytes: int | None = None
+    seconds: float | None = None
     train_loss: float | None = None
     best_step: int | None = None
     best_tokens: int | None = None
     trained_parameters: int = 0
     train_seconds: float | None = None
     tokens_per_second: float | None = None
+    training_curve: list[list[float]] = field(default_factory=list)
+    validation_curve: list[list[float]] = field(default_factory=list)
+    spectrum: list[float] | None = None
+
+    def write(self, folder: Path) -> None:
+        """Write `results.json` into a run's folder, by which the run counts as finished."""
+        write_json(folder / RESULTS_NAME, asdict(self))
+
+    @classmethod
+    def read(cls, folder: Path) -> "Results | None":
+        """Read the `results.json` of a run's folder; `None` where there is none.
+
+        Raises:
+            UserError: It cannot be read, or lacks a field or has one that is not known.
+        """
+        path = folder / RESULTS_NAME
+        if not path.exists():
+            return None
+        try:
+            return cls(**read_json(path))
+        except TypeError as error:
+            raise UserError(f"{path} does not hold the results of a run: {error}") from error

@@ -1,5 +1,6 @@
 """The Trainer: how a step's loss and an evaluation's loss are computed."""
 
+import time
 from functools import cached_property
 from typing import Any
 
@@ -21,6 +22,7 @@ class FactorizedTrainer(Trainer):
 
     Args:
         distillation: A teacher that gives a part of the training loss; `None` trains on the text alone.
+            `evaluation_seconds` sums the wall-clock time of evaluations.
         **kwargs: What `Trainer` takes.
 
     Raises:
@@ -33,6 +35,7 @@ class FactorizedTrainer(Trainer):
             # DataParallel would split the student's batch, not the teacher's.
             raise UserError("Distillation on several GPUs needs a process for each: accelerate launch.")
         self._compile_blocks()
+        self.evaluation_seconds = 0.0
         self.distillation = distillation
         if distillation is not None:
             half = torch.bfloat16 if self.args.bf16 else torch.float16
@@ -79,6 +82,7 @@ class FactorizedTrainer(Trainer):
         self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"
     ) -> EvalLoopOutput:
         """Sum each process's share of the blocks, then add the shares."""
+        began = time.perf_counter()
         blocks: Dataset = dataloader.dataset
         rank, world_size = self.args.process_index, self.args.world_size
         share = blocks.select(range(rank, len(blocks), world_size))
@@ -92,6 +96,7 @@ class FactorizedTrainer(Trainer):
         )
         totals = torch.tensor([local.nats, local.tokens], dtype=torch.float64, device=self.args.device)
         nats, tokens = self.accelerator.reduce(totals, "sum").tolist()
+        self.evaluation_seconds += time.perf_counter() - began
         total = LossSum(nats, int(tokens))
         metrics = {f"{metric_key_prefix}_loss": total.loss, f"{metric_key_prefix}_perplexity": perplexity(total.loss)}
         return EvalLoopOutput(predictions=None, label_ids=None, metrics=metrics, num_samples=len(blocks))

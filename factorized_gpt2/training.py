@@ -1,22 +1,18 @@
 """One run, from its settings to its results: model, adapters, Trainer, outcome."""
 
 import logging
-import platform
-import shutil
-import tempfile
 import time
 from dataclasses import asdict
-from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
-import torch
 from datasets import Dataset
 from peft import PeftModel
 from transformers import PreTrainedTokenizerBase, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
 from .adapters import DROPOUTS, add_lora, merge, set_dropout, untie_head
-from .arguments import ModelArguments, Run, default_settings
+from .arguments import ModelArguments, Run
 from .baseline import check_tokenizer, load_baseline, load_compressed
 from .compression import RECORD_NAME, Compressor, Recipe
 from .configuration_factorized_gpt2 import FactorizedGPT2Config
@@ -24,19 +20,17 @@ from .data import collate_blocks, load_blocks, load_tokenizer
 from .distillation import Distillation
 from .errors import UserError
 from .evaluation import model_size, perplexity
-from .files import read_json, replacing_folder, write_json
+from .files import read_json, replacing_folder
 from .modeling_factorized_gpt2 import FactorizedGPT2
-from .results import RESULTS_NAME, Results
+from .provenance import device_name, git_commit, peak_memory_bytes, versions
+from .results import Results
+from .run_folder import ADAPTER_NAME, BASE_NAME, claim, finish, mark, probe_logits, weights_fingerprint
 from .tracking import finish_tracking, start_tracking
 from .trainer import FactorizedTrainer
 
 logger = logging.getLogger(__name__)
 
-SETTINGS_NAME = "run.json"
-ADAPTER_NAME = "adapter"
-BASE_NAME = "base_model"
-
-MERGE_TOLERANCE = 1e-4  # largest difference of a logit, float32, between an adapter and the model it merged into
+PROBE_TOKENS = 256  # of a block, to compare a saved model with the trained one
 
 
 def run_experiment(run: Run) -> Results:
@@ -55,8 +49,9 @@ def run_experiment(run: Run) -> Results:
     Raises:
         UserError: Anything that the settings, the data or the output folder make impossible.
     """
+    began = time.perf_counter()
     output_dir = Path(run.training.output_dir)
-    finished = _claim(output_dir, run)
+    finished = claim(run)
     if finished is not None:
         logger.info("%s is finished already; --overwrite_output_dir runs it again.", output_dir)
         return finished
@@ -69,12 +64,13 @@ def run_experiment(run: Run) -> Results:
         distillation = _distillation(run, model.config.vocab_size)
     model.loss_backend = run.training.loss_backend
     use_cache = model.config.use_cache  # which Trainer switches off for good
+    spectrum = _spectrum(model.name_or_path)
     if run.adapter.lora_rank:
         lora = run.adapter
         _keep_base(model, output_dir / BASE_NAME, run.training.should_save)
         model = add_lora(model, lora.lora_rank, lora.lora_alpha, lora.lora_dropout, lora.lora_target_modules)
     if run.training.should_save:
-        write_json(output_dir / SETTINGS_NAME, run.settings())
+        mark(run)
     start_tracking(run.training)
     trainer = FactorizedTrainer(
         distillation=distillation,
@@ -86,20 +82,22 @@ def run_experiment(run: Run) -> Results:
         processing_class=tokenizer,
     )
     trainer.accelerator.wait_for_everyone()  # all look for the same checkpoint in the same folder
-    outcome = _train(trainer, output_dir) if run.training.do_train else {}
+    outcome = _train(trainer, output_dir, run.data.block_size) if run.training.do_train else {}
     best_is_loaded = run.training.load_best_model_at_end and trainer.state.best_metric is not None
     eval_loss = trainer.state.best_metric if best_is_loaded else trainer.evaluate()["eval_loss"]
 
+    peak_memory = peak_memory_bytes(run.training.device)
     # Under mixed precision the Trainer has wrapped the forward pass in autocast; what is saved is float32.
     model = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
     model.config.use_cache = use_cache
-    probe = collate_blocks([validation_blocks[0]])["input_ids"]
-    expected = _logits(model, probe)
+    probe = collate_blocks([validation_blocks[0]])["input_ids"][:, :PROBE_TOKENS]
+    expected = probe_logits(model, probe)
     if isinstance(model, PeftModel):
         if run.training.should_save:
             with replacing_folder(output_dir / ADAPTER_NAME) as folder:
                 model.save_pretrained(folder)
         model = merge(model)
+    disk_bytes = finish(output_dir, model, tokenizer, probe, expected) if run.training.should_save else None
     results = Results(
         run_name=run.training.run_name or run.family,
         family=run.family,
@@ -109,12 +107,19 @@ def run_experiment(run: Run) -> Results:
         **asdict(model_size(model)),
         **outcome,
         settings=run.settings(),
-        versions={"python": platform.python_version()} | {name: version(name) for name in _REPORTED_LIBRARIES},
+        versions=versions(),
+        words=list(run.words),
+        git_commit=git_commit(),
+        start_fingerprint=weights_fingerprint(run.start),
+        device=device_name(run.training.device),
+        processes=run.training.world_size,
+        disk_bytes=disk_bytes,
+        peak_memory_bytes=peak_memory,
+        spectrum=spectrum,
+        seconds=time.perf_counter() - began,
     )
     if run.training.should_save:
-        _save(output_dir, model, tokenizer)
-        _verify_saved(output_dir, probe, expected, run.training.device)
-        write_json(output_dir / RESULTS_NAME, asdict(results))
+        results.write(output_dir)
     finish_tracking(
         {
             "best_iteration": results.best_step,
@@ -173,9 +178,6 @@ def _trained_start(run: Run, tokenizer: PreTrainedTokenizerBase) -> FactorizedGP
     return model
 
 
-_REPORTED_LIBRARIES = ("torch", "transformers", "peft", "accelerate", "datasets", "scikit-learn")
-
-
 def _scratch_config(
     arguments: ModelArguments, tokenizer: PreTrainedTokenizerBase, block_size: int
 ) -> FactorizedGPT2Config:
@@ -211,11 +213,20 @@ def _distillation(run: Run, vocab_size: int) -> Distillation | None:
 
 def _compressed_from(folder: str) -> str:
     """Read from a compressed model's record which baseline it was made from."""
-    path = Path(folder) / RECORD_NAME
-    name = read_json(path).get("baseline") if path.exists() else None
+    name = _compression_record(folder).get("baseline")
     if not name:
         raise UserError(f"{folder} does not say what it was compressed from: name a teacher.")
     return name
+
+
+def _spectrum(folder: str) -> list[float] | None:
+    """Read from the record of the compressed model that a run starts from what each rank keeps."""
+    return _compression_record(folder).get("spectrum")
+
+
+def _compression_record(folder: str) -> dict[str, Any]:
+    path = Path(folder) / RECORD_NAME
+    return read_json(path) if path.exists() else {}
 
 
 def _keep_base(model: FactorizedGPT2, folder: Path, should_save: bool) -> None:
@@ -228,80 +239,40 @@ def _keep_base(model: FactorizedGPT2, folder: Path, should_save: bool) -> None:
             model.save_pretrained(temporary)
 
 
-def _train(trainer: FactorizedTrainer, output_dir: Path) -> dict[str, float | int | None]:
+def _train(trainer: FactorizedTrainer, output_dir: Path, block_size: int) -> dict[str, Any]:
     """Train, going on from the last checkpoint if there is one; return what `Results` holds of it."""
     args = trainer.args
     checkpoint = get_last_checkpoint(output_dir)
     trained_parameters = sum(weight.numel() for weight in trainer.model.parameters() if weight.requires_grad)
     began = time.perf_counter()
     trainer.train(resume_from_checkpoint=checkpoint)
-    seconds = time.perf_counter() - began
+    seconds = time.perf_counter() - began - trainer.evaluation_seconds
     state = trainer.state
-    block_size = len(trainer.train_dataset[0]["input_ids"])
     tokens_per_step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size * block_size
     steps_here = state.global_step - (0 if checkpoint is None else int(checkpoint.rsplit("-", 1)[1]))
     best_step = state.best_global_step or state.global_step
+    curves = {
+        name: [[row["step"], row[name]] for row in state.log_history if name in row] for name in ("loss", "eval_loss")
+    }
     return {
-        "train_loss": next((row["loss"] for row in reversed(state.log_history) if "loss" in row), None),
+        "train_loss": curves["loss"][-1][1] if curves["loss"] else None,
         "best_step": best_step,
         "best_tokens": best_step * tokens_per_step,
         "trained_parameters": trained_parameters,
         "train_seconds": seconds,
         "tokens_per_second": steps_here * tokens_per_step / seconds,
+        "training_curve": curves["loss"],
+        "validation_curve": curves["eval_loss"],
     }
 
 
 def _load_split(run: Run, split: str, tokenizer: PreTrainedTokenizerBase) -> Dataset:
-    return load_blocks(
+    is_validation, limit = split == "validation", run.data.max_eval_samples
+    blocks = load_blocks(
         run.data.source(split),
         tokenizer,
         run.data.block_size,
-        keep_tail=split == "validation",
+        keep_tail=is_validation,
         num_proc=run.data.preprocessing_num_workers,
     )
-
-
-def _claim(output_dir: Path, run: Run) -> Results | None:
-    """Check that an output folder is this run's to use; return the results if it finished there before."""
-    settings_path, results_path = output_dir / SETTINGS_NAME, output_dir / RESULTS_NAME
-    if run.training.overwrite_output_dir:
-        if run.training.should_save:
-            for checkpoint in output_dir.glob("checkpoint-*"):
-                shutil.rmtree(checkpoint)
-            results_path.unlink(missing_ok=True)
-            settings_path.unlink(missing_ok=True)
-    elif settings_path.exists():
-        stored, asked, defaults = read_json(settings_path), run.settings(), default_settings()
-        # A setting that came with a later version counts as having had its default.
-        changed = sorted(name for name, value in asked.items() if stored.get(name, defaults.get(name)) != value)
-        if changed:
-            raise UserError(
-                f"{output_dir} holds a run with other settings ({', '.join(changed[:5])}); choose another "
-                "--output_dir, or replace it with --overwrite_output_dir."
-            )
-        return Results(**read_json(results_path)) if results_path.exists() else None
-    return None
-
-
-def _save(output_dir: Path, model: FactorizedGPT2, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Write the plain model and its tokenizer, every file beside its place first and then moved there."""
-    with tempfile.TemporaryDirectory(prefix=".model.", dir=output_dir) as temporary:
-        model.save_pretrained(temporary)
-        tokenizer.save_pretrained(temporary)
-        for path in Path(temporary).iterdir():
-            path.replace(output_dir / path.name)
-
-
-@torch.no_grad()
-def _logits(model: torch.nn.Module, input_ids: torch.Tensor) -> torch.Tensor:
-    device = next(model.parameters()).device
-    return model.eval()(input_ids=input_ids.to(device), use_cache=False).logits.float().cpu()
-
-
-def _verify_saved(folder: Path, input_ids: torch.Tensor, expected: torch.Tensor, device: torch.device) -> None:
-    """Reload what was saved and compare its logits with those of the model that was trained."""
-    model = FactorizedGPT2.from_pretrained(folder).to(device)
-    difference = (_logits(model, input_ids) - expected).abs().max().item()
-    if not difference <= MERGE_TOLERANCE * max(1.0, expected.abs().max().item()):
-        raise RuntimeError(f"The model saved in {folder} differs from the trained one: logits by {difference:.2e}.")
-    logger.info("Saved and reloaded %s: logits differ by at most %.1e", folder, difference)
+    return blocks.select(range(min(limit, len(blocks)))) if is_validation and limit else blocks

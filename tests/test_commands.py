@@ -78,10 +78,10 @@ def test_the_demo_runs_to_its_end(tmp_path, capsys):
     demo(["--output_dir", str(tmp_path / "demo"), "--max_steps", "2"])
     printed = capsys.readouterr().out
     results = read_results(tmp_path / "demo/model_weights")
-    assert [row["family"] for row in results] == (
+    assert [row.family for row in results] == (
         ["baseline"] + ["lowrank-scratch"] * 3 + ["pca-nofinetune"] * 3 + ["pca-lora"] * 3
     )
     assert (tmp_path / "demo/loss_against_rank.png").read_bytes().startswith(b"\x89PNG")
     for row in results:
-        assert f"{row['eval_loss']:.4f}" in printed
+        assert f"{row.eval_loss:.4f}" in printed
     assert "A sentence from" in printed

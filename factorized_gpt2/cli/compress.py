@@ -18,8 +18,8 @@ from ..evaluation import LossSum, model_size, perplexity, sum_loss
 from ..files import read_json
 from ..modeling_factorized_gpt2 import FactorizedGPT2
 from ..parsing import ManualParser
+from ..plots import plot_loss_against_bytes, plot_spectrum
 from ..rank_choice import smallest_rank_by_loss, smallest_rank_by_share
-from ..reporting import plot_loss_against_bytes, plot_spectrum
 from .shell import print_table, run_command
 
 logger = logging.getLogger(__name__)
@@ -231,3 +231,7 @@ def _plot(compressor: Compressor, ranks: list[int], measure: _Measure, with_spec
 def main() -> None:
     """Entry point of the console command and of `compress.py`."""
     sys.exit(run_command(compress))
+
+
+if __name__ == "__main__":
+    main()

@@ -3,8 +3,8 @@
 import sys
 import time
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any
 
 import torch
 from datasets import disable_progress_bars
@@ -14,9 +14,12 @@ from transformers.utils import logging as transformers_logging
 from ..arguments import parse_run
 from ..corpus import write_python_corpus
 from ..data import load_tokenizer
+from ..experiments import Experiment, load_grid, select
 from ..modeling_factorized_gpt2 import FactorizedGPT2
-from ..parsing import ManualParser, load_config
-from ..reporting import plot_loss_against_rank, read_results, results_table
+from ..parsing import ManualParser
+from ..plots import plot_loss_against_rank
+from ..reporting import read_results, results_table
+from ..results import Results
 from ..training import run_experiment
 from .compress import compress
 from .shell import run_command
@@ -45,14 +48,13 @@ def demo(argv: list[str]) -> None:
     disable_progress_bars()
     root = Path(arguments.output_dir)
     _prepare_corpus(root / "corpus")
-    names = load_config("demo/runs.json")
-    models = root / "model_weights"
+    models, corpus = root / "model_weights", root / "corpus"
+    experiments = load_grid("demo/experiments.json", root=models)
 
     _announce("Training the baseline")
-    _run(names["baseline"], root, arguments)
+    _run("baseline", experiments, corpus, arguments.max_steps)
     _announce("Compressing it by PCA, without training")
-    corpus = root / "corpus"
-    ranks = [str(load_config(f"demo/{name}")["n_embd_wte"]) for name in names["pca_nofinetune"]]
+    ranks = [str(experiment.compressed_rank) for experiment in select(experiments, ["pca_lora_*"])[1:]]
     words = [f"--baseline={models / 'gpt_baseline'}", f"--output_dir={models}", "--ranks", *ranks]
     words += [f"--eval_file={corpus / 'validation.jsonl'}", "--eval_batch_size=16"]
     compress(words)
@@ -67,8 +69,7 @@ def demo(argv: list[str]) -> None:
         ("lowrank_scratch", "Training low-rank models from scratch, for comparison"),
     ):
         _announce(title)
-        for name in names[family]:
-            _run(name, root, arguments)
+        _run(f"{family}_*", experiments, corpus, arguments.max_steps)
 
     results = read_results(models)
     plot = root / "loss_against_rank.png"
@@ -76,8 +77,8 @@ def demo(argv: list[str]) -> None:
     _announce("Results")
     print(results_table(results))
     print(f"\n{_verdict(results)}")
-    healed = max((row for row in results if row["family"] == "pca-lora"), key=lambda row: row["n_embd_wte"])
-    folder = Path(healed["settings"]["output_dir"])
+    healed = max((row for row in results if row.family == "pca-lora"), key=lambda row: row.n_embd_wte)
+    folder = Path(healed.settings["output_dir"])
     print(f"\nPlot: {plot}\nA sentence from {folder}:\n  {_continue(folder, PROMPT)!r}")
     print(f"\nThe demo took {time.perf_counter() - began:.0f} seconds.")
 
@@ -90,24 +91,18 @@ def _prepare_corpus(folder: Path) -> None:
     print(f"{training:,} documents to train on, {validation:,} held out.")
 
 
-def _run(name: str, root: Path, arguments: DemoArguments) -> None:
-    models, corpus = root / "model_weights", root / "corpus"
-    config = load_config(f"demo/{name}")
-    words = ["--config", f"demo/{name}", "--output_dir", str(models / Path(config["output_dir"]).name)]
-    words += ["--train_file", str(corpus / "train.jsonl"), "--validation_file", str(corpus / "validation.jsonl")]
-    if "baseline" in config:
-        words += ["--baseline", str(models / "gpt_baseline")]
-    else:
-        words += ["--tokenizer", str(corpus / "tokenizer")]
-    if arguments.max_steps is not None and config.get("do_train", True):
-        words += ["--max_steps", str(arguments.max_steps)]
-    results = run_experiment(parse_run(words))
-    print(f"{results.run_name}: validation loss {results.eval_loss:.4f}")
+def _run(names: str, experiments: list[Experiment], corpus: Path, max_steps: int | None) -> None:
+    flags = [f"--{split}_file={corpus / split}.jsonl" for split in ("train", "validation")]
+    flags += [f"--tokenizer={corpus / 'tokenizer'}"] + ([f"--max_steps={max_steps}"] if max_steps else [])
+    for experiment in experiments:
+        if fnmatchcase(experiment.name, names):
+            results = run_experiment(parse_run(experiment.words + flags))
+            print(f"{results.run_name}: validation loss {results.eval_loss:.4f}")
 
 
-def _verdict(results: list[dict[str, Any]]) -> str:
+def _verdict(results: list[Results]) -> str:
     """Say whether the rows stand in the order that theory predicts: baseline < PCA + LoRA < PCA at equal k."""
-    loss = {(row["family"], row["n_embd_wte"]): row["eval_loss"] for row in results}
+    loss = {(row.family, row.n_embd_wte): row.eval_loss for row in results}
     baseline = loss["baseline", None]
     misplaced = [
         rank

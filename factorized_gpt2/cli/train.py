@@ -21,3 +21,7 @@ def train(argv: list[str]) -> None:
 def main() -> None:
     """Entry point of the console command and of `train_hf.py`."""
     sys.exit(run_command(train))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,201 @@
+"""`run_experiments.py`: a grid of runs, in order, whatever becomes of one of them; then the report."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from ..errors import UserError
+from ..experiments import Experiment, Scale, load_grid, select
+from ..files import replacing_file
+from ..parsing import ManualParser
+from ..reporting import read_results, write_report
+from ..results import RESULTS_NAME, Results
+from ..run_folder import SETTINGS_NAME, weights_fingerprint
+from .shell import print_table, run_command
+
+
+@dataclass
+class GridArguments:
+    """Which experiments, where, and on what."""
+
+    grid: str = field(
+        default="experiments.json", metadata={"help": "List of configs: a path, or a name under configs/."}
+    )
+    only: list[str] | None = field(
+        default=None,
+        metadata={"help": "Names of experiments, with those that they start from; * stands for anything."},
+    )
+    output_dir: str = field(default="model_weights", metadata={"help": "Folder of the run folders."})
+    accelerate_config: str | None = field(
+        default=None,
+        metadata={"help": "Config of accelerate, by which every run is launched. None: one process, all it sees."},
+    )
+    overwrite: bool = field(
+        default=False, metadata={"help": "Replace what had other settings; start afresh what was cut off."}
+    )
+    dry_run: bool = field(default=False, metadata={"help": "Only show what would run."})
+
+
+@dataclass
+class ScaleArguments:
+    """The same grid, smaller or larger."""
+
+    scale: float = field(
+        default=1.0, metadata={"help": "Factor on layers, width (and with it heads and ranks), block and steps."}
+    )
+    scale_layers: float | None = field(default=None, metadata={"help": "Factor on layers alone."})
+    scale_width: float | None = field(default=None, metadata={"help": "Factor on width, heads, ranks k and LoRA's."})
+    scale_block: float | None = field(default=None, metadata={"help": "Factor on the tokens of a block."})
+    scale_steps: float | None = field(
+        default=None, metadata={"help": "Factor on steps: of training, warm-up, and between evaluations."}
+    )
+    scale_learning_rate: float = field(default=1.0, metadata={"help": "Factor on learning rates, first and last."})
+
+    def resolve(self) -> Scale:
+        """Fill in what is not set."""
+        parts = {name: getattr(self, f"scale_{name}") for name in ("layers", "width", "block", "steps")}
+        parts = {name: self.scale if factor is None else factor for name, factor in parts.items()}
+        return Scale(**parts, learning_rate=self.scale_learning_rate)
+
+
+def run_experiments(argv: list[str]) -> None:
+    """Plan, run what is not finished, say how each ended, write the report.
+
+    Raises:
+        UserError: A mistake in what was asked; or, at the end, runs that failed.
+    """
+    at = argv.index("--") if "--" in argv else len(argv)
+    words, flags = argv[:at], argv[at + 1 :]
+    arguments, scaling = ManualParser(
+        (GridArguments, ScaleArguments),
+        prog="run_experiments.py",
+        description="Run the experiments that configs/experiments.json lists; skip what is finished, go on with what "
+        "was cut off, end with a report.",
+        epilog="Words after -- are flags of train_hf.py, for every run.",
+    ).parse(words)
+    check(arguments, flags)
+    root = Path(arguments.output_dir)
+    experiments = load_grid(arguments.grid, scaling.resolve(), root)
+    experiments = select(experiments, arguments.only or ["*"])
+    grid = _Grid(root, arguments, flags)
+    if arguments.dry_run:
+        print_table([_row(experiment, grid.state(experiment)) for experiment in experiments])
+        return
+    outcomes = grid.run(experiments)
+    print()
+    print_table([_row(experiment, outcomes[experiment.name]) for experiment in experiments])
+    results = read_results(root, missing_ok=True)
+    if results:
+        print(f"\nReport: {write_report(results, root / 'report')}")
+    failed = [name for name, outcome in outcomes.items() if outcome not in (DONE, FINISHED)]
+    if failed:
+        raise UserError(f"{len(failed)} of {len(experiments)} experiments did not finish: {', '.join(failed)}.")
+
+
+def check(arguments: GridArguments, flags: Sequence[str]) -> None:
+    """Check what can be checked before anything is read.
+
+    Raises:
+        UserError: Started under a launcher; a launcher's config that is not there; flags that the grid sets itself.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UserError(
+            "run_experiments.py launches every run itself: start it with python, and name the launcher's config, as "
+            "in --accelerate_config configs/accelerate/two_gpus.yaml."
+        )
+    if arguments.accelerate_config and not Path(arguments.accelerate_config).is_file():
+        raise UserError(f"There is no accelerate config {arguments.accelerate_config!r}.")
+    taken = {"--config", "--output_dir", "--run_name", "--overwrite_output_dir", "--baseline", "--compressed"}
+    for flag in flags:
+        if flag.split("=")[0] in taken:
+            raise UserError(f"{flag.split('=')[0]} after -- is not for every run alike.")
+
+
+DONE, FINISHED = "done", "finished before"
+
+
+class _Grid:
+    """Runs experiments, each in processes of its own, so that none can spoil the next."""
+
+    def __init__(self, root: Path, arguments: GridArguments, flags: Sequence[str]):
+        self.root, self.flags, self.overwrite = root, list(flags), arguments.overwrite
+        self.launcher = [sys.executable]
+        if arguments.accelerate_config:
+            self.launcher += ["-m", "accelerate.commands.launch", "--config_file", arguments.accelerate_config]
+
+    def run(self, experiments: Sequence[Experiment]) -> dict[str, str]:
+        """Run what is not finished; return how each ended, by name."""
+        outcomes: dict[str, str] = {}
+        factorized: set[Path] = set()
+        for number, experiment in enumerate(experiments, 1):
+            needed = outcomes.get(experiment.needs, FINISHED)
+            if needed not in (DONE, FINISHED):
+                outcomes[experiment.name] = f"not run: {experiment.needs} is missing"
+            elif self.state(experiment) == FINISHED:
+                outcomes[experiment.name] = FINISHED
+            else:
+                print(f"\n== {number} of {len(experiments)}: {experiment.name}", flush=True)
+                start = Path(experiment.config.get("baseline") or "")
+                if experiment.compressed_rank and start not in factorized:
+                    factorized.add(start)
+                    self._factorize(start, experiments)
+                outcomes[experiment.name] = self._train(experiment)
+        return outcomes
+
+    def state(self, experiment: Experiment) -> str:
+        """Say how far a run came.
+
+        It is finished if it was with just these words, from the weights that are there now; what finished otherwise is
+        left to `train_hf.py`, which compares what the words mean.
+        """
+        if not (experiment.folder / RESULTS_NAME).exists():
+            return "was begun" if (experiment.folder / SETTINGS_NAME).exists() else "not begun"
+        try:
+            results = Results.read(experiment.folder)
+        except UserError:
+            return "results cannot be read"
+        is_same = results.words == experiment.words + self.flags
+        if is_same and results.start_fingerprint == weights_fingerprint(experiment.start):
+            return FINISHED
+        return "finished otherwise"
+
+    def _factorize(self, start: Path, experiments: Sequence[Experiment]) -> None:
+        """Compress a baseline at all ranks that start from it, with one decomposition; runs do it if this fails."""
+        ranks = sorted({e.compressed_rank for e in experiments if e.config.get("baseline") == str(start)} - {None})
+        words = ["--baseline", str(start), "--output_dir", str(self.root), "--ranks", *map(str, ranks)]
+        words += ["--overwrite", str(self.overwrite)]
+        subprocess.run([sys.executable, "-m", "factorized_gpt2.cli.compress", *words], check=False)
+
+    def _train(self, experiment: Experiment) -> str:
+        config = self.root / "configs" / f"{experiment.folder.name}.json"
+        with replacing_file(config) as temporary:
+            temporary.write_text(json.dumps(experiment.config, indent=2) + "\n", encoding="utf-8")
+        words = ["-m", "factorized_gpt2.cli.train", "--config", str(config), *self.flags]
+        if self.overwrite:
+            words.append("--overwrite_output_dir=True")
+        code = subprocess.run([*self.launcher, *words], check=False).returncode
+        return DONE if code == 0 else f"failed: exit code {code}"
+
+
+def _row(experiment: Experiment, state: str) -> dict[str, str]:
+    config = experiment.config
+    trains = config.get("do_train", False)
+    return {
+        "k": str(config.get("n_embd_wte") or "-"),
+        "LoRA rank": str(config.get("lora_rank") or "-"),
+        "block": str(config.get("block_size", "-")),
+        "steps": str(config.get("max_steps", "-")) if trains else "-",
+        "learning rate": f"{config['learning_rate']:g}" if trains and "learning_rate" in config else "-",
+        "state": state,
+        "experiment": experiment.name,
+        "folder": str(experiment.folder),
+    }
+
+
+def main() -> None:
+    """Entry point of the console command and of `run_experiments.py`."""
+    sys.exit(run_command(run_experiments))

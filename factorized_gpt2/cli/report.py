@@ -1,0 +1,35 @@
+"""`report.py`: results of runs to a table and pictures."""
+
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from ..parsing import ManualParser
+from ..reporting import read_results, results_table, write_report
+from .shell import run_command
+
+
+@dataclass
+class ReportArguments:
+    """Which results, and where to."""
+
+    results: str = field(
+        default="model_weights", metadata={"help": "Folder of the run folders, each with a results.json."}
+    )
+    output_dir: str | None = field(default=None, metadata={"help": "Folder of the report. None: report/ in that one."})
+
+
+def report(argv: list[str]) -> None:
+    """Read the results, print the table, write the report."""
+    arguments = ManualParser(
+        ReportArguments, prog="report.py", description="Make a table and pictures from the results.json of runs."
+    ).parse(argv)[0]
+    root = Path(arguments.results)
+    results = read_results(root)
+    print(results_table(results))
+    print(f"\nReport: {write_report(results, Path(arguments.output_dir or root / 'report'))}")
+
+
+def main() -> None:
+    """Entry point of the console command and of `report.py`."""
+    sys.exit(run_command(report))

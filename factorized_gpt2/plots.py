@@ -1,0 +1,214 @@
+"""Results to pictures, for print: axes labelled, told apart in grey, as PNG and as SVG."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
+
+from .results import Results
+
+FAMILIES = {
+    "baseline": "baseline",
+    "lowrank-scratch": "low rank, from scratch",
+    "pca-nofinetune": "PCA, no training",
+    "pca-lora": "PCA + LoRA",
+    "pca-finetune": "PCA + full fine-tuning",
+    "compressed": "compressed, no training",
+    "compressed-lora": "compressed + LoRA",
+    "compressed-finetune": "compressed + full fine-tuning",
+}
+
+_STYLES = {  # told apart in grey by marker and dash
+    "lowrank-scratch": {"marker": "s", "linestyle": "--", "color": "0.45"},
+    "pca-nofinetune": {"marker": "^", "linestyle": ":", "color": "tab:orange"},
+    "pca-lora": {"marker": "o", "linestyle": "-", "color": "tab:blue"},
+    "pca-finetune": {"marker": "D", "linestyle": "-.", "color": "tab:green"},
+    "compressed": {"marker": "v", "linestyle": ":", "color": "tab:red"},
+    "compressed-lora": {"marker": "P", "linestyle": "-", "color": "tab:purple"},
+    "compressed-finetune": {"marker": "X", "linestyle": "-.", "color": "tab:brown"},
+}
+_RANK_MARKERS = "osD^vPX*"
+
+RANK_LABEL = "rank k of the token embedding"
+LOSS_LABEL = "validation loss [nats / token]"
+
+
+def plot_loss_against_rank(results: Sequence[Results], path: Path) -> None:
+    """Plot validation loss against k, a line a family, the baseline as a level.
+
+    Args:
+        results: In order of k within a family.
+        path: Image to write; `.png` and `.svg` both come of it.
+    """
+    with _saved_axes(path) as (axes,):
+        ranks = sorted({row.n_embd_wte for row in results if row.n_embd_wte})
+        for family, style in _STYLES.items():
+            points = [(row.n_embd_wte, row.eval_loss) for row in results if row.family == family and row.n_embd_wte]
+            if points:
+                axes.plot(*zip(*points, strict=True), label=FAMILIES[family], **style)
+        _draw_baseline(axes, results)
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(ranks, labels=map(str, ranks))
+        axes.set_xlabel(RANK_LABEL)
+        axes.set_ylabel(LOSS_LABEL)
+        axes.legend(frameon=False)
+
+
+def plot_loss_against_size(results: Sequence[Results], path: Path) -> None:
+    """Plot validation loss against megabytes of parameters, with the models that no other beats on both.
+
+    Args:
+        results: Any number of runs.
+        path: Image to write; `.png` and `.svg` both come of it.
+    """
+    with _saved_axes(path) as (axes,):
+        front = _pareto_front([(row.bytes / 1e6, row.eval_loss) for row in results])
+        axes.plot(*zip(*front, strict=True), color="0.8", linewidth=6, zorder=0, label="no model is better on both")
+        for family, style in _STYLES.items():
+            rows = [row for row in results if row.family == family]
+            points = [(row.bytes / 1e6, row.eval_loss) for row in rows]
+            if points:
+                axes.plot(*zip(*points, strict=True), label=FAMILIES[family], **style)
+            for row, point in zip(rows, points, strict=True):
+                if row.n_embd_wte and family in ("pca-nofinetune", "compressed"):
+                    axes.annotate(
+                        f"k = {row.n_embd_wte}", point, xytext=(4, 6), textcoords="offset points", fontsize=8
+                    )
+        for row in results:
+            if row.family == "baseline":
+                axes.plot(row.bytes / 1e6, row.eval_loss, "k*", markersize=11, linestyle="", label="baseline")
+        axes.margins(0.1)
+        axes.set_xlabel("parameters [MB]")
+        axes.set_ylabel(LOSS_LABEL)
+        axes.legend(frameon=False)
+
+
+def plot_training_curves(results: Sequence[Results], path: Path) -> None:
+    """Plot validation loss (marked) and training loss (thin) against tokens, a panel for each family that trains.
+
+    Args:
+        results: Runs with curves; those without are left out.
+        path: Image to write; `.png` and `.svg` both come of it.
+    """
+    trained = [row for row in results if row.training_curve or row.validation_curve]
+    panels = {"from a random start": [row for row in trained if row.family in ("baseline", "lowrank-scratch")]}
+    for family in _STYLES:
+        if family != "lowrank-scratch":
+            panels[FAMILIES[family]] = [row for row in trained if row.family == family]
+    panels = {title: rows for title, rows in panels.items() if rows}
+    ranks = sorted({row.n_embd_wte for row in trained if row.n_embd_wte})
+    shades = {rank: plt.get_cmap("viridis")(index / len(ranks)) for index, rank in enumerate(ranks)}
+    with _saved_axes(path, panels=max(1, len(panels))) as all_axes:
+        for axes, (title, rows) in zip(all_axes, panels.items(), strict=False):
+            for row in rows:
+                rank = row.n_embd_wte
+                color = shades[rank] if rank else "black"
+                marker = _RANK_MARKERS[ranks.index(rank) % len(_RANK_MARKERS)] if rank else "x"
+                tokens = row.best_tokens / row.best_step / 1e6
+                if row.training_curve:
+                    steps, losses = zip(*row.training_curve, strict=True)
+                    axes.plot([step * tokens for step in steps], losses, color=color, linewidth=0.8, alpha=0.5)
+                if row.validation_curve:
+                    steps, losses = zip(*row.validation_curve, strict=True)
+                    axes.plot(
+                        [step * tokens for step in steps],
+                        losses,
+                        color=color,
+                        marker=marker,
+                        markersize=4,
+                        label=f"k = {rank}" if rank else "baseline",
+                    )
+            if title != "from a random start":
+                _draw_baseline(axes, results)
+            axes.set_title(title, fontsize=10)
+            axes.set_xlabel("training tokens [millions]")
+            axes.legend(frameon=False, title="validation (thin: training)", title_fontsize=8, fontsize=8)
+        all_axes[0].set_ylabel("loss [nats / token]")
+
+
+def plot_spectrum(shares: Sequence[float], ranks: Sequence[int], method: str, path: Path) -> None:
+    """Plot what each rank leaves out of the quantity that a method minimises.
+
+    Args:
+        shares: Kept at rank 1, 2, ..., in [0, 1].
+        ranks: Those to mark.
+        method: The method's name.
+        path: Image to write; `.png` and `.svg` both come of it.
+    """
+    with _saved_axes(path) as (axes,):
+        left_out = [max(1 - share, 1e-6) for share in shares]
+        axes.plot(range(1, len(left_out) + 1), left_out, color="black", linewidth=1.2)
+        for rank, marker in zip(ranks, _RANK_MARKERS * (1 + len(ranks)), strict=False):
+            axes.plot(rank, left_out[rank - 1], marker, label=f"k = {rank}: {shares[rank - 1]:.3f} kept")
+        axes.set_yscale("log")
+        axes.set_xlabel(RANK_LABEL)
+        axes.set_ylabel(f"share of the {_MINIMISED.get(method, 'curvature')} left out")
+        axes.legend(frameon=False)
+
+
+_MINIMISED = {"pca": "variance", "weighted": "weighted variance"}
+
+
+def plot_loss_against_bytes(
+    points: Sequence[tuple[int, float, int]], baseline_bytes: int, labelled: Sequence[int], label: str, path: Path
+) -> None:
+    """Plot how much loss compressed models add, against their size.
+
+    Args:
+        points: Bytes, loss beyond the baseline's in nats a token, and rank k of each model.
+        baseline_bytes: The baseline's size.
+        labelled: Ranks whose points are labelled.
+        label: How the models were compressed.
+        path: Image to write; `.png` and `.svg` both come of it.
+    """
+    with _saved_axes(path) as (axes,):
+        # On a logarithmic scale, a model that loses nothing stands at the lower edge.
+        drawn = [(size / 1e6, max(increase, 1e-4), rank) for size, increase, rank in sorted(points)]
+        axes.plot([size for size, _, _ in drawn], [increase for _, increase, _ in drawn], "o-", label=label)
+        for size, increase, rank in drawn:
+            if rank in labelled:
+                axes.annotate(f"k = {rank}", (size, increase), xytext=(6, 6), textcoords="offset points", fontsize=8)
+        axes.axvline(baseline_bytes / 1e6, color="black", linewidth=1, label="size of the baseline")
+        axes.set_yscale("log")
+        axes.margins(0.1)
+        axes.set_xlabel("parameters [MB]")
+        axes.set_ylabel("loss beyond the baseline's [nats / token]")
+        axes.legend(frameon=False)
+
+
+def _draw_baseline(axes: Axes, results: Sequence[Results]) -> None:
+    for row in results:
+        if row.family == "baseline":
+            axes.axhline(row.eval_loss, color="black", linewidth=1, label="baseline (not factorized)")
+
+
+def _pareto_front(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Keep the points (size, loss) that no other point beats on both, by size."""
+    front: list[tuple[float, float]] = []
+    for size, loss in sorted(points):
+        if not front or loss < front[-1][1]:
+            front.append((size, loss))
+    return front
+
+
+@contextmanager
+def _saved_axes(path: Path, panels: int = 1) -> Iterator[list[Axes]]:
+    """Yield axes to draw on; save their figure when the block ends well, close it in any case."""
+    figure, grid = plt.subplots(
+        ncols=panels, figsize=(6.4 if panels == 1 else 4.8 * panels, 4.2), layout="constrained", squeeze=False
+    )
+    for axes in grid[0]:
+        axes.grid(alpha=0.3)
+    try:
+        yield list(grid[0])
+        figure.savefig(path.with_suffix(".png"), dpi=150)
+        # Without a date and random names, the same results give the same file.
+        with matplotlib.rc_context({"svg.hashsalt": path.stem}):
+            figure.savefig(path.with_suffix(".svg"), metadata={"Date": None})
+    finally:
+        plt.close(figure)

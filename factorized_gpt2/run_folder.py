@@ -1,0 +1,137 @@
+"""The folder of a run: whose it is, how far it came, and what ends up in it."""
+
+import hashlib
+import logging
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from .arguments import Run, default_settings
+from .errors import UserError
+from .files import read_json, write_json
+from .modeling_factorized_gpt2 import FactorizedGPT2
+from .results import RESULTS_NAME, Results
+
+logger = logging.getLogger(__name__)
+
+SETTINGS_NAME = "run.json"
+ADAPTER_NAME = "adapter"
+BASE_NAME = "base_model"
+
+TOLERANCE = 1e-4  # largest difference of a logit, float32, between an adapter and the model it merged into
+
+
+def weights_fingerprint(name_or_path: str | None) -> str | None:
+    """Identify the weights in a model's folder.
+
+    Returns:
+        SHA-256 over its safetensors files, as 64 hexadecimal digits; `None` where there is no such local folder.
+    """
+    files = _weight_files(Path(name_or_path)) if name_or_path else []
+    if not files:
+        return None
+    digest = hashlib.sha256()
+    for path in files:
+        with path.open("rb") as file:
+            while chunk := file.read(1 << 24):
+                digest.update(chunk)
+    return digest.hexdigest()
+
+
+def claim(run: Run) -> Results | None:
+    """Check that the output folder is this run's to use.
+
+    Returns:
+        The results, if the run finished there before.
+
+    Raises:
+        UserError: It holds a run with other settings, or from another start, and may not be replaced.
+    """
+    output_dir = Path(run.training.output_dir)
+    settings_path, results_path = output_dir / SETTINGS_NAME, output_dir / RESULTS_NAME
+    if run.training.overwrite_output_dir:
+        if run.training.should_save:
+            for checkpoint in output_dir.glob("checkpoint-*"):
+                shutil.rmtree(checkpoint)
+            results_path.unlink(missing_ok=True)
+            settings_path.unlink(missing_ok=True)
+        return None
+    if not settings_path.exists():
+        return None
+    stored, asked, defaults = read_json(settings_path), _identity(run), default_settings()
+    # A setting that came with a later version counts as having had its default.
+    changed = sorted(name for name, value in asked.items() if stored.get(name, defaults.get(name)) != value)
+    if changed:
+        raise UserError(
+            f"{output_dir} holds a run with other settings ({', '.join(changed[:5])}); choose another "
+            "--output_dir, or replace it with --overwrite_output_dir."
+        )
+    return Results.read(output_dir)
+
+
+def mark(run: Run) -> None:
+    """Write down whose folder it is, before anything else goes into it."""
+    write_json(Path(run.training.output_dir) / SETTINGS_NAME, _identity(run))
+
+
+def _identity(run: Run) -> dict[str, Any]:
+    settings = run.settings()
+    if run.training.effective_batch_size is not None:
+        # Follows from how many processes there are, and does not change what is computed.
+        settings.pop("gradient_accumulation_steps")
+    start = weights_fingerprint(run.start)
+    return settings if start is None else settings | {"start_fingerprint": start}
+
+
+def finish(
+    output_dir: Path,
+    model: FactorizedGPT2,
+    tokenizer: PreTrainedTokenizerBase,
+    probe: torch.Tensor,
+    expected: torch.Tensor,
+) -> int:
+    """Save the plain model and its tokenizer, and reload them to see that they are what was trained.
+
+    Every file is written beside its place first and then moved there.
+
+    Args:
+        output_dir: The run's folder.
+        model: In float32 or as it was loaded.
+        tokenizer: Goes beside it.
+        probe: (B, T) int64 token ids.
+        expected: (B, T, V) float32, the trained model's logits at them.
+
+    Returns:
+        Bytes of the weight files.
+
+    Raises:
+        RuntimeError: The reloaded model's logits differ.
+    """
+    with tempfile.TemporaryDirectory(prefix=".model.", dir=output_dir) as temporary:
+        model.save_pretrained(temporary)
+        tokenizer.save_pretrained(temporary)
+        for path in Path(temporary).iterdir():
+            path.replace(output_dir / path.name)
+    reloaded = FactorizedGPT2.from_pretrained(output_dir).to(model.device)
+    difference = (probe_logits(reloaded, probe) - expected).abs().max().item()
+    if not difference <= TOLERANCE * max(1.0, expected.abs().max().item()):
+        raise RuntimeError(
+            f"The model saved in {output_dir} is not the trained one: logits differ by {difference:.2e}."
+        )
+    logger.info("Saved and reloaded %s: logits differ by at most %.1e", output_dir, difference)
+    return sum(path.stat().st_size for path in _weight_files(output_dir))
+
+
+@torch.no_grad()
+def probe_logits(model: torch.nn.Module, input_ids: torch.Tensor) -> torch.Tensor:
+    """Compute logits in evaluation mode, (B, T, V) float32 on the CPU."""
+    device = next(model.parameters()).device
+    return model.eval()(input_ids=input_ids.to(device), use_cache=False).logits.float().cpu()
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    return sorted(folder.glob("*.safetensors"))
