@@ -3,6 +3,7 @@
 import argparse
 import logging
 import os
+from collections.abc import Sequence
 from dataclasses import MISSING, dataclass, field, fields
 from typing import Any
 
@@ -15,6 +16,8 @@ from .errors import UserError
 from .parsing import ManualParser, as_flags, load_config
 
 logger = logging.getLogger(__name__)
+
+PRINT_CONFIG = "--print_config"
 
 LORA_TARGETS = ("wte", "scale_up", "scale_down", "q_proj", "k_proj", "v_proj", "c_proj", "mlp_up", "mlp_down")
 
@@ -264,12 +267,21 @@ class Run:
 
     def settings(self) -> dict[str, Any]:
         """Every setting by name, as JSON holds it, without those that say where and how verbosely to run."""
-        settings = self.training.to_dict()
-        for part in (self.model, self.adapter, self.distillation, self.data):
-            settings |= {item.name: getattr(part, item.name) for item in fields(part)}
+        parts = (self.model, self.adapter, self.distillation, self.data)
+        settings = {item.name: getattr(part, item.name) for part in parts for item in fields(part)}
+        settings |= self.training.to_dict()
         for name in ("logging_dir", "local_rank", "overwrite_output_dir", "disable_tqdm", "hub_token"):
             settings.pop(name, None)
         return settings
+
+    def config(self) -> dict[str, Any]:
+        """Collect what was asked for, and what else differs from the defaults: a config that means the same run.
+
+        Values are those that count on this machine.
+        """
+        asked = {word.removeprefix("--").partition("=")[0] for word in self.words if word.startswith("--")}
+        defaults = Run(*(part() for part in _PARTS)).settings()
+        return {name: value for name, value in self.settings().items() if name in asked or value != defaults[name]}
 
 
 _PARTS = (ModelArguments, AdapterArguments, DistillationArguments, DataArguments, RunArguments)  # as in `Run`
@@ -302,10 +314,25 @@ def parse_run(argv: list[str]) -> Run:
     parser.refuse_unknown(config, "config key")
     words = as_flags(config) + flags
     *parts, _ = parser.parse(words)
-    kept = tuple(word for word in words if not word.startswith("--overwrite_output_dir"))
+    kept = tuple(word for word in words if not word.replace("-", "_").startswith("__overwrite_output_dir"))
     run = Run(*parts, words=kept)
     _check(run)
     return run
+
+
+def check_words(words: Sequence[str]) -> list[str]:
+    """Check the names and types of flags, as far as each can be judged alone.
+
+    Returns:
+        The names, as settings have them.
+
+    Raises:
+        UserError: An unknown or mistyped flag.
+    """
+    parser = _make_parser()
+    _, rest = parser.parse_known_args(list(words))
+    parser.refuse_unknown((word.partition("=")[0] for word in rest), "argument")
+    return [word.partition("=")[0].lstrip("-").replace("-", "_") for word in words if word.startswith("--")]
 
 
 def _make_parser() -> ManualParser:
@@ -316,6 +343,7 @@ def _make_parser() -> ManualParser:
         epilog="All options can stand in a JSON config, by the same names; flags override it.",
     )
     parser.add_argument("--config", metavar="NAME", help="JSON config: a path, or a name under configs/.")
+    parser.add_argument(PRINT_CONFIG, action="store_true", help="Print, as a JSON config, what would run, and end.")
     return parser
 
 

@@ -45,6 +45,7 @@ def sum_loss(
     device: torch.device | str = "cpu",
     context: Callable[[], AbstractContextManager] = nullcontext,
     desc: str | None = None,
+    counted: int | None = None,
 ) -> LossSum:
     """Sum a causal language model's loss over every predicted token of `blocks`.
 
@@ -59,6 +60,8 @@ def sum_loss(
         device: Where the model is.
         context: Makes the context manager around every forward pass, such as autocast.
         desc: Label of the progress bar; `None` for no bar.
+        counted: How many of the blocks count, from the first; the others only pass through the model, as they must
+            where it is sharded over processes whose shares differ. `None`: all.
 
     Returns:
         The sum and its number of tokens.
@@ -66,9 +69,12 @@ def sum_loss(
     was_training = model.training
     model.eval()
     nats, tokens = torch.zeros((), dtype=torch.float64), 0
+    counted = len(blocks) if counted is None else counted
     batches = DataLoader(blocks, batch_size=batch_size, collate_fn=collate_blocks)
     try:
         for batch in tqdm(batches, desc=desc, disable=desc is None, leave=False):
+            batch["labels"][max(0, counted) :] = IGNORED_LABEL
+            counted -= len(batch["labels"])
             with context():
                 outputs = model(
                     input_ids=batch["input_ids"].to(device),

@@ -44,17 +44,19 @@ class Scale:
             (("block_size",), self.block),
             (("max_steps", "warmup_steps", "eval_steps", "save_steps", "logging_steps"), self.steps),
         ):
-            scaled |= {name: max(1, round(config[name] * factor)) for name in names if config.get(name)}
+            # Below 1 stand those that are off, and intervals that are shares of the steps.
+            given = [name for name in names if (config.get(name) or 0) >= 1]
+            scaled |= {name: max(1, round(config[name] * factor)) for name in given}
         if config.get("n_embd"):
-            heads = scaled["n_head"]
+            heads = scaled.get("n_head") or 1
             scaled["n_embd"] = heads * max(1, round(config["n_embd"] * self.width / heads))
-        if config.get("lora_rank"):
+        if config.get("lora_alpha") and scaled.get("lora_rank") != config.get("lora_rank"):
             scaled["lora_alpha"] = config["lora_alpha"] * scaled["lora_rank"] / config["lora_rank"]
         if config.get("learning_rate"):
             scaled["learning_rate"] = config["learning_rate"] * self.learning_rate
-            schedule = config.get("lr_scheduler_kwargs", {})
-            if "min_lr" in schedule:
-                scaled["lr_scheduler_kwargs"] = schedule | {"min_lr": schedule["min_lr"] * self.learning_rate}
+        schedule = config.get("lr_scheduler_kwargs") or {}
+        if "min_lr" in schedule:
+            scaled["lr_scheduler_kwargs"] = schedule | {"min_lr": schedule["min_lr"] * self.learning_rate}
         return _renamed(scaled, config)
 
 
@@ -102,23 +104,33 @@ def load_grid(name: str, scale: Scale | None = None, root: Path | None = None) -
         root: Folder of the run folders instead of the configs' own.
 
     Raises:
-        UserError: There is no such file or config, or two runs would share a folder at this scale.
+        UserError: There is no such file or config, one names no folder, two would share one at this scale, or they
+            start from each other.
     """
     listed = load_config(name).get("experiments")
     if not listed:
         raise UserError(f"{name} lists no experiments.")
     folder = Path(name).parent
     scale = scale or Scale()
-    configs = {entry: scale.apply(load_config(str(folder / entry))) for entry in listed}
-    folders = [config["output_dir"] for config in configs.values()]
+    configs = {entry.removesuffix(".json"): load_config(str(folder / entry)) for entry in listed}
+    for entry, config in configs.items():
+        if not config.get("output_dir"):
+            raise UserError(f"{entry} of {name} has no output_dir, by which others could start from it.")
+    owners = {Path(config["output_dir"]): entry for entry, config in configs.items()}
+    scaled = {entry: _moved(scale.apply(config), root) for entry, config in configs.items()}
+    folders = [Path(config["output_dir"]) for config in scaled.values()]
     shared = next((path for path in folders if folders.count(path) > 1), None)
     if shared:
         raise UserError(f"Two experiments of {name} have the folder {shared}: at this scale, ranks coincide.")
-    owners = {config["output_dir"]: entry for entry, config in configs.items()}
     experiments = []
-    for entry, config in configs.items():
-        start = config.get("compressed") or config.get("baseline")
-        experiments.append(Experiment(entry, _moved(config, root), owners.get(start)))
+    for entry, config in scaled.items():
+        start = next((key for key in ("compressed", "baseline") if config.get(key)), None)
+        needs = owners.get(Path(configs[entry][start])) if start else None
+        if needs:
+            config[start] = scaled[needs]["output_dir"]
+        elif start:
+            config[start] = _beside(Path(config[start]), Path(configs[entry]["output_dir"]).parent, root)
+        experiments.append(Experiment(entry, config, needs))
     return _in_order(experiments)
 
 
@@ -151,20 +163,19 @@ def _renamed(scaled: dict[str, Any], config: dict[str, Any]) -> dict[str, Any]:
     for key in ("run_name", "output_dir"):
         for letter, name in changes:
             old, new = f"{letter}{config[name]}", f"{letter}{scaled[name]}"
-            scaled[key] = re.sub(rf"(?<=[-_]){old}(?=[-_]|$)", new, scaled[key])
+            if scaled.get(key):
+                scaled[key] = re.sub(rf"(?<=[-_]){old}(?=[-_]|$)", new, scaled[key])
     return scaled
 
 
 def _moved(config: dict[str, Any], root: Path | None) -> dict[str, Any]:
-    """Put the run's folder, and what it starts from where that is another run's or beside it, under `root`."""
-    if root is None:
-        return config
-    old = Path(config["output_dir"]).parent
-    moved = {"output_dir": str(root / Path(config["output_dir"]).name)}
-    for key in ("baseline", "compressed"):
-        if config.get(key) and Path(config[key]).parent == old:
-            moved[key] = str(root / Path(config[key]).name)
-    return config | moved
+    """Put the run's folder under `root`."""
+    return config if root is None else config | {"output_dir": str(root / Path(config["output_dir"]).name)}
+
+
+def _beside(start: Path, siblings: Path, root: Path | None) -> str:
+    """Move a start that stands beside the run folders along with them."""
+    return str(start if root is None or start.parent != siblings else root / start.name)
 
 
 def _in_order(experiments: list[Experiment]) -> list[Experiment]:

@@ -62,7 +62,7 @@ class ManualParser(HfArgumentParser):
 
     def refuse_unknown(self, names: Iterable[str], kind: str) -> None:
         """Refuse names that are no argument, and say which known one is nearest."""
-        known = sorted({action.dest for action in self._actions} - {"help", "config"})
+        known = sorted({action.dest for action in self._actions} - {"help", "config", "print_config"})
         for name in names:
             if name not in known:
                 near = difflib.get_close_matches(name.lstrip("-"), known, n=1)

@@ -110,9 +110,11 @@ def plot_training_curves(results: Sequence[Results], path: Path) -> None:
                 color = shades[rank] if rank else "black"
                 marker = _RANK_MARKERS[ranks.index(rank) % len(_RANK_MARKERS)] if rank else "x"
                 tokens = row.best_tokens / row.best_step / 1e6
+                label = f"k = {rank}" if rank else "baseline"
                 if row.training_curve:
                     steps, losses = zip(*row.training_curve, strict=True)
-                    axes.plot([step * tokens for step in steps], losses, color=color, linewidth=0.8, alpha=0.5)
+                    thin = {"linewidth": 0.8, "alpha": 0.5, "label": None if row.validation_curve else label}
+                    axes.plot([step * tokens for step in steps], losses, color=color, **thin)
                 if row.validation_curve:
                     steps, losses = zip(*row.validation_curve, strict=True)
                     axes.plot(
@@ -121,7 +123,7 @@ def plot_training_curves(results: Sequence[Results], path: Path) -> None:
                         color=color,
                         marker=marker,
                         markersize=4,
-                        label=f"k = {rank}" if rank else "baseline",
+                        label=label,
                     )
             if title != "from a random start":
                 _draw_baseline(axes, results)

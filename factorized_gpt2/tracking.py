@@ -12,12 +12,15 @@ from .errors import first_line
 
 logger = logging.getLogger(__name__)
 
+_UNFINISHED = "wandb-resume.json"  # W&B's own name for where it keeps the id of a run that is not closed
+
 
 def start_tracking(training: RunArguments) -> None:
     """Open the W&B run that the Trainer's callback then reports to.
 
     A mode set in the environment (`WANDB_MODE`) counts; otherwise `wandb_mode` does, and `auto` is online when a
     login is stored. What cannot be reached is recorded under the output folder, to be sent later by `wandb sync`.
+    A run that was cut off goes on under its W&B id, which that folder keeps until the run is closed.
     """
     if "wandb" not in training.report_to or not training.should_log:
         return
@@ -25,7 +28,9 @@ def start_tracking(training: RunArguments) -> None:
     if mode == "auto":
         mode = "online" if _has_login() else "offline"
     init = {"project": training.project, "name": training.run_name, "dir": _made(training.output_dir)}
-    init["settings"] = wandb.Settings(quiet=True, show_info=False)
+    init |= {"resume": "auto", "settings": wandb.Settings(quiet=True, show_info=False)}
+    if training.overwrite_output_dir:
+        (Path(training.output_dir) / "wandb" / _UNFINISHED).unlink(missing_ok=True)
     try:
         run = wandb.init(mode=mode, **init)
     except wandb.errors.Error as error:

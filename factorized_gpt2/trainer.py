@@ -1,5 +1,7 @@
 """The Trainer: how a step's loss and an evaluation's loss are computed."""
 
+import copy
+import math
 import time
 from functools import cached_property
 from typing import Any
@@ -8,6 +10,7 @@ import torch
 from accelerate.utils import TorchDynamoPlugin
 from datasets import Dataset
 from torch import nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from transformers import Trainer
 from transformers.trainer_utils import EvalLoopOutput
 
@@ -35,6 +38,8 @@ class FactorizedTrainer(Trainer):
             # DataParallel would split the student's batch, not the teacher's.
             raise UserError("Distillation on several GPUs needs a process for each: accelerate launch.")
         self._compile_blocks()
+        # Sharding replaces a model's parameters for good; this one stays as it was built.
+        self._whole = copy.deepcopy(self.model).cpu() if self.is_fsdp_enabled else None
         self.evaluation_seconds = 0.0
         self.distillation = distillation
         if distillation is not None:
@@ -53,6 +58,14 @@ class FactorizedTrainer(Trainer):
             for module in self.model.modules():
                 if isinstance(module, FactorizedGPT2Block):
                     module.compile(backend=args.torch_compile_backend, mode=args.torch_compile_mode)
+
+    def trained_model(self) -> nn.Module:
+        """Take the trained model out of what trains it: whole, in float32, on every process. All must call it."""
+        if self._whole is None:
+            # Under mixed precision the forward pass is wrapped in autocast.
+            return self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
+        self._whole.load_state_dict(get_model_state_dict(self.model, options=StateDictOptions(full_state_dict=True)))
+        return self._whole
 
     def compute_loss(
         self,
@@ -81,18 +94,23 @@ class FactorizedTrainer(Trainer):
     def evaluation_loop(
         self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"
     ) -> EvalLoopOutput:
-        """Sum each process's share of the blocks, then add the shares."""
+        """Sum each process's share of the blocks, then add the shares.
+
+        Processes among which the model is sharded compute together, so all shares are made equally long.
+        """
         began = time.perf_counter()
         blocks: Dataset = dataloader.dataset
         rank, world_size = self.args.process_index, self.args.world_size
-        share = blocks.select(range(rank, len(blocks), world_size))
+        own = range(rank, len(blocks), world_size)
+        missing = math.ceil(len(blocks) / world_size) - len(own)
         local = sum_loss(
             self.model,
-            share,
+            blocks.select([*own, *[0] * missing]),
             self.args.eval_batch_size,
             device=self.args.device,
             context=self.compute_loss_context_manager,
             desc=None if self.args.disable_tqdm or not self.is_local_process_zero() else description,
+            counted=len(own),
         )
         totals = torch.tensor([local.nats, local.tokens], dtype=torch.float64, device=self.args.device)
         nats, tokens = self.accelerator.reduce(totals, "sum").tolist()

@@ -87,8 +87,7 @@ def run_experiment(run: Run) -> Results:
     eval_loss = trainer.state.best_metric if best_is_loaded else trainer.evaluate()["eval_loss"]
 
     peak_memory = peak_memory_bytes(run.training.device)
-    # Under mixed precision the Trainer has wrapped the forward pass in autocast; what is saved is float32.
-    model = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
+    model = trainer.trained_model()
     model.config.use_cache = use_cache
     probe = collate_blocks([validation_blocks[0]])["input_ids"][:, :PROBE_TOKENS]
     expected = probe_logits(model, probe)

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from ..arguments import check_words
 from ..errors import UserError
 from ..experiments import Experiment, Scale, load_grid, select
 from ..files import replacing_file
@@ -29,7 +30,9 @@ class GridArguments:
         default=None,
         metadata={"help": "Names of experiments, with those that they start from; * stands for anything."},
     )
-    output_dir: str = field(default="model_weights", metadata={"help": "Folder of the run folders."})
+    output_dir: str | None = field(
+        default=None, metadata={"help": "Folder of the run folders. Default: model_weights; at a scale, none."}
+    )
     accelerate_config: str | None = field(
         default=None,
         metadata={"help": "Config of accelerate, by which every run is launched. None: one process, all it sees."},
@@ -77,9 +80,10 @@ def run_experiments(argv: list[str]) -> None:
         "was cut off, end with a report.",
         epilog="Words after -- are flags of train_hf.py, for every run.",
     ).parse(words)
-    check(arguments, flags)
-    root = Path(arguments.output_dir)
-    experiments = load_grid(arguments.grid, scaling.resolve(), root)
+    scale = scaling.resolve()
+    check(arguments, scale, flags)
+    root = Path(arguments.output_dir or "model_weights")
+    experiments = load_grid(arguments.grid, scale, root)
     experiments = select(experiments, arguments.only or ["*"])
     grid = _Grid(root, arguments, flags)
     if arguments.dry_run:
@@ -88,19 +92,24 @@ def run_experiments(argv: list[str]) -> None:
     outcomes = grid.run(experiments)
     print()
     print_table([_row(experiment, outcomes[experiment.name]) for experiment in experiments])
-    results = read_results(root, missing_ok=True)
-    if results:
-        print(f"\nReport: {write_report(results, root / 'report')}")
     failed = [name for name, outcome in outcomes.items() if outcome not in (DONE, FINISHED)]
+    complaint = f"{len(failed)} of {len(experiments)} experiments did not finish: {', '.join(failed)}."
+    try:
+        results = read_results(root, missing_ok=True)
+        if results:
+            print(f"\nReport: {write_report(results, root / 'report')}")
+    except UserError as error:
+        raise UserError(f"There is no report: {error}" + (f" And {complaint}" if failed else "")) from error
     if failed:
-        raise UserError(f"{len(failed)} of {len(experiments)} experiments did not finish: {', '.join(failed)}.")
+        raise UserError(complaint)
 
 
-def check(arguments: GridArguments, flags: Sequence[str]) -> None:
+def check(arguments: GridArguments, scale: Scale, flags: Sequence[str]) -> None:
     """Check what can be checked before anything is read.
 
     Raises:
-        UserError: Started under a launcher; a launcher's config that is not there; flags that the grid sets itself.
+        UserError: Started under a launcher; a launcher's config that is not there; another scale without a folder of
+            its own; flags that train_hf.py does not know, or that the grid sets itself.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UserError(
@@ -109,10 +118,12 @@ def check(arguments: GridArguments, flags: Sequence[str]) -> None:
         )
     if arguments.accelerate_config and not Path(arguments.accelerate_config).is_file():
         raise UserError(f"There is no accelerate config {arguments.accelerate_config!r}.")
-    taken = {"--config", "--output_dir", "--run_name", "--overwrite_output_dir", "--baseline", "--compressed"}
-    for flag in flags:
-        if flag.split("=")[0] in taken:
-            raise UserError(f"{flag.split('=')[0]} after -- is not for every run alike.")
+    if scale != Scale() and not arguments.output_dir:
+        raise UserError("A grid at another scale needs a folder of its own: name one with --output_dir.")
+    taken = {"config", "print_config", "output_dir", "run_name", "overwrite_output_dir", "baseline", "compressed"}
+    for name in check_words(flags):
+        if name in taken:
+            raise UserError(f"--{name} after -- is not for every run alike.")
 
 
 DONE, FINISHED = "done", "finished before"
@@ -134,7 +145,7 @@ class _Grid:
         for number, experiment in enumerate(experiments, 1):
             needed = outcomes.get(experiment.needs, FINISHED)
             if needed not in (DONE, FINISHED):
-                outcomes[experiment.name] = f"not run: {experiment.needs} is missing"
+                outcomes[experiment.name] = f"not run: {experiment.needs} did not finish"
             elif self.state(experiment) == FINISHED:
                 outcomes[experiment.name] = FINISHED
             else:

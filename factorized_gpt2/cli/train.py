@@ -1,15 +1,20 @@
 """`train_hf.py`: train, fine-tune or evaluate one model."""
 
+import json
 import sys
 
-from ..arguments import parse_run
+from ..arguments import PRINT_CONFIG, parse_run
 from ..training import run_experiment
 from .shell import run_command
 
 
 def train(argv: list[str]) -> None:
-    """Read the settings, do the run, say how it went."""
+    """Read the settings, do the run (or only print its config), say how it went."""
     run = parse_run(argv)
+    if PRINT_CONFIG in argv:
+        if run.training.should_log:
+            print(json.dumps(run.config(), indent=2))
+        return
     results = run_experiment(run)
     if run.training.should_log:
         print(
