@@ -13,7 +13,7 @@ from transformers import TrainingArguments
 from .blockwise_loss import BACKENDS, cut_cross_entropy_runs
 from .data import TextSource
 from .errors import UserError
-from .parsing import ManualParser, as_flags, load_config
+from .parsing import ManualParser, as_flags, load_config, setting_name, without_flags
 
 logger = logging.getLogger(__name__)
 
@@ -128,6 +128,16 @@ class DataArguments(TextArguments):
     )
     block_size: int = field(default=1024, metadata={"help": "Tokens a block; positions of a model made from scratch."})
     preprocessing_num_workers: int | None = field(default=None, metadata={"help": "Processes that tokenize."})
+    streaming: bool = field(
+        default=False,
+        metadata={
+            "help": "Read and tokenize the training text while training, for text larger than the disk. Needs "
+            "max_steps. What a run that was cut off has seen is read over again."
+        },
+    )
+    shuffle_buffer: int = field(
+        default=10_000, metadata={"help": "Blocks in memory among which a stream draws the next."}
+    )
     max_eval_samples: int | None = field(
         default=None, metadata={"help": "Evaluate on the first blocks of the validation split only. None: all."}
     )
@@ -279,7 +289,7 @@ class Run:
 
         Values are those that count on this machine.
         """
-        asked = {word.removeprefix("--").partition("=")[0] for word in self.words if word.startswith("--")}
+        asked = {setting_name(word) for word in self.words if word.startswith("--")}
         defaults = Run(*(part() for part in _PARTS)).settings()
         return {name: value for name, value in self.settings().items() if name in asked or value != defaults[name]}
 
@@ -314,8 +324,7 @@ def parse_run(argv: list[str]) -> Run:
     parser.refuse_unknown(config, "config key")
     words = as_flags(config) + flags
     *parts, _ = parser.parse(words)
-    kept = tuple(word for word in words if not word.replace("-", "_").startswith("__overwrite_output_dir"))
-    run = Run(*parts, words=kept)
+    run = Run(*parts, words=without_flags(words, {"overwrite_output_dir", "print_config", "hub_token"}))
     _check(run)
     return run
 
@@ -332,7 +341,7 @@ def check_words(words: Sequence[str]) -> list[str]:
     parser = _make_parser()
     _, rest = parser.parse_known_args(list(words))
     parser.refuse_unknown((word.partition("=")[0] for word in rest), "argument")
-    return [word.partition("=")[0].lstrip("-").replace("-", "_") for word in words if word.startswith("--")]
+    return [setting_name(word) for word in words if word.startswith("--")]
 
 
 def _make_parser() -> ManualParser:
@@ -374,6 +383,10 @@ def _check(run: Run) -> None:
         raise UserError("loss_backend=cut_cross_entropy needs CUDA, fp16 or bf16, and the package cut-cross-entropy.")
     if data.max_eval_samples is not None and data.max_eval_samples < 1:
         raise UserError(f"max_eval_samples must be positive, got {data.max_eval_samples}.")
+    if data.streaming and training.max_steps < 1:
+        raise UserError("streaming needs max_steps: a stream does not say where it ends.")
+    if data.shuffle_buffer < 1:
+        raise UserError(f"shuffle_buffer must be positive, got {data.shuffle_buffer}.")
     if data.block_size < 2:
         raise UserError(f"block_size must be at least 2, got {data.block_size}.")
     if training.do_train and training.max_steps < 1 and training.num_train_epochs <= 0:

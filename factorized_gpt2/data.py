@@ -1,4 +1,4 @@
-"""Text to packed blocks of token ids, through `datasets`: cached on disk, flat in memory."""
+"""Text to packed blocks of token ids, through `datasets`: cached on disk and flat in memory, or streamed."""
 
 import re
 from collections.abc import Iterator, Sequence
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from datasets import Dataset, Features, List, Value, load_dataset
+from datasets import Dataset, Features, IterableDataset, List, Value, load_dataset
 from datasets.exceptions import DatasetGenerationError
 from datasets.fingerprint import Hasher
 from torch.nn.utils.rnn import pad_sequence
@@ -50,8 +50,11 @@ class TextSource:
             return ", ".join(self.files)
         return " ".join(filter(None, (self.dataset_name, self.dataset_config_name, self.split)))
 
-    def load(self) -> list[tuple[Dataset, re.Pattern | None]]:
+    def load(self, streaming: bool = False) -> list[tuple[Dataset | IterableDataset, re.Pattern | None]]:
         """Load the text.
+
+        Args:
+            streaming: Read it as it is needed, from where it lies, instead of from a copy on disk.
 
         Returns:
             Datasets with one column `text`, a line or a row each, with the pattern that starts a document, or `None`
@@ -65,33 +68,36 @@ class TextSource:
         if not self.files:
             if self.dataset_name is None:
                 raise UserError("No text given: name files or a dataset.")
-            return [(self._load("", self.dataset_name, self.dataset_config_name, split=self.split), every_row)]
+            where = (self.dataset_name, self.dataset_config_name)
+            return [(self._load("", *where, split=self.split, streaming=streaming), every_row)]
         loaded = []
         for name in self.files:
             path = Path(name)
             if not path.is_file():
                 raise UserError(f"The file {name} does not exist.")
             if path.suffix in _TEXT_SUFFIXES:
-                dataset = self._load(name, "text", data_files=str(path), keep_linebreaks=True, split="train")
+                lines = {"keep_linebreaks": True, "streaming": streaming}
+                dataset = self._load(name, "text", data_files=str(path), split="train", **lines)
                 loaded.append((dataset, pattern))
             elif path.suffix in _BUILDERS:
-                dataset = self._load(name, _BUILDERS[path.suffix], data_files=str(path), split="train")
+                builder = _BUILDERS[path.suffix]
+                dataset = self._load(name, builder, data_files=str(path), split="train", streaming=streaming)
                 loaded.append((dataset, every_row))
             else:
                 known = ", ".join(sorted(_TEXT_SUFFIXES | _BUILDERS.keys()))
                 raise UserError(f"{name}: unknown kind of file {path.suffix!r}; known are {known}.")
         return loaded
 
-    def _load(self, name: str, *args, **kwargs) -> Dataset:
+    def _load(self, name: str, *args, **kwargs) -> Dataset | IterableDataset:
         column = "text" if args[0] == "text" else self.text_column
         try:
             dataset = load_dataset(*args, **kwargs)
+            # A stream may know its columns from its rows alone.
+            columns = dataset.column_names or list(next(iter(dataset), {}))
         except (DatasetGenerationError, OSError, ValueError) as error:
             raise UserError(f"{name or args[0]} cannot be read: {first_line(error.__cause__ or error)}") from error
-        if column not in dataset.column_names:
-            raise UserError(
-                f"{name or args[0]} has no column {column!r}; its columns are {', '.join(dataset.column_names)}."
-            )
+        if column not in columns:
+            raise UserError(f"{name or args[0]} has no column {column!r}; its columns are {', '.join(columns)}.")
         dataset = dataset.select_columns([column])
         return dataset if column == "text" else dataset.rename_column(column, "text")
 
@@ -170,6 +176,41 @@ def load_blocks(
     return blocks.with_format("numpy")  # as Python lists, tokens would load four times slower
 
 
+def stream_blocks(
+    source: TextSource, tokenizer: PreTrainedTokenizerBase, block_size: int, shuffle_buffer: int, seed: int
+) -> IterableDataset:
+    """Pack training text into the blocks of `load_blocks` while it is read: nothing is prepared or kept on disk.
+
+    Args:
+        source: The text.
+        tokenizer: Its `eos_token` marks the end of a document.
+        block_size: Tokens a block, at least 2; the rest that fills none is dropped.
+        shuffle_buffer: Blocks in memory among which the next is drawn; 1 keeps their order.
+        seed: Of the draw.
+
+    Returns:
+        Stream with the column `input_ids`.
+
+    Raises:
+        UserError: The text cannot be read.
+    """
+    tokenized = tuple(
+        text.map(
+            _tokenize,
+            fn_kwargs={"tokenizer": tokenizer, "document_start": document_start},
+            batched=True,
+            remove_columns=["text"],
+            features=_TOKENIZED,
+        )
+        for text, document_start in source.load(streaming=True)
+    )
+    settings = {"block_size": block_size, "eos_token_id": tokenizer.eos_token_id, "keep_tail": False}
+    blocks = IterableDataset.from_generator(
+        _pack, features=Features({"input_ids": List(Value("int32"))}), gen_kwargs={"tokenized": tokenized, **settings}
+    )
+    return blocks.shuffle(seed=seed, buffer_size=shuffle_buffer)
+
+
 def collate_blocks(rows: list[dict]) -> dict[str, torch.Tensor]:
     """Stack blocks into `input_ids` and `labels`, (B, T) int64; a shorter block is padded and its padding ignored.
 
@@ -197,7 +238,9 @@ def _tokenize(
     return {"input_ids": encoded["input_ids"], "starts_document": starts}
 
 
-def _pack(tokenized: Sequence[Dataset], block_size: int, eos_token_id: int, keep_tail: bool) -> Iterator[dict]:
+def _pack(
+    tokenized: Sequence[Dataset | IterableDataset], block_size: int, eos_token_id: int, keep_tail: bool
+) -> Iterator[dict]:
     rest = np.empty(0, np.int32)
     for stream in _token_stream(tokenized, eos_token_id):
         tokens = np.concatenate([rest, stream])
@@ -209,7 +252,7 @@ def _pack(tokenized: Sequence[Dataset], block_size: int, eos_token_id: int, keep
         yield {"input_ids": rest}
 
 
-def _token_stream(tokenized: Sequence[Dataset], eos_token_id: int) -> Iterator[np.ndarray]:
+def _token_stream(tokenized: Sequence[Dataset | IterableDataset], eos_token_id: int) -> Iterator[np.ndarray]:
     """Yield the tokens of all documents, with the end-of-text token after each document."""
     end = np.array([eos_token_id], np.int32)
     for dataset in tokenized:

@@ -80,3 +80,19 @@ def as_flags(config: dict[str, Any]) -> list[str]:
         elif value is not None:
             words.append(f"--{name}={value}")
     return words
+
+
+def setting_name(flag: str) -> str:
+    """Name the setting that a command-line word like `--max-steps=5` sets."""
+    return flag.partition("=")[0].lstrip("-").replace("-", "_")
+
+
+def without_flags(words: Iterable[str], names: set[str]) -> tuple[str, ...]:
+    """Leave out the flags that set `names`, each with the values that follow it."""
+    kept, is_kept = [], True
+    for word in words:
+        if word.startswith("--"):
+            is_kept = setting_name(word) not in names
+        if is_kept:
+            kept.append(word)
+    return tuple(kept)

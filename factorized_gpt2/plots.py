@@ -110,7 +110,7 @@ def plot_training_curves(results: Sequence[Results], path: Path) -> None:
                 color = shades[rank] if rank else "black"
                 marker = _RANK_MARKERS[ranks.index(rank) % len(_RANK_MARKERS)] if rank else "x"
                 tokens = row.best_tokens / row.best_step / 1e6
-                label = f"k = {rank}" if rank else "baseline"
+                label = f"k = {rank}" if rank else "not factorized"
                 if row.training_curve:
                     steps, losses = zip(*row.training_curve, strict=True)
                     thin = {"linewidth": 0.8, "alpha": 0.5, "label": None if row.validation_curve else label}
@@ -129,8 +129,8 @@ def plot_training_curves(results: Sequence[Results], path: Path) -> None:
                 _draw_baseline(axes, results)
             axes.set_title(title, fontsize=10)
             axes.set_xlabel("training tokens [millions]")
+            axes.set_ylabel("loss [nats / token]")
             axes.legend(frameon=False, title="validation (thin: training)", title_fontsize=8, fontsize=8)
-        all_axes[0].set_ylabel("loss [nats / token]")
 
 
 def plot_spectrum(shares: Sequence[float], ranks: Sequence[int], method: str, path: Path) -> None:

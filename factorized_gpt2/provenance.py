@@ -24,7 +24,7 @@ def git_commit() -> str | None:
         # An installed copy may lie inside some other project's checkout, which does not track it.
         _git("ls-files", "--error-unmatch", Path(__file__).name, folder=folder)
         return _git("describe", "--always", "--dirty", "--abbrev=40", "--exclude=*", folder=folder)
-    except (OSError, subprocess.CalledProcessError):
+    except (OSError, subprocess.SubprocessError):
         return None
 
 

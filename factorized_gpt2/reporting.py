@@ -28,8 +28,8 @@ def read_results(root: Path, missing_ok: bool = False) -> list[Results]:
     results = [Results.read(path.parent) for path in sorted(root.glob(f"*/{RESULTS_NAME}"))]
     if not results and not missing_ok:
         raise UserError(f"No results under {root}: no run has finished there.")
-    order = list(FAMILIES)
-    return sorted(results, key=lambda row: (order.index(row.family), row.n_embd_wte or 0))
+    order = {family: place for place, family in enumerate(FAMILIES)}  # what a later version adds comes last
+    return sorted(results, key=lambda row: (order.get(row.family, len(order)), row.n_embd_wte or 0))
 
 
 def results_table(results: Sequence[Results], style: str = "simple") -> str:
@@ -79,8 +79,14 @@ def write_report(results: Sequence[Results], folder: Path) -> Path:
 
     Returns:
         The Markdown file.
+
+    Raises:
+        UserError: There cannot be such a folder.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"No report can be written into {folder}: {error.strerror}.") from error
     pictures = _draw(results, folder)
     origin = _origin(results)
     markdown = ["# Results", results_table(results, "github"), _LEGEND]
@@ -127,8 +133,8 @@ def _origin(results: Sequence[Results]) -> list[tuple[str, str]]:
     def common(values: Sequence[Any]) -> str:
         return ", ".join(dict.fromkeys(str(value) for value in values if value is not None)) or "-"
 
-    def setting(name: str, of: Sequence[Results] = results) -> str:
-        return common([row.settings.get(name) for row in of])
+    def setting(name: str, of: Sequence[Results] = results, unset: str | None = None) -> str:
+        return common([unset if row.settings.get(name) is None else row.settings[name] for row in of])
 
     trained = [row for row in results if row.trained_parameters]
     scratch = [row for row in trained if row.start_fingerprint is None and row.settings.get("n_layer")]
@@ -140,8 +146,8 @@ def _origin(results: Sequence[Results]) -> list[tuple[str, str]]:
         ("learning rate", setting("learning_rate", trained)),
         ("training text", setting("train_file", trained) if trained else "-"),
         ("validation text", setting("validation_file")),
-        ("dataset", " ".join(setting(name) for name in ("dataset_name", "dataset_config_name"))),
-        ("blocks evaluated", setting("max_eval_samples") if setting("max_eval_samples") != "-" else "all"),
+        ("dataset", common([row.settings.get("dataset_name") for row in results])),
+        ("blocks evaluated", setting("max_eval_samples", unset="all")),
         ("seed", setting("seed")),
         ("device", common([row.device for row in results])),
         ("processes", common([row.processes for row in results])),

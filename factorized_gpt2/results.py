@@ -1,5 +1,6 @@
 """What a run leaves to be read: the record that `results.json` holds."""
 
+import math
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -76,8 +77,11 @@ class Results:
     spectrum: list[float] | None = None
 
     def write(self, folder: Path) -> None:
-        """Write `results.json` into a run's folder, by which the run counts as finished."""
-        write_json(folder / RESULTS_NAME, asdict(self))
+        """Write `results.json` into a run's folder, by which the run counts as finished.
+
+        Figures that are not finite, of a run that diverged, are null there.
+        """
+        write_json(folder / RESULTS_NAME, _without_nan(asdict(self)))
 
     @classmethod
     def read(cls, folder: Path) -> "Results | None":
@@ -89,7 +93,17 @@ class Results:
         path = folder / RESULTS_NAME
         if not path.exists():
             return None
+        content = read_json(path)
+        lost = {name: math.nan for name in ("eval_loss", "perplexity") if content.get(name, 0) is None}
         try:
-            return cls(**read_json(path))
+            return cls(**content | lost)
         except TypeError as error:
             raise UserError(f"{path} does not hold the results of a run: {error}") from error
+
+
+def _without_nan(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _without_nan(item) for name, item in value.items()}
+    if isinstance(value, list):
+        return [_without_nan(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -22,6 +22,12 @@ SETTINGS_NAME = "run.json"
 ADAPTER_NAME = "adapter"
 BASE_NAME = "base_model"
 
+# What changes neither the model that comes of a run nor its loss.
+_IMMATERIAL = (
+    *("output_dir", "run_name", "project", "report_to", "wandb_mode", "log_level", "log_level_replica"),
+    *("dataloader_num_workers", "dataloader_pin_memory", "preprocessing_num_workers", "per_device_eval_batch_size"),
+)
+
 TOLERANCE = 1e-4  # largest difference of a logit, float32, between an adapter and the model it merged into
 
 
@@ -83,6 +89,8 @@ def _identity(run: Run) -> dict[str, Any]:
     if run.training.effective_batch_size is not None:
         # Follows from how many processes there are, and does not change what is computed.
         settings.pop("gradient_accumulation_steps")
+    for name in _IMMATERIAL:
+        settings.pop(name, None)
     start = weights_fingerprint(run.start)
     return settings if start is None else settings | {"start_fingerprint": start}
 

@@ -37,9 +37,9 @@ class FactorizedTrainer(Trainer):
         if distillation is not None and self.args.n_gpu > 1:
             # DataParallel would split the student's batch, not the teacher's.
             raise UserError("Distillation on several GPUs needs a process for each: accelerate launch.")
-        self._compile_blocks()
         # Sharding replaces a model's parameters for good; this one stays as it was built.
         self._whole = copy.deepcopy(self.model).cpu() if self.is_fsdp_enabled else None
+        self._compile_blocks()
         self.evaluation_seconds = 0.0
         self.distillation = distillation
         if distillation is not None:

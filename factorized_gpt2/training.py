@@ -6,7 +6,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from peft import PeftModel
 from transformers import PreTrainedTokenizerBase, set_seed
 from transformers.trainer_utils import get_last_checkpoint
@@ -16,7 +16,7 @@ from .arguments import ModelArguments, Run
 from .baseline import check_tokenizer, load_baseline, load_compressed
 from .compression import RECORD_NAME, Compressor, Recipe
 from .configuration_factorized_gpt2 import FactorizedGPT2Config
-from .data import collate_blocks, load_blocks, load_tokenizer
+from .data import collate_blocks, load_blocks, load_tokenizer, stream_blocks
 from .distillation import Distillation
 from .errors import UserError
 from .evaluation import model_size, perplexity
@@ -59,8 +59,8 @@ def run_experiment(run: Run) -> Results:
     with run.training.main_process_first(desc="preparing model and data"):
         tokenizer = load_tokenizer(run.data.tokenizer or run.model.compressed or run.model.baseline)
         model = build_model(run, tokenizer)
-        train_blocks = _load_split(run, "train", tokenizer) if run.training.do_train else None
-        validation_blocks = _load_split(run, "validation", tokenizer)
+        train_blocks = _training_blocks(run, tokenizer) if run.training.do_train else None
+        validation_blocks = _validation_blocks(run, tokenizer)
         distillation = _distillation(run, model.config.vocab_size)
     model.loss_backend = run.training.loss_backend
     use_cache = model.config.use_cache  # which Trainer switches off for good
@@ -220,7 +220,7 @@ def _compressed_from(folder: str) -> str:
 
 def _spectrum(folder: str) -> list[float] | None:
     """Read from the record of the compressed model that a run starts from what each rank keeps."""
-    return _compression_record(folder).get("spectrum")
+    return _compression_record(folder).get("spectrum") if folder else None
 
 
 def _compression_record(folder: str) -> dict[str, Any]:
@@ -265,13 +265,14 @@ def _train(trainer: FactorizedTrainer, output_dir: Path, block_size: int) -> dic
     }
 
 
-def _load_split(run: Run, split: str, tokenizer: PreTrainedTokenizerBase) -> Dataset:
-    is_validation, limit = split == "validation", run.data.max_eval_samples
-    blocks = load_blocks(
-        run.data.source(split),
-        tokenizer,
-        run.data.block_size,
-        keep_tail=is_validation,
-        num_proc=run.data.preprocessing_num_workers,
-    )
-    return blocks.select(range(min(limit, len(blocks)))) if is_validation and limit else blocks
+def _training_blocks(run: Run, tokenizer: PreTrainedTokenizerBase) -> Dataset | IterableDataset:
+    source, block_size = run.data.source("train"), run.data.block_size
+    if run.data.streaming:
+        return stream_blocks(source, tokenizer, block_size, run.data.shuffle_buffer, run.training.seed)
+    return load_blocks(source, tokenizer, block_size, keep_tail=False, num_proc=run.data.preprocessing_num_workers)
+
+
+def _validation_blocks(run: Run, tokenizer: PreTrainedTokenizerBase) -> Dataset:
+    source, block_size, limit = run.data.source("validation"), run.data.block_size, run.data.max_eval_samples
+    blocks = load_blocks(source, tokenizer, block_size, keep_tail=True, num_proc=run.data.preprocessing_num_workers)
+    return blocks.select(range(min(limit, len(blocks)))) if limit else blocks

@@ -1,0 +1,131 @@
+"""Several processes: one process's loss curves, whichever way accelerate was told to spread a run."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from conftest import random_ids
+
+from factorized_gpt2 import FactorizedGPT2
+from factorized_gpt2.arguments import parse_run
+from factorized_gpt2.evaluation import LossSum, sum_loss
+from factorized_gpt2.modeling_factorized_gpt2 import FactorizedGPT2Block
+from factorized_gpt2.results import Results
+from factorized_gpt2.training import run_experiment
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+ACCELERATE = REPOSITORY / "configs/accelerate"
+ON_TWO_CPUS = {"use_cpu": True, "mixed_precision": "no", "num_processes": 2}
+
+SCRATCH = {
+    **{"n_layer": 2, "n_head": 2, "n_embd": 16, "n_embd_wte": 4, "block_size": 16, "max_steps": 6, "dropout": 0.0},
+    **{"per_device_train_batch_size": 2, "effective_batch_size": 8, "do_train": True, "learning_rate": 1e-2},
+    **{"logging_steps": 1, "eval_strategy": "steps", "eval_steps": 3, "save_strategy": "steps", "save_steps": 3},
+    **{"load_best_model_at_end": True, "metric_for_best_model": "eval_loss", "report_to": ["none"], "use_cpu": True},
+}
+LORA = {"baseline": "baseline", "lora_rank": 4, "lora_alpha": 8, "lora_dropout": 0.0}
+SHAPE = ("n_layer", "n_head", "n_embd")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, corpus):
+    """Train a baseline, and runs from it and from scratch in one process; write the same runs' configs for others."""
+    root = tmp_path_factory.mktemp("distributed")
+    texts = {
+        **{"train_file": [str(corpus / "train.jsonl")], "validation_file": [str(corpus / "validation.jsonl")]},
+        **{"tokenizer": str(corpus / "tokenizer")},
+    }
+    kinds = {
+        "baseline": SCRATCH | {"n_embd_wte": None},
+        "scratch": SCRATCH,
+        "lora": {name: value for name, value in SCRATCH.items() if name not in SHAPE} | LORA,
+    }
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(root)
+        for kind, config in kinds.items():
+            for way in ("", "-ddp", "-fsdp", "-machines"):
+                path = root / f"{kind}{way}.json"
+                path.write_text(json.dumps(config | texts | {"output_dir": f"{kind}{way}"}))
+            run_experiment(parse_run(["--config", str(root / f"{kind}.json")]))
+    return root
+
+
+def launch(folder, accelerate_config: str, *words, **changes) -> subprocess.Popen:
+    """Launch under one of our accelerate configs, as far as two CPU processes can follow it."""
+    config = yaml.safe_load((ACCELERATE / accelerate_config).read_text()) | ON_TWO_CPUS | changes
+    path = folder / f"{config['machine_rank']}-{accelerate_config}"
+    path.write_text(yaml.safe_dump({"main_process_port": 0} | config))
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(path)]
+    command += [str(REPOSITORY / "tests/run_configs.py"), *words]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(command, cwd=folder, env=environment, stderr=subprocess.PIPE, text=True)
+
+
+def ended_well(process: subprocess.Popen) -> bool:
+    _, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors[-3000:]
+    return True
+
+
+def same_curves(folder, kind: str, way: str) -> bool:
+    """Compare two processes' run with one's, at every logged step, and its model with what it measured."""
+    one, two = (Results.read(folder / name) for name in (kind, f"{kind}-{way}"))
+    assert (one.processes, two.processes) == (1, 2)
+    assert two.settings["gradient_accumulation_steps"] == one.settings["gradient_accumulation_steps"] / 2 == 2
+    assert (two.best_tokens, two.trained_parameters) == (one.best_tokens, one.trained_parameters)
+    for name, steps in (("training_curve", [1, 2, 3, 4, 5, 6]), ("validation_curve", [3, 6])):
+        curves = [torch.tensor(getattr(results, name)) for results in (one, two)]
+        assert curves[1][:, 0].tolist() == steps
+        assert curves[1][0, 1] - curves[1][-1, 1] > 0.02  # it learns
+        assert (curves[0] - curves[1]).abs().max() < 1e-3
+    models = [FactorizedGPT2.from_pretrained(folder / name) for name in (kind, f"{kind}-{way}")]
+    ids = random_ids(length=16)
+    assert (models[0](ids).logits - models[1](ids).logits).abs().max() < 1e-3
+    assert not [path.name for path in (folder / f"{kind}-{way}").glob(".*")]
+    return True
+
+
+def test_two_gpus(folder):
+    assert ended_well(launch(folder, "two_gpus.yaml", "scratch-ddp.json", "lora-ddp.json"))
+    assert same_curves(folder, "scratch", "ddp")
+    assert same_curves(folder, "lora", "ddp")
+
+
+def test_fsdp(folder):
+    assert ended_well(launch(folder, "fsdp.yaml", "--shard", "scratch-fsdp.json", "lora-fsdp.json"))
+    assert same_curves(folder, "scratch", "fsdp")
+    assert same_curves(folder, "lora", "fsdp")
+
+
+def test_two_machines(folder):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    machines = [
+        launch(folder, "two_machines.yaml", "lora-machines.json", machine_rank=rank, main_process_port=port)
+        for rank in (0, 1)
+    ]
+    assert all(ended_well(machine) for machine in machines)
+    assert same_curves(folder, "lora", "machines")
+
+
+def test_the_class_that_fsdp_wraps_is_the_models():
+    config = yaml.safe_load((ACCELERATE / "fsdp.yaml").read_text())
+    assert config["fsdp_config"]["fsdp_transformer_layer_cls_to_wrap"] == FactorizedGPT2Block.__name__
+
+
+def test_blocks_that_keep_processes_in_step_do_not_count(model):
+    blocks = [{"input_ids": row} for row in random_ids(batch=5, length=8)]
+    expected = sum_loss(model, blocks[:3], batch_size=2)
+    assert expected.tokens == 3 * 7
+    for batch_size in (1, 2, 3, 5):
+        summed = sum_loss(model, blocks, batch_size, counted=3)
+        assert summed.tokens == expected.tokens
+        assert summed.nats == pytest.approx(expected.nats, rel=1e-5)
+    assert sum_loss(model, blocks, 2, counted=0) == LossSum(0.0, 0)

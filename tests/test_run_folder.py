@@ -1,0 +1,244 @@
+"""The folder of a run: claimed, marked, refused, replaced, and filled with the model that was trained."""
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import random_ids, tiny_model
+from test_results import UNTRAINED
+
+from factorized_gpt2 import FactorizedGPT2
+from factorized_gpt2.arguments import Run, RunArguments, parse_run
+from factorized_gpt2.data import load_tokenizer
+from factorized_gpt2.errors import UserError
+from factorized_gpt2.parsing import as_flags
+from factorized_gpt2.run_folder import claim, finish, mark, probe_logits, weights_fingerprint
+
+COMMON = {
+    "do_train": True,
+    "max_steps": 6,
+    "block_size": 16,
+    "per_device_train_batch_size": 2,
+    "tokenizer": "tokenizer",
+    "train_file": ["train.txt"],
+    "validation_file": ["validation.txt"],
+    "report_to": ["none"],
+}
+
+
+def parse(folder: Path, **settings) -> Run:
+    return parse_run(as_flags(COMMON | {"output_dir": str(folder)} | settings))
+
+
+def save(folder: Path, **overrides) -> str:
+    tiny_model(**overrides).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    """Name a run's folder that is not there yet."""
+    return tmp_path / "run"
+
+
+def test_a_fingerprint_identifies_weights(tmp_path):
+    one, same, other = save(tmp_path / "one"), save(tmp_path / "same"), save(tmp_path / "other", seed=6)
+    fingerprint = weights_fingerprint(one)
+    assert re.fullmatch("[0-9a-f]{64}", fingerprint)
+    assert weights_fingerprint(same) == fingerprint
+    assert weights_fingerprint(other) != fingerprint
+
+
+def test_a_fingerprint_changes_with_one_weight(tmp_path):
+    before = weights_fingerprint(save(tmp_path / "model"))
+    model = FactorizedGPT2.from_pretrained(tmp_path / "model")
+    with torch.no_grad():
+        model.transformer.wte.weight[3, 4] += 1e-3
+    model.save_pretrained(tmp_path / "model")
+    assert weights_fingerprint(str(tmp_path / "model")) != before
+
+
+def test_a_fingerprint_looks_at_every_weight_file(tmp_path):
+    before = weights_fingerprint(save(tmp_path / "model"))
+    (tmp_path / "model/notes.txt").write_text("not weights")
+    assert weights_fingerprint(str(tmp_path / "model")) == before
+    shutil.copy(tmp_path / "model/model.safetensors", tmp_path / "model/more.safetensors")
+    assert weights_fingerprint(str(tmp_path / "model")) != before
+
+
+@pytest.mark.parametrize("start", [None, "", "openai-community/gpt2", "nowhere"])
+def test_what_is_no_local_folder_has_no_fingerprint(tmp_path, monkeypatch, start):
+    monkeypatch.chdir(tmp_path)
+    assert weights_fingerprint(start) is None
+
+
+def test_a_folder_without_weights_has_no_fingerprint(tmp_path):
+    assert weights_fingerprint(str(tmp_path)) is None
+
+
+def test_an_unclaimed_folder_is_anyones(folder):
+    assert claim(parse(folder)) is None
+    assert not folder.exists()  # a claim by itself leaves nothing
+
+
+def test_a_run_claims_its_folder_again(folder):
+    mark(parse(folder))
+    assert claim(parse(folder)) is None
+    UNTRAINED.write(folder)
+    assert claim(parse(folder)) == UNTRAINED
+
+
+def test_where_and_how_verbosely_it_runs_does_not_matter(folder):
+    mark(parse(folder))
+    assert claim(parse(folder, disable_tqdm=True, hub_token="secret")) is None
+    assert "secret" not in (folder / "run.json").read_text()
+
+
+@pytest.mark.parametrize(
+    ("settings", "names"),
+    [
+        ({"seed": 3}, r"\(seed\)"),
+        ({"n_embd_wte": 6}, r"\(n_embd_wte\)"),
+        ({"learning_rate": 1e-3, "block_size": 8}, r"\(block_size, learning_rate\)"),
+        ({"train_file": ["train.txt", "more.txt"]}, r"\(train_file\)"),
+        ({"lora_target_modules": ["wte"]}, r"\(lora_target_modules\)"),
+        ({"per_device_train_batch_size": 1}, r"\(per_device_train_batch_size\)"),
+    ],
+)
+def test_other_settings_are_refused_by_name(folder, settings, names):
+    mark(parse(folder))
+    UNTRAINED.write(folder)
+    before = (folder / "run.json").read_bytes()
+    with pytest.raises(UserError, match=f"run holds a run with other settings {names}; .*--overwrite_output_dir"):
+        claim(parse(folder, **settings))
+    assert (folder / "run.json").read_bytes() == before
+
+
+def test_only_five_of_many_other_settings_are_named(folder):
+    mark(parse(folder))
+    settings = {"seed": 3, "block_size": 8, "n_layer": 2, "n_head": 2, "n_embd": 24, "dropout": 0.0, "max_steps": 3}
+    with pytest.raises(UserError, match=r"\(block_size, dropout, max_steps, n_embd, n_head\)"):
+        claim(parse(folder, **settings))
+
+
+def test_a_broken_mark_is_named(folder):
+    folder.mkdir()
+    (folder / "run.json").write_text("{")
+    with pytest.raises(UserError, match=r"run\.json cannot be read as JSON"):
+        claim(parse(folder))
+
+
+def test_another_model_in_the_starts_place_is_refused(tmp_path, folder):
+    start = save(tmp_path / "baseline", n_embd_wte=None)
+    run = parse(folder, baseline=start)
+    mark(run)
+    assert json.loads((folder / "run.json").read_text())["start_fingerprint"] == weights_fingerprint(start)
+    assert claim(run) is None
+    save(tmp_path / "baseline", n_embd_wte=None, seed=6)
+    with pytest.raises(UserError, match=r"other settings \(start_fingerprint\)"):
+        claim(run)
+
+
+def test_a_random_start_has_no_fingerprint(folder):
+    mark(parse(folder))
+    assert "start_fingerprint" not in json.loads((folder / "run.json").read_text())
+
+
+@pytest.fixture
+def two_processes(monkeypatch):
+    """Return a function after which settings are parsed as in one of two processes."""
+    return lambda: monkeypatch.setattr(RunArguments, "world_size", property(lambda _: 2))
+
+
+def test_another_number_of_processes_goes_on_with_the_same_batch(folder, two_processes):
+    one = parse(folder, effective_batch_size=4)
+    mark(one)
+    two_processes()
+    two = parse(folder, effective_batch_size=4)
+    assert (one.training.gradient_accumulation_steps, two.training.gradient_accumulation_steps) == (2, 1)
+    assert claim(two) is None
+
+
+def test_another_batch_is_refused(folder, two_processes):
+    mark(parse(folder, effective_batch_size=4))
+    two_processes()
+    with pytest.raises(UserError, match=r"\(effective_batch_size\)"):
+        claim(parse(folder, effective_batch_size=8))
+
+
+def test_accumulation_that_was_asked_for_matters(folder):
+    mark(parse(folder, gradient_accumulation_steps=2))
+    with pytest.raises(UserError, match=r"\(gradient_accumulation_steps\)"):
+        claim(parse(folder, gradient_accumulation_steps=1))
+
+
+def filled(folder: Path) -> set[str]:
+    """Fill a marked folder with what a finished run leaves."""
+    UNTRAINED.write(folder)
+    for name in ("checkpoint-2/model.safetensors", "checkpoint-10/model.safetensors", "adapter/a.txt", "my-notes.txt"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text(name)
+    return {path.name for path in folder.iterdir()}
+
+
+def test_overwriting_removes_checkpoints_results_and_mark_only(folder):
+    mark(parse(folder))
+    names = filled(folder)
+    assert claim(parse(folder, seed=3, overwrite_output_dir=True)) is None
+    removed = names - {path.name for path in folder.iterdir()}
+    assert removed == {"checkpoint-2", "checkpoint-10", "results.json", "run.json"}
+    assert (folder / "adapter/a.txt").read_text() == "adapter/a.txt"
+    assert (folder / "my-notes.txt").read_text() == "my-notes.txt"
+
+
+def test_only_the_process_that_saves_overwrites(folder, monkeypatch):
+    mark(parse(folder))
+    names = filled(folder)
+    monkeypatch.setattr(RunArguments, "should_save", property(lambda _: False))
+    assert claim(parse(folder, overwrite_output_dir=True)) is None
+    assert {path.name for path in folder.iterdir()} == names
+
+
+def test_overwriting_nothing_is_fine(folder):
+    assert claim(parse(folder, overwrite_output_dir=True)) is None
+
+
+def test_the_finished_model_is_the_trained_one(tmp_path, tokenizer):
+    model, probe = tiny_model(), random_ids()
+    size = finish(tmp_path, model, tokenizer, probe, probe_logits(model, probe))
+    weights = tmp_path / "model.safetensors"
+    assert size == weights.stat().st_size >= 4 * model.num_parameters()
+    reloaded = FactorizedGPT2.from_pretrained(tmp_path)
+    assert torch.equal(probe_logits(reloaded, probe), probe_logits(model, probe))
+    assert load_tokenizer(str(tmp_path)).get_vocab() == tokenizer.get_vocab()
+    assert not list(tmp_path.glob(".*"))
+
+
+@pytest.mark.parametrize("change", [1.5, -1.5, float("nan")])
+def test_a_saved_model_that_is_not_the_trained_one_is_an_error(tmp_path, tokenizer, change):
+    """One logit is off by half more than the tolerance, 1e-4 of the largest."""
+    model, probe = tiny_model(), random_ids()
+    expected = probe_logits(model, probe)
+    expected[0, 3, 7] += change * 1e-4 * max(1.0, expected.abs().max().item())
+    with pytest.raises(RuntimeError, match="is not the trained one: logits differ by"):
+        finish(tmp_path, model, tokenizer, probe, expected)
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_rounding_is_no_difference(tmp_path, tokenizer):
+    model, probe = tiny_model(), random_ids()
+    expected = probe_logits(model, probe)
+    assert finish(tmp_path, model, tokenizer, probe, expected + 5e-5) > 0
+
+
+def test_a_save_that_fails_leaves_nothing(tmp_path, tokenizer, monkeypatch):
+    def fail(*args, **kwargs):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(type(tokenizer), "save_pretrained", fail)
+    with pytest.raises(OSError, match="disk full"):
+        finish(tmp_path, tiny_model(), tokenizer, random_ids(), torch.zeros(1))
+    assert not list(tmp_path.iterdir())
