@@ -291,7 +291,9 @@ class Run:
         """
         asked = {setting_name(word) for word in self.words if word.startswith("--")}
         defaults = Run(*(part() for part in _PARTS)).settings()
-        return {name: value for name, value in self.settings().items() if name in asked or value != defaults[name]}
+        settings = self.settings()
+        config = {name: value for name, value in settings.items() if name in asked or value != defaults[name]}
+        return config if config.get("report_to", True) else config | {"report_to": ["none"]}
 
 
 _PARTS = (ModelArguments, AdapterArguments, DistillationArguments, DataArguments, RunArguments)  # as in `Run`

@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from factorized_gpt2.arguments import LORA_TARGETS, parse_run
+from factorized_gpt2.arguments import LORA_TARGETS, RunArguments, parse_run
+from factorized_gpt2.cli.train import train
 from factorized_gpt2.errors import UserError
 from factorized_gpt2.parsing import load_config
 
@@ -25,7 +26,9 @@ SHARED = {
     "tie_word_embeddings": True,
     "dataset_name": "Salesforce/wikitext",
     "dataset_config_name": "wikitext-103-raw-v1",
+    "tokenizer": "openai-community/gpt2",
     "load_best_model_at_end": True,
+    "report_to": ["wandb"],
 }
 SCRATCH = SHARED | {
     "n_layer": 12,
@@ -70,8 +73,60 @@ def test_the_protocol_is_in_the_configs(name):
     assert config.get("n_embd_wte") == rank
     run = parse_run(["--config", name])
     assert run.family == family
-    assert run.training.gradient_accumulation_steps == 4
-    assert run.training.lr_scheduler_type == "cosine_with_min_lr"
+    resolved = run.settings()
+    needs_cuda = {"fp16": False, "torch_compile": False}
+    here = figures | {key: off for key, off in needs_cuda.items() if key in figures}
+    assert {key: resolved[key] for key in figures} == here
+    assert resolved["gradient_accumulation_steps"] == 4
+    assert resolved["n_embd_wte"] == rank
+
+
+@pytest.mark.parametrize("name", [*PROTOCOL, "tokenwise_lora_k64", "demo/pca_lora_k8"])
+def test_the_printed_config_means_the_same_run(tmp_path, capsys, name):
+    words = ["--config", name, "--seed", "7", "--wandb_mode=offline"]
+    train([*words, "--print_config"])
+    printed = capsys.readouterr().out
+    (tmp_path / "printed.json").write_text(printed)
+    again, run = parse_run(["--config", str(tmp_path / "printed.json")]), parse_run(words)
+    assert again.settings() == run.settings()
+    assert again.family == run.family
+    config = json.loads(printed)
+    assert (config["seed"], config["wandb_mode"]) == (7, "offline")
+    assert {key for key, value in load_config(name).items() if value is not None} <= config.keys()
+    assert len(config) < 60  # one screen, not all that there is
+
+
+def test_printing_a_config_touches_nothing(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    train(["--config", "baseline", "--print_config"])
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "bad.json").write_text('{"print_config": true}')
+    with pytest.raises(UserError, match="Unknown config key 'print_config'"):
+        parse_run(["--config", "bad.json"])
+
+
+@pytest.mark.parametrize(("processes", "accumulation"), [(1, 4), (2, 2), (4, 1), (3, None), (8, None), (64, None)])
+@pytest.mark.parametrize("name", ["baseline", "pca_lora_k512"])
+def test_the_effective_batch_is_16_however_many_processes_there_are(monkeypatch, name, processes, accumulation):
+    monkeypatch.setattr(RunArguments, "world_size", processes)
+    if accumulation is not None:
+        assert parse_run(["--config", name]).training.gradient_accumulation_steps == accumulation
+        return
+    complaint = (
+        f"effective_batch_size=16 cannot be had from {processes} device.s. with per_device_train_batch_size=4; "
+        "device counts that fit: 1, 2, 4\\."
+    )
+    with pytest.raises(UserError, match=complaint):
+        parse_run(["--config", name])
+    fits = parse_run(["--config", name, "--per_device_train_batch_size", "2"]) if processes == 8 else None
+    assert fits is None or fits.training.gradient_accumulation_steps == 1
+
+
+def test_words_are_kept_without_secrets_and_what_is_no_setting_of_the_run():
+    words = ["--hub_token", "hf_secret", "--seed=3", "--overwrite_output_dir", "True", "--hub-token=hf_secret"]
+    kept = parse_run(["--config", "baseline", *words]).words
+    assert kept[-1] == "--seed=3"
+    assert not [word for word in kept if "secret" in word or "overwrite" in word or word == "True"]
 
 
 def test_there_are_thirteen_experiments():
@@ -121,6 +176,9 @@ def test_half_precision_falls_back_without_cuda(monkeypatch, caplog):
         ({"baseline": "b"}, "n_layer contradicts baseline"),
         ({"lora_rank": 4}, "lora_rank must be 0"),
         ({"block_size": 1}, "block_size must be at least 2"),
+        ({"max_eval_samples": 0}, "max_eval_samples must be positive, got 0"),
+        ({"streaming": True, "max_steps": -1, "num_train_epochs": 1}, "streaming needs max_steps"),
+        ({"shuffle_buffer": 0}, "shuffle_buffer must be positive"),
         ({"loss_backend": "cut_cross_entropy"}, "needs CUDA, fp16 or bf16, and the package"),
         ({"loss_backend": "none"}, "loss_backend.*invalid choice"),
         ({"effective_batch_size": 6}, "effective_batch_size=6 cannot be had"),

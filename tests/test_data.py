@@ -8,7 +8,14 @@ import pytest
 import torch
 from conftest import DOCUMENTS
 
-from factorized_gpt2.data import IGNORED_LABEL, TextSource, collate_blocks, load_blocks, load_tokenizer
+from factorized_gpt2.data import (
+    IGNORED_LABEL,
+    TextSource,
+    collate_blocks,
+    load_blocks,
+    load_tokenizer,
+    stream_blocks,
+)
 from factorized_gpt2.errors import UserError
 
 
@@ -149,3 +156,39 @@ def test_collation_ignores_padding():
     assert torch.equal(batch["input_ids"], torch.tensor([[5, 6, 7], [8, 9, 0]]))
     assert torch.equal(batch["labels"], torch.tensor([[5, 6, 7], [8, 9, IGNORED_LABEL]]))
     assert batch["input_ids"].dtype == torch.int64
+
+
+@pytest.mark.parametrize("document_start", [None, "Chapter 1"])
+@pytest.mark.parametrize("kind", ["jsonl", "txt", "parquet"])
+def test_a_stream_gives_the_blocks_that_would_be_prepared(tmp_path, tokenizer, kind, document_start):
+    path = tmp_path / f"text.{kind}"
+    path.write_text("\n".join(DOCUMENTS), encoding="utf-8") if kind == "txt" else write_rows(path, DOCUMENTS)
+    files = (str(path),) * 2
+    source = TextSource(files=files, document_start=document_start)
+    prepared = [row.tolist() for row in load_blocks(source, tokenizer, 16, keep_tail=False)["input_ids"]]
+    streamed = [list(row["input_ids"]) for row in stream_blocks(source, tokenizer, 16, shuffle_buffer=1, seed=0)]
+    assert streamed == prepared
+    assert len(streamed) > 100
+
+
+def test_a_stream_is_shuffled_within_its_buffer_by_its_seed(corpus, tokenizer):
+    source = TextSource(files=(str(corpus / "train.jsonl"),))
+    ordered, first, again, other = (
+        [tuple(row["input_ids"]) for row in stream_blocks(source, tokenizer, 16, buffer, seed)]
+        for buffer, seed in ((1, 0), (20, 0), (20, 0), (20, 1))
+    )
+    assert first == again != other
+    assert sorted(first) == sorted(other) == sorted(ordered)
+    places = {block: place for place, block in enumerate(ordered)}
+    once = [(place, block) for place, block in enumerate(first) if ordered.count(block) == 1]
+    assert all(places[block] <= place + 20 for place, block in once)
+    assert sum(places[block] != place for place, block in enumerate(first)) > len(first) / 2
+
+
+@pytest.mark.parametrize("kind", ["missing", "column"])
+def test_a_stream_that_cannot_be_read(tmp_path, tokenizer, kind):
+    (tmp_path / "text.jsonl").write_text('{"words": "a"}\n')
+    name = "text.jsonl" if kind == "column" else "nowhere.jsonl"
+    complaint = "no column 'text'; its columns are words" if kind == "column" else "nowhere.jsonl does not exist"
+    with pytest.raises(UserError, match=complaint):
+        stream_blocks(TextSource(files=(str(tmp_path / name),)), tokenizer, 16, 1, 0)

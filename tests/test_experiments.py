@@ -269,6 +269,57 @@ def test_evaluation_does_not_depend_on_its_batch_size(workshop):
     assert losses == pytest.approx([losses[0]] * 3, rel=1e-6)
 
 
+def test_a_stream_trains_on_what_would_be_prepared(fresh):
+    """With one block a buffer and no shuffling the order differs from a sampler's; the text and its losses do not."""
+    settings = TINY | {"n_embd_wte": 6, "streaming": True, "shuffle_buffer": 40}
+    first, second = fresh.run("one", **settings), fresh.run("two", **settings)
+    assert first.training_curve == second.training_curve
+    assert fresh.run("other", **settings, seed=1).training_curve != first.training_curve
+    prepared = fresh.run("prepared", **TINY, n_embd_wte=6)
+    assert first.best_tokens == prepared.best_tokens
+    assert first.eval_loss == pytest.approx(prepared.eval_loss, abs=0.3)
+    many = fresh.run("many", **settings, max_steps=70, learning_rate=1e-3)  # more than the text has once
+    assert [step for step, _ in many.training_curve] == list(range(1, 71))
+
+
+def test_a_stream_goes_on_where_it_was_cut(fresh, monkeypatch):
+    settings = TINY | {"n_embd_wte": 6, "streaming": True, "shuffle_buffer": 40}
+    whole = fresh.run("whole", **settings)
+    start = FactorizedTrainer.__init__
+
+    def start_with_cut(self, *args, **kwargs):
+        start(self, *args, **kwargs)
+        self.add_callback(_Cut)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(FactorizedTrainer, "__init__", start_with_cut)
+        with pytest.raises(KeyboardInterrupt):
+            fresh.run("cut", **settings)
+    assert fresh.run("cut", **settings).training_curve == whole.training_curve
+
+
+def test_only_the_first_blocks_are_evaluated_if_asked(workshop):
+    off = {"do_train": False, "eval_strategy": "no", "save_strategy": "no", "load_best_model_at_end": False}
+    losses = {
+        limit: workshop.run(f"limit{limit}", baseline=workshop.baseline, **off, max_eval_samples=limit).eval_loss
+        for limit in (1, 2, 10**6)
+    }
+    whole = json.loads((workshop.root / "gpt_baseline/results.json").read_text())["eval_loss"]
+    assert losses[10**6] == pytest.approx(whole, rel=1e-6)
+    assert len({losses[1], losses[2], whole}) == 3
+
+
+def test_a_run_from_pca_keeps_its_spectrum_and_others_none(lora, workshop):
+    results, folder = lora
+    shares = results.spectrum
+    assert len(shares) == 24
+    assert shares == sorted(shares)
+    assert shares[-1] == pytest.approx(1, abs=1e-5)
+    record = json.loads((folder.parent / "gpt_pca_nofinetune_k6/compression.json").read_text())
+    assert shares[5] == pytest.approx(record["explained_variance_ratio"], abs=1e-5)
+    assert workshop.run("gpt_baseline", **TINY).spectrum is None
+
+
 @pytest.mark.parametrize("mode", ["auto", "offline", "disabled"])
 def test_tracking_needs_no_account(fresh, monkeypatch, mode):
     for name in ("WANDB_API_KEY", "WANDB_MODE"):
