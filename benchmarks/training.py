@@ -6,6 +6,7 @@
 import contextlib
 import copy
 import importlib.util
+import json
 import statistics
 import sys
 import tempfile
@@ -15,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from accelerate.state import PartialState
 from datasets import Dataset
 from side_by_side import machine, measure_in_turns, now, print_table, ratios, seconds_cell
 from torch import nn
@@ -50,17 +52,37 @@ class TrainingArguments:
     steps: int = field(default=2, metadata={"help": "Steps a timed run."})
     rounds: int = field(default=5, metadata={"help": "Timed runs."})
     nanogpt: str | None = field(default=None, metadata={"help": "A folder with nanoGPT's model.py."})
+    output_file: str | None = field(default=None, metadata={"help": "JSON file for the seconds of every timed run."})
 
 
 def main(argv: list[str]) -> None:
-    """Time steps in turn and print a table."""
+    """Time steps in turn and print a table; under accelerate launch, all processes together."""
     arguments = ManualParser(TrainingArguments, prog="training.py", description=__doc__).parse(argv)[0]
+    seconds = _measure(arguments)
+    if PartialState().is_main_process:
+        _report(arguments, seconds)
+
+
+def _report(arguments: TrainingArguments, seconds: dict[str, list[float]]) -> None:
+    if arguments.output_file:
+        Path(arguments.output_file).write_text(json.dumps(seconds), encoding="utf-8")
     print(
         f"{machine('accelerate', 'peft')}; {arguments.n_layer} layers, d = {arguments.width}, V = "
         f"{arguments.vocab_size}, {arguments.batch_size} x {arguments.block_size} tokens, {arguments.dtype}"
         f"{', compiled' if arguments.compile else ''}\n",
         flush=True,
     )
+    rows = []
+    for name, measured in seconds.items():
+        tokens = PartialState().num_processes * arguments.batch_size * arguments.block_size
+        row = {"model": name, "ms a step": seconds_cell(measured)}
+        row |= {"tokens a second": f"{tokens / statistics.median(measured):.0f}"}
+        row |= {f"{other} / this": ratios(seconds[other], measured) for other in _REFERENCES if other in seconds}
+        rows.append(row)
+    print_table(rows)
+
+
+def _measure(arguments: TrainingArguments) -> dict[str, list[float]]:
     steps: dict[str, Callable[[], float]] = {}
     if arguments.nanogpt:
         steps["nanoGPT"] = _nanogpt(arguments)
@@ -72,14 +94,7 @@ def main(argv: list[str]) -> None:
         if rank and arguments.lora:
             adapted = add_lora(copy.deepcopy(model), 32, 64, 0.1, LORA_TARGETS)
             steps[f"{name}, LoRA"] = _trainer_steps(adapted, FactorizedTrainer, arguments)
-    seconds = measure_in_turns(steps, arguments.rounds)
-    rows = []
-    for name, measured in seconds.items():
-        tokens = arguments.batch_size * arguments.block_size / statistics.median(measured)
-        row = {"model": name, "ms a step": seconds_cell(measured), "tokens a second": f"{tokens:.0f}"}
-        row |= {f"{other} / this": ratios(seconds[other], measured) for other in _REFERENCES if other in seconds}
-        rows.append(row)
-    print_table(rows)
+    return measure_in_turns(steps, arguments.rounds)
 
 
 _REFERENCES = ("nanoGPT", "stock", "unfactorized")
@@ -99,7 +114,7 @@ def _shape(arguments: TrainingArguments) -> dict:
 
 
 def _batches(arguments: TrainingArguments) -> Dataset:
-    count = arguments.batch_size * (arguments.steps + 1)
+    count = arguments.batch_size * (arguments.steps + 1) * PartialState().num_processes
     blocks = np.random.default_rng(0).integers(
         arguments.vocab_size, size=(count, arguments.block_size), dtype=np.int32
     )

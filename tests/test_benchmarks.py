@@ -9,6 +9,7 @@ import lora
 import loss
 import methods
 import pytest
+import scaling
 import speed
 import text
 import training
@@ -153,3 +154,22 @@ def test_text(capsys, corpus):
     assert float(row[6]) >= float(row[5]) >= float(row[4]) > 0
     with pytest.raises(UserError, match="needs a --tokenizer"):
         text.main(words)
+
+
+def test_scaling(capsys):
+    words = ["--ranks", "4", "--n_layer", "1", "--width", "64", "--vocab_size", "97", "--block_size", "16"]
+    words += ["--lora_rank", "2", "--gpus", "2", "8", "--flops", "1e9", "--bandwidth", "1e6"]
+    scaling.main([*words, "--rounds", "1", "--timed_layers", "1", "--timed_block_size", "8"])
+    rows = table(capsys)
+    names = ["not factorized", "k = 4", "k = 4, LoRA"]
+    assert [row[0] for row in rows] == ["", *names, "", *names, "", "stock", "unfactorized", *names[1:]]
+    block = 12 * 64 * 64 + 13 * 64  # matrices, biases, norms
+    whole = 97 * 64 + 16 * 64 + block + 2 * 64
+    reduced = 2 * (7 / 8) * 4 * whole
+    flops = 6 * (whole - 16 * 64) + 6 * 16 * 64
+    assert rows[1][1:4] == [f"{whole / 1e6:.1f} M", f"{flops / 1e6:.0f}", f"{16 * whole / 1e9:.2f}"]
+    assert rows[1][5] == f"{reduced / 1e6:.0f}"
+    # 16 blocks on 8 GPUs: two blocks of 16 tokens each
+    assert rows[5][2] == f"{flops * 32 / 1e9 * 1000:.0f} + {reduced / 1e6 * 1000:.0f}"
+    for row in rows[9:]:
+        assert all(int(figure) > 0 for figure in row[1:3])
