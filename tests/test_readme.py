@@ -13,6 +13,10 @@ from factorized_gpt2 import FactorizedGPT2, FactorizedGPT2Config
 from factorized_gpt2.arguments import EvaluationArguments, parse_run
 from factorized_gpt2.cli.compress import CalibrationArguments, CompressArguments, check
 from factorized_gpt2.cli.evaluate import EvaluateArguments
+from factorized_gpt2.cli.experiments import GridArguments, ScaleArguments
+from factorized_gpt2.cli.experiments import check as check_grid
+from factorized_gpt2.cli.report import ReportArguments
+from factorized_gpt2.experiments import load_grid, select
 from factorized_gpt2.parsing import ManualParser
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -40,6 +44,13 @@ def test_commands_are_understood(command):
     elif "evaluate.py" in words:
         parser = ManualParser((EvaluateArguments, EvaluationArguments))
         assert parser.parse(words[words.index("evaluate.py") + 1 :])[0].models
+    elif "run_experiments.py" in words:
+        words, _, flags = shlex.join(words[words.index("run_experiments.py") + 1 :]).partition(" -- ")
+        arguments, scaling = ManualParser((GridArguments, ScaleArguments)).parse(shlex.split(words))
+        check_grid(arguments, scaling.resolve(), shlex.split(flags))
+        assert select(load_grid(arguments.grid, scaling.resolve()), arguments.only or ["*"])
+    elif "report.py" in words:
+        assert ManualParser(ReportArguments).parse(words[words.index("report.py") + 1 :])[0].results
     elif words[0] == "python":
         script = Path(words[1])
         assert (REPOSITORY / script).exists()
