@@ -4,6 +4,7 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -152,11 +153,7 @@ def load_blocks(
         text_hash = text._fingerprint
         tokenized.append(
             text.map(
-                _tokenize,
-                fn_kwargs={"tokenizer": tokenizer, "document_start": document_start},
-                batched=True,
-                remove_columns=["text"],
-                features=_TOKENIZED,
+                **_tokenizing(tokenizer, document_start),
                 num_proc=num_proc if num_proc and len(text) > 10_000 else None,
                 new_fingerprint=Hasher.hash((text_hash, tokenizer_hash, document_start and document_start.pattern)),
                 desc="Tokenizing",
@@ -194,16 +191,8 @@ def stream_blocks(
     Raises:
         UserError: The text cannot be read.
     """
-    tokenized = tuple(
-        text.map(
-            _tokenize,
-            fn_kwargs={"tokenizer": tokenizer, "document_start": document_start},
-            batched=True,
-            remove_columns=["text"],
-            features=_TOKENIZED,
-        )
-        for text, document_start in source.load(streaming=True)
-    )
+    loaded = source.load(streaming=True)
+    tokenized = tuple(text.map(**_tokenizing(tokenizer, document_start)) for text, document_start in loaded)
     settings = {"block_size": block_size, "eos_token_id": tokenizer.eos_token_id, "keep_tail": False}
     blocks = IterableDataset.from_generator(
         _pack, features=Features({"input_ids": List(Value("int32"))}), gen_kwargs={"tokenized": tokenized, **settings}
@@ -224,6 +213,17 @@ def collate_blocks(rows: list[dict]) -> dict[str, torch.Tensor]:
 
 
 _TOKENIZED = Features({"input_ids": List(Value("int32")), "starts_document": Value("bool")})
+
+
+def _tokenizing(tokenizer: PreTrainedTokenizerBase, document_start: re.Pattern | None) -> dict[str, Any]:
+    """What `map` is told to tokenize rows."""
+    return {
+        "function": _tokenize,
+        "fn_kwargs": {"tokenizer": tokenizer, "document_start": document_start},
+        "batched": True,
+        "remove_columns": ["text"],
+        "features": _TOKENIZED,
+    }
 
 
 def _tokenize(

@@ -2,6 +2,7 @@
 
 import json
 import os
+from contextlib import contextmanager
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -9,10 +10,12 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import datasets
 import pytest
 import torch
+from transformers import TrainerCallback
 
 from factorized_gpt2 import FactorizedGPT2, FactorizedGPT2Config
 from factorized_gpt2.corpus import train_tokenizer
 from factorized_gpt2.data import load_tokenizer
+from factorized_gpt2.trainer import FactorizedTrainer
 
 VOCAB_SIZE, WIDTH, RANK = 99, 32, 12
 SHAPE = {"vocab_size": VOCAB_SIZE, "n_positions": 48, "n_embd": WIDTH, "n_layer": 2, "n_head": 4}
@@ -62,6 +65,27 @@ def left_padded(rows: list[torch.Tensor], pad_token_id: int = 1) -> dict[str, to
         ids[index, longest - len(row) :] = row
         mask[index, longest - len(row) :] = 1
     return {"input_ids": ids, "attention_mask": mask}
+
+
+@contextmanager
+def cut_off_at(step: int):
+    """Let training end after `step` as by Ctrl-C."""
+
+    class Cut(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step == step:
+                raise KeyboardInterrupt
+
+    start = FactorizedTrainer.__init__
+
+    def start_with_cut(self, *args, **kwargs):
+        start(self, *args, **kwargs)
+        self.add_callback(Cut)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(FactorizedTrainer, "__init__", start_with_cut)
+        with pytest.raises(KeyboardInterrupt):
+            yield
 
 
 @pytest.fixture(autouse=True)

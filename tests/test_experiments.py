@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import random_ids
+from conftest import cut_off_at, random_ids
 from peft import AutoPeftModelForCausalLM, PeftModel
-from transformers import AutoModelForCausalLM, TrainerCallback
+from transformers import AutoModelForCausalLM
 
 from factorized_gpt2 import FactorizedGPT2
 from factorized_gpt2.arguments import LORA_TARGETS, parse_run
@@ -212,24 +212,10 @@ def test_a_baseline_can_be_fine_tuned_whole(workshop):
     assert results.trained_parameters == results.parameters
 
 
-class _Cut(TrainerCallback):
-    def on_step_end(self, args, state, control, **kwargs):
-        if state.global_step == 5:
-            raise KeyboardInterrupt
-
-
-def test_a_run_that_was_cut_off_goes_on_to_the_same_end(fresh, monkeypatch):
+def test_a_run_that_was_cut_off_goes_on_to_the_same_end(fresh):
     whole = fresh.run("whole", **TINY, n_embd_wte=6)
-    start = FactorizedTrainer.__init__
-
-    def start_with_cut(self, *args, **kwargs):
-        start(self, *args, **kwargs)
-        self.add_callback(_Cut)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(FactorizedTrainer, "__init__", start_with_cut)
-        with pytest.raises(KeyboardInterrupt):
-            fresh.run("cut", **TINY, n_embd_wte=6)
+    with cut_off_at(5):
+        fresh.run("cut", **TINY, n_embd_wte=6)
     assert not (fresh.root / "cut/results.json").exists()
     resumed = fresh.run("cut", **TINY, n_embd_wte=6)
     assert resumed.eval_loss == whole.eval_loss
@@ -282,19 +268,11 @@ def test_a_stream_trains_on_what_would_be_prepared(fresh):
     assert [step for step, _ in many.training_curve] == list(range(1, 71))
 
 
-def test_a_stream_goes_on_where_it_was_cut(fresh, monkeypatch):
+def test_a_stream_goes_on_where_it_was_cut(fresh):
     settings = TINY | {"n_embd_wte": 6, "streaming": True, "shuffle_buffer": 40}
     whole = fresh.run("whole", **settings)
-    start = FactorizedTrainer.__init__
-
-    def start_with_cut(self, *args, **kwargs):
-        start(self, *args, **kwargs)
-        self.add_callback(_Cut)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(FactorizedTrainer, "__init__", start_with_cut)
-        with pytest.raises(KeyboardInterrupt):
-            fresh.run("cut", **settings)
+    with cut_off_at(5):
+        fresh.run("cut", **settings)
     assert fresh.run("cut", **settings).training_curve == whole.training_curve
 
 

@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 import wandb
-from transformers import TrainerCallback
+from conftest import cut_off_at
 from wandb.proto.wandb_internal_pb2 import Record
 
 from factorized_gpt2.arguments import parse_run
 from factorized_gpt2.results import Results
-from factorized_gpt2.training import FactorizedTrainer, run_experiment
+from factorized_gpt2.training import run_experiment
 
 CONFIG = {
     **{"n_layer": 1, "n_head": 2, "n_embd": 16, "n_embd_wte": 4, "block_size": 16, "max_steps": 4, "do_train": True},
@@ -88,29 +88,15 @@ def test_what_the_protocol_tracks_is_on_disk(run, tmp_path):
     assert (settings["max_steps"], settings["n_embd_wte"]) == (4, 4)
 
 
-class _Cut(TrainerCallback):
-    def on_step_end(self, args, state, control, **kwargs):
-        if state.global_step == 3:
-            raise KeyboardInterrupt
-
-
 def ids(tmp_path) -> list[str]:
     return [path.stem.removeprefix("run-") for path in recordings(tmp_path)]
 
 
-def test_a_run_keeps_its_id_until_it_is_done(run, tmp_path, monkeypatch):
-    start = FactorizedTrainer.__init__
-
-    def start_with_cut(self, *args, **kwargs):
-        start(self, *args, **kwargs)
-        self.add_callback(_Cut)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(FactorizedTrainer, "__init__", start_with_cut)
-        for words in ([], ["--overwrite_output_dir"]):
-            with pytest.raises(KeyboardInterrupt):
-                run(*words)
-            wandb.finish(exit_code=1)  # as at the end of a process that was cut off
+def test_a_run_keeps_its_id_until_it_is_done(run, tmp_path):
+    for words in ([], ["--overwrite_output_dir"]):
+        with cut_off_at(3):
+            run(*words)
+        wandb.finish(exit_code=1)  # as at the end of a process that was cut off
     cut, begun_anew = ids(tmp_path)
     assert cut != begun_anew
     run()
