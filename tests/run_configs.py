@@ -5,8 +5,7 @@ import sys
 from accelerate.state import PartialState
 from accelerate.utils import DistributedType
 
-from factorized_gpt2.arguments import parse_run
-from factorized_gpt2.training import run_experiment
+from factorized_gpt2.cli.train import train
 
 start = PartialState.__init__
 
@@ -24,4 +23,4 @@ if __name__ == "__main__":
         words.remove("--shard")
         PartialState.__init__ = start_as_with_gpus
     for config in words:
-        run_experiment(parse_run(["--config", config]))
+        train(["--config", config])

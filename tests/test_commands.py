@@ -1,6 +1,5 @@
 """The commands as a user types them, in processes of their own."""
 
-import json
 import subprocess
 import sys
 from pathlib import Path
@@ -38,30 +37,6 @@ def test_help(tmp_path, script):
     finished = run(REPOSITORY / script, "--help", cwd=tmp_path)
     assert finished.returncode == 0
     assert "Folder or Hub id of a trained, unfactorized GPT-2" in " ".join(finished.stdout.split())
-
-
-def test_two_processes_train_one_run(tmp_path, corpus):
-    """Under `accelerate launch` the effective batch stays, and one process writes."""
-    config = {
-        **{"n_layer": 1, "n_head": 2, "n_embd": 16, "n_embd_wte": 4, "block_size": 16, "max_steps": 3},
-        **{"per_device_train_batch_size": 2, "effective_batch_size": 8, "do_train": True, "report_to": ["none"]},
-        **{"train_file": [str(corpus / "train.jsonl")], "validation_file": [str(corpus / "validation.jsonl")]},
-        **{"tokenizer": str(corpus / "tokenizer"), "output_dir": "run", "save_strategy": "no", "use_cpu": True},
-    }
-    (tmp_path / "run.json").write_text(json.dumps(config))
-    launch = ["-m", "accelerate.commands.launch", "--main_process_port", 0]
-    launch += ["--config_file", REPOSITORY / "configs/accelerate/two_cpu_processes.yaml"]
-    finished = run(*launch, REPOSITORY / "train_hf.py", "--config", "run.json", cwd=tmp_path)
-    assert finished.returncode == 0, finished.stderr[-2000:]
-    assert finished.stdout.count("validation loss") == 1
-    two = json.loads((tmp_path / "run/results.json").read_text())
-    assert two["best_tokens"] == 3 * 8 * 16
-    assert two["settings"]["gradient_accumulation_steps"] == 2
-    finished = run(REPOSITORY / "train_hf.py", "--config", "run.json", "--output_dir", "one", cwd=tmp_path)
-    one = json.loads((tmp_path / "one/results.json").read_text())
-    assert one["settings"]["gradient_accumulation_steps"] == 4
-    assert one["best_tokens"] == two["best_tokens"]
-    assert one["eval_loss"] == pytest.approx(two["eval_loss"], abs=1e-3)
 
 
 def test_the_demos_corpus_is_real_and_repeatable():

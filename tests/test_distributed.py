@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -64,13 +65,15 @@ def launch(folder, accelerate_config: str, *words, **changes) -> subprocess.Pope
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(path)]
     command += [str(REPOSITORY / "tests/run_configs.py"), *words]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(command, cwd=folder, env=environment, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        command, cwd=folder, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
 
 
-def ended_well(process: subprocess.Popen) -> bool:
-    _, errors = process.communicate(timeout=300)
+def output_of(process: subprocess.Popen) -> str:
+    output, errors = process.communicate(timeout=300)
     assert process.returncode == 0, errors[-3000:]
-    return True
+    return output
 
 
 def same_curves(folder, kind: str, way: str) -> bool:
@@ -92,15 +95,19 @@ def same_curves(folder, kind: str, way: str) -> bool:
 
 
 def test_two_gpus(folder):
-    assert ended_well(launch(folder, "two_gpus.yaml", "scratch-ddp.json", "lora-ddp.json"))
+    output = output_of(launch(folder, "two_gpus.yaml", "scratch-ddp.json", "lora-ddp.json"))
+    assert output.count("validation loss") == 2  # one process speaks for both, of two runs
     assert same_curves(folder, "scratch", "ddp")
     assert same_curves(folder, "lora", "ddp")
 
 
 def test_fsdp(folder):
-    assert ended_well(launch(folder, "fsdp.yaml", "--shard", "scratch-fsdp.json", "lora-fsdp.json"))
-    assert same_curves(folder, "scratch", "fsdp")
-    assert same_curves(folder, "lora", "fsdp")
+    for _ in ("at once", "gone on with"):
+        output_of(launch(folder, "fsdp.yaml", "--shard", "scratch-fsdp.json", "lora-fsdp.json"))
+        for kind in ("scratch", "lora"):
+            assert same_curves(folder, kind, "fsdp")
+            shutil.rmtree(folder / f"{kind}-fsdp/checkpoint-6")
+            (folder / f"{kind}-fsdp/results.json").unlink()
 
 
 def test_two_machines(folder):
@@ -111,7 +118,7 @@ def test_two_machines(folder):
         launch(folder, "two_machines.yaml", "lora-machines.json", machine_rank=rank, main_process_port=port)
         for rank in (0, 1)
     ]
-    assert all(ended_well(machine) for machine in machines)
+    assert "".join(map(output_of, machines)).count("validation loss") == 1
     assert same_curves(folder, "lora", "machines")
 
 
