@@ -1,0 +1,49 @@
+"""The results under docs/results/: complete, from committed code, and just what the reports beside them say."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from factorized_gpt2.reporting import read_results, results_table, write_report
+
+DOCS = Path(__file__).resolve().parents[1] / "docs"
+GRIDS = sorted(path.parent for path in (DOCS / "results").glob("*/report"))
+
+
+@pytest.fixture(params=GRIDS, ids=lambda path: path.name)
+def grid(request) -> Path:
+    return request.param
+
+
+def test_there_is_one():
+    assert GRIDS
+
+
+def test_all_thirteen_are_there(grid):
+    results = read_results(grid)
+    families = ["baseline", *["lowrank-scratch"] * 4, *["pca-nofinetune"] * 4, *["pca-lora"] * 4]
+    assert [row.family for row in results] == families
+    assert len({row.git_commit for row in results}) == 1
+    assert re.fullmatch("[0-9a-f]{40}", results[0].git_commit)  # nothing uncommitted
+    assert len({row.settings["seed"] for row in results}) == 1
+
+
+def test_the_report_follows_from_the_results(grid, tmp_path):
+    write_report(read_results(grid), tmp_path)
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names == {path.name for path in (grid / "report").iterdir()}
+    for name in ("report.md", "report.html"):
+        assert (tmp_path / name).read_text() == (grid / "report" / name).read_text()
+    assert len([name for name in names if name.endswith(".svg")]) == 4
+
+
+def test_the_page_shows_the_table(grid):
+    assert results_table(read_results(grid), "github") in (DOCS / "results" / f"{grid.name}.md").read_text()
+
+
+def test_no_local_path_is_published(grid):
+    for path in grid.glob("*/results.json"):
+        texts = re.findall(r'"([^"]*)"', json.dumps(json.loads(path.read_text())))
+        assert not [text for text in texts if text.startswith("/") or "=/" in text]
