@@ -59,7 +59,7 @@ def load_baseline(name_or_path: str) -> Baseline:
         UserError: It cannot be found or read, is of another architecture or factorized already, or has weights that
             are missing, misshapen, not accounted for, or NaN or infinite; the message names them.
     """
-    model = _load_complete(name_or_path)
+    model = load_complete(name_or_path)
     if isinstance(model, FactorizedGPT2) and model.config.is_factorized:
         raise UserError(f"{name_or_path} is factorized already (n_embd_wte={model.config.n_embd_wte}).")
     try:
@@ -75,14 +75,18 @@ def load_compressed(name_or_path: str) -> FactorizedGPT2:
     Raises:
         UserError: As `load_baseline`, but for a model that is not factorized.
     """
-    model = _load_complete(name_or_path)
+    model = load_complete(name_or_path)
     if not (isinstance(model, FactorizedGPT2) and model.config.is_factorized):
         raise UserError(f"{name_or_path} is not factorized; compress.py makes it so.")
     return model.eval()
 
 
-def _load_complete(name_or_path: str) -> GPT2LMHeadModel | FactorizedGPT2:
-    """Load a model with every weight accounted for and finite."""
+def load_complete(name_or_path: str) -> GPT2LMHeadModel | FactorizedGPT2:
+    """Load a model with every weight accounted for and finite.
+
+    Raises:
+        UserError: As `load_baseline`, but for what is factorized already.
+    """
     try:
         config = AutoConfig.from_pretrained(name_or_path)
     except (OSError, ValueError) as error:

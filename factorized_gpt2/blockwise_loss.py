@@ -113,7 +113,10 @@ def sum_cross_entropy(
     if isinstance(head, torch.Tensor):
         hidden, head = _in_autocast_dtype(hidden, head)
     if _uses_cut_cross_entropy(backend, hidden, head):
-        from cut_cross_entropy import linear_cross_entropy
+        try:  # What is imported outside of a try, transformers demands of all who load this file from the Hub.
+            from cut_cross_entropy import linear_cross_entropy
+        except ImportError as error:
+            raise ValueError(f"The loss backend cut_cross_entropy cannot run here: {error}.") from error
 
         losses = linear_cross_entropy(hidden, head, labels, ignore_index, reduction="none", filter_eps=None)
         return losses.sum(dtype=torch.float32)
