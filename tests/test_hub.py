@@ -308,7 +308,7 @@ def test_cards(published, hub, original, loaded_with_package):
     assert (adapter.data.library_name, adapter.data.base_model) == ("peft", "me/compressed")
 
 
-def test_the_base_is_linked_when_the_hub_has_it(hub, folder, tmp_path):
+def test_the_base_is_linked_when_the_hub_has_it(hub, folder, tmp_path, monkeypatch):
     copy = tmp_path / "copy"
     copytree(folder, copy)
     record = json.loads((copy / "compression.json").read_text())
@@ -322,6 +322,10 @@ def test_the_base_is_linked_when_the_hub_has_it(hub, folder, tmp_path):
     publish(copy, "me/linked", token=TOKEN, base_model="me/compressed", license="apache-2.0")
     data = card_of(hub, "me/linked").data
     assert (data.base_model, data.license) == ("me/compressed", "apache-2.0")
+    (tmp_path / STOCK).mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)  # where the same name is a folder's
+    publish(copy, "me/linked", token=TOKEN)
+    assert card_of(hub, "me/linked").data.base_model is None
 
 
 def test_publishing_again_changes_nothing(published, hub, folder, run, measured):

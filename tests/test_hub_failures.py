@@ -7,7 +7,9 @@ from conftest import tiny_model
 from hub_client import READER_TOKEN, TOKEN, WRONG_TOKEN, reach, refusal
 from hub_server import HubServer
 from huggingface_hub import constants
+from transformers import GPT2Config, GPT2LMHeadModel
 
+from factorized_gpt2.adapters import add_lora
 from factorized_gpt2.hub import publish, publish_adapter
 
 
