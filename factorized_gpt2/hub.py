@@ -10,11 +10,12 @@ arrives in one commit, or nothing does.
     print(publish(folder, name, private=arguments.private, measured=measured))  # without text: measured=None
 
 `train_hf.py --push_to_hub --hub_model_id USER/NAME`, in the main process, once `run_experiment` has returned. The
-Trainer must not see `push_to_hub`, or it makes a repository of its own and pushes checkpoints to it:
+Trainer must not see `push_to_hub`, or it makes a repository of its own and pushes checkpoints to it. Before any work,
+`check_access(training.hub_token, training.hub_model_id)` finds a mistyped name or a login that is missing:
 
-    private, token = training.hub_private_repo, training.hub_token
-    print(publish(output_dir, training.hub_model_id, private=private, token=token, revision=training.hub_revision))
-    print(publish_adapter(output_dir / ADAPTER_NAME, f"{training.hub_model_id}-lora", BASE, private=..., token=...))
+    rest = {"private": training.hub_private_repo, "token": training.hub_token, "revision": training.hub_revision}
+    print(publish(output_dir, training.hub_model_id, **rest))
+    print(publish_adapter(output_dir / ADAPTER_NAME, f"{training.hub_model_id}-lora", BASE, **rest))
 
 where BASE is the repository of the compressed model that the run started from.
 """
@@ -103,9 +104,7 @@ def publish(
         raise UserError(f"{folder} is no model folder: it has no {CONFIG_NAME}.")
     model, history = load_complete(str(folder)), History.read(folder)
     if not isinstance(model, FactorizedGPT2):
-        raise UserError(
-            f"{folder} holds a {model.config.model_type!r} model; only models of this package are published."
-        )
+        raise UserError(f"{folder} holds a {model.config.model_type!r} model; this publishes the package's own only.")
     size = model_size(model)
     with _hub(f"{folder} was not published to {repo_id}", token, repo_id, base_model) as api:
         url = _make_repository(api, repo_id, private, revision)
@@ -176,9 +175,7 @@ def code_files() -> list[Path]:
 
 def _model_files(folder: Path) -> dict[str, Path | bytes]:
     """Collect weights, configuration, tokenizer and records by their names in the repository."""
-    auto_map = {
-        auto: f"{known.__module__.rsplit('.', 1)[-1]}.{known.__name__}" for auto, known in AUTO_CLASSES.items()
-    }
+    auto_map = {auto: f"{Path(inspect.getfile(made)).stem}.{made.__name__}" for auto, made in AUTO_CLASSES.items()}
     files: dict[str, Path | bytes] = {path.name: path for path in sorted(folder.glob("model*.safetensors*"))}
     files[CONFIG_NAME] = _as_json(read_json(folder / CONFIG_NAME) | {"auto_map": auto_map})
     for name in (GENERATION_CONFIG_NAME, *_TOKENIZER_FILES):
@@ -227,14 +224,11 @@ def _make_repository(api: HfApi, repo_id: str, private: bool | None, revision: s
 
 def _base(api: HfApi, named: str | None, recorded: str | None) -> tuple[str | None, str | None]:
     """Find the model that something was made from on the Hub: its id and licence, `None` for what is not known."""
-    name = named or recorded
+    if named is None and (recorded is None or Path(recorded).exists()):
+        return None, None
     try:
-        if named is None:
-            if name is None or Path(name).exists():
-                return None, None
-            validate_repo_id(name)
-        info = api.model_info(name)
-    except HFValidationError:  # some folder that is gone
+        info = api.model_info(named or recorded)
+    except HFValidationError:  # a folder that is gone
         return None, None
     except HfHubHTTPError as error:
         if error.response.status_code not in (401, 403, 404):
@@ -246,23 +240,39 @@ def _base(api: HfApi, named: str | None, recorded: str | None) -> tuple[str | No
 def _commit(api: HfApi, url: RepoUrl, files: dict[str, Path | bytes], card: ModelCard, revision: str | None) -> str:
     files = files | {"README.md": str(card).encode()}
     operations = [CommitOperationAdd(name, content) for name, content in sorted(files.items())]
-    message = f"Publish {url.repo_name}"
-    api.create_commit(url.repo_id, operations, commit_message=message, revision=revision)
+    api.create_commit(url.repo_id, operations, commit_message=f"Publish {url.repo_name}", revision=revision)
     return f"{url}/tree/{revision}" if revision else str(url)
 
 
-@contextmanager
-def _hub(task: str, token: str | None, *repo_ids: str | None) -> Iterator[HfApi]:
-    """Check names and token, yield a client, and tell in one line what went wrong with it, but never the token."""
+def check_access(token: str | None, *repo_ids: str | None) -> str:
+    """Check what can be checked without the Hub, and so before long work: names, and that there is a token.
+
+    Args:
+        token: As in `publish`.
+        *repo_ids: Names of repositories; `None` passes.
+
+    Returns:
+        The token.
+
+    Raises:
+        UserError: A name that none can have; no token.
+    """
     for repo_id in repo_ids:
         try:
             validate_repo_id(repo_id)
         except HFValidationError as error:
             raise UserError(f"{repo_id!r} is no name for the Hub, such as USER/NAME: {error}") from error
+    token = token or get_token()
+    if token is None:
+        raise UserError("There is no token for the Hub: log in with `hf auth login`, or set HF_TOKEN.")
+    return token
+
+
+@contextmanager
+def _hub(task: str, token: str | None, *repo_ids: str | None) -> Iterator[HfApi]:
+    """Check names and token, yield a client, and tell in one line what went wrong with it, but never the token."""
     try:
-        token = token or get_token()
-        if token is None:
-            raise UserError(f"{task}: there is no token; log in with `hf auth login`, or set HF_TOKEN.")
+        token = check_access(token, *repo_ids)
         yield HfApi(token=token)
     except UserError:
         raise

@@ -71,7 +71,7 @@ def test_a_passing_failure_is_got_over(hub, folder):
 @pytest.mark.parametrize(
     ("repo_id", "token", "complaint"),
     [
-        ("me/denied", None, "there is no token; log in with `hf auth login`, or set HF_TOKEN"),
+        ("me/denied", None, "There is no token for the Hub: log in with `hf auth login`, or set HF_TOKEN"),
         ("me/denied", WRONG_TOKEN, "answers 401, Invalid credentials.*the token is not valid: log in"),
         ("me/denied", READER_TOKEN, "answers 403, .*choose a name of your own"),
         ("me/de nied", TOKEN, "'me/de nied' is no name for the Hub, such as USER/NAME"),
