@@ -15,9 +15,9 @@ Trainer must not see `push_to_hub`, or it makes a repository of its own and push
 
     rest = {"private": training.hub_private_repo, "token": training.hub_token, "revision": training.hub_revision}
     print(publish(output_dir, training.hub_model_id, **rest))
-    print(publish_adapter(output_dir / ADAPTER_NAME, f"{training.hub_model_id}-lora", BASE, **rest))
+    print(publish_adapter(output_dir / ADAPTER_NAME, f"{training.hub_model_id}-lora", base, **rest))  # for LoRA
 
-where BASE is the repository of the compressed model that the run started from.
+`base` being the repository of the compressed model that the run started from.
 """
 
 import inspect
@@ -62,8 +62,7 @@ _TOKENIZER_FILES = (
     *(TOKENIZER_CONFIG_FILE, FULL_TOKENIZER_FILE, SPECIAL_TOKENS_MAP_FILE, ADDED_TOKENS_FILE, CHAT_TEMPLATE_FILE),
     *GPT2Tokenizer.vocab_files_names.values(),
 )
-# Keys of JSON files that tell of this machine or of the command, and nothing of the model.
-_OF_THIS_MACHINE = ("words", "is_local", "local_files_only", "_name_or_path")
+_OF_THIS_MACHINE = ("words", "is_local", "local_files_only", "_name_or_path")  # keys of JSON files
 
 
 def publish(
@@ -207,9 +206,9 @@ def _without_paths(value: Any) -> Any:
         return {name: _without_paths(item) for name, item in value.items()}
     if isinstance(value, list):
         return [_without_paths(item) for item in value]
-    if isinstance(value, str):  # names of several files are joined by commas
-        return re.sub(r"(?<![^\s,=])/[^,]*", lambda path: Path(path[0]).name, value)
-    return value
+    if not isinstance(value, str):
+        return value
+    return re.sub(r"(?<![^\s,=])/[^,]*", lambda path: Path(path[0]).name, value)  # several are joined by commas
 
 
 def _make_repository(api: HfApi, repo_id: str, private: bool | None, revision: str | None) -> RepoUrl:
@@ -291,8 +290,7 @@ def _reason(error: BaseException) -> str:
         cause = cause.__cause__
     if not isinstance(cause, HfHubHTTPError):
         return f"{type(error).__name__}: {error}"
-    status = cause.response.status_code
-    said = cause.server_message or cause.response.reason_phrase
+    status, said = cause.response.status_code, cause.server_message or cause.response.reason_phrase
     return f"the Hub answers {status}, {said}" + _WAYS_OUT.get(status, "")
 
 
