@@ -11,9 +11,9 @@ import torch
 from transformers import TrainingArguments
 
 from .blockwise_loss import BACKENDS, cut_cross_entropy_runs
-from .data import TextSource
 from .errors import UserError
 from .parsing import ManualParser, as_flags, load_config, setting_name, without_flags
+from .text_arguments import DataArguments
 
 logger = logging.getLogger(__name__)
 
@@ -90,96 +90,6 @@ class DistillationArguments:
 
 
 @dataclass
-class TextArguments:
-    """Where text comes from and how it falls into documents."""
-
-    dataset_name: str | None = field(default=None, metadata={"help": "Dataset on the Hub."})
-    dataset_config_name: str | None = field(default=None, metadata={"help": "Its configuration."})
-    text_column: str = field(default="text", metadata={"help": "Column of the text (JSON, parquet, Hub)."})
-    document_start: str | None = field(
-        default=None,
-        metadata={"help": "Regular expression; a row that it matches starts a document. None: every row is one."},
-    )
-
-    def source_of(self, files: list[str] | None, split: str) -> TextSource:
-        """Text of local files, or where there are none of a split of the dataset."""
-        return TextSource(
-            files=tuple(files or ()),
-            dataset_name=self.dataset_name,
-            dataset_config_name=self.dataset_config_name,
-            split=split,
-            text_column=self.text_column,
-            document_start=self.document_start,
-        )
-
-
-@dataclass
-class DataArguments(TextArguments):
-    """Text and tokenizer of a run."""
-
-    train_file: list[str] | None = field(
-        default=None, metadata={"help": "Local .txt, .jsonl or .parquet files instead of the dataset's train split."}
-    )
-    validation_file: list[str] | None = field(
-        default=None, metadata={"help": "Local files instead of the dataset's validation split."}
-    )
-    tokenizer: str | None = field(
-        default=None, metadata={"help": "Folder or Hub id of the tokenizer. None: the baseline's."}
-    )
-    block_size: int = field(default=1024, metadata={"help": "Tokens a block; positions of a model made from scratch."})
-    preprocessing_num_workers: int | None = field(default=None, metadata={"help": "Processes that tokenize."})
-    streaming: bool = field(
-        default=False,
-        metadata={
-            "help": "Read and tokenize the training text while training, for text larger than the disk. Needs "
-            "max_steps. What a run that was cut off has seen is read over again."
-        },
-    )
-    shuffle_buffer: int = field(
-        default=10_000, metadata={"help": "Blocks in memory among which a stream draws the next."}
-    )
-    max_eval_samples: int | None = field(
-        default=None, metadata={"help": "Evaluate on the first blocks of the validation split only. None: all."}
-    )
-
-    def source(self, split: str) -> TextSource:
-        """Where the text of `split`, train or validation, comes from."""
-        return self.source_of(self.train_file if split == "train" else self.validation_file, split)
-
-
-@dataclass
-class EvaluationArguments(TextArguments):
-    """Text to measure models on that are already there."""
-
-    eval_file: list[str] | None = field(
-        default=None, metadata={"help": "Local .txt, .jsonl or .parquet files instead of a dataset."}
-    )
-    split: str = field(default="validation", metadata={"help": "Split of the dataset."})
-    block_size: int | None = field(default=None, metadata={"help": "Tokens a block. None: the model's positions."})
-    eval_batch_size: int = field(default=4, metadata={"help": "Blocks a forward pass."})
-
-    @property
-    def is_asked_for(self) -> bool:
-        """Whether there is any text to evaluate on."""
-        return bool(self.eval_file or self.dataset_name)
-
-    def source(self) -> TextSource:
-        """Where the text comes from."""
-        return self.source_of(self.eval_file, self.split)
-
-    def block_size_for(self, positions: int) -> int:
-        """Check the block size against a model's positions, which it is by default.
-
-        Raises:
-            UserError: It does not fit.
-        """
-        block_size = positions if self.block_size is None else self.block_size
-        if not 2 <= block_size <= positions:
-            raise UserError(f"block_size must lie between 2 and the model's {positions} positions, got {block_size}.")
-        return block_size
-
-
-@dataclass
 class RunArguments(TrainingArguments):
     """`TrainingArguments`, and what they leave to the environment."""
 
@@ -192,6 +102,13 @@ class RunArguments(TrainingArguments):
         metadata={
             "help": "auto: online when a W&B login is at hand, else offline.",
             "choices": ["auto", "online", "offline", "disabled"],
+        },
+    )
+    hub_base_model_id: str | None = field(
+        default=None,
+        metadata={
+            "help": "Hub id of the compressed model that a LoRA run starts from, published before: the adapter is "
+            "then published too, as hub_model_id-adapter."
         },
     )
     overwrite_output_dir: bool = field(

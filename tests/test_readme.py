@@ -10,14 +10,15 @@ import torch
 from conftest import tiny_model
 
 from factorized_gpt2 import FactorizedGPT2, FactorizedGPT2Config
-from factorized_gpt2.arguments import EvaluationArguments, parse_run
-from factorized_gpt2.cli.compress import CalibrationArguments, CompressArguments, check
+from factorized_gpt2.arguments import parse_run
+from factorized_gpt2.cli.compress import CalibrationArguments, CompressArguments, PublishArguments, check
 from factorized_gpt2.cli.evaluate import EvaluateArguments
 from factorized_gpt2.cli.experiments import GridArguments, ScaleArguments
 from factorized_gpt2.cli.experiments import check as check_grid
 from factorized_gpt2.cli.report import ReportArguments
 from factorized_gpt2.experiments import load_grid, select
 from factorized_gpt2.parsing import ManualParser
+from factorized_gpt2.text_arguments import EvaluationArguments
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
@@ -39,8 +40,9 @@ def test_commands_are_understood(command):
         if "--config_file" in words:
             assert (REPOSITORY / words[words.index("--config_file") + 1]).exists()
     elif "compress.py" in words:
-        parser = ManualParser((CompressArguments, CalibrationArguments, EvaluationArguments))
-        check(*parser.parse(words[words.index("compress.py") + 1 :]))
+        parts = (CompressArguments, CalibrationArguments, EvaluationArguments, PublishArguments)
+        *settings, _ = ManualParser(parts).parse(words[words.index("compress.py") + 1 :])
+        check(*settings)
     elif "evaluate.py" in words:
         parser = ManualParser((EvaluateArguments, EvaluationArguments))
         assert parser.parse(words[words.index("evaluate.py") + 1 :])[0].models

@@ -9,17 +9,19 @@ from typing import Any
 import torch
 from datasets import Dataset
 
-from ..arguments import EvaluationArguments
 from ..baseline import check_tokenizer, load_baseline
 from ..compression import METHODS, RECORD_NAME, CalibrationText, Compressor, Recipe
-from ..data import load_blocks, load_tokenizer
+from ..data import TextSource, load_blocks, load_tokenizer
 from ..errors import UserError
 from ..evaluation import LossSum, model_size, perplexity, sum_loss
 from ..files import read_json
+from ..hub import check_access, publish
+from ..model_card import Figures, Measurement
 from ..modeling_factorized_gpt2 import FactorizedGPT2
 from ..parsing import ManualParser
 from ..plots import plot_loss_against_bytes, plot_spectrum
 from ..rank_choice import smallest_rank_by_loss, smallest_rank_by_share
+from ..text_arguments import EvaluationArguments
 from .shell import print_table, run_command
 
 logger = logging.getLogger(__name__)
@@ -77,14 +79,30 @@ class CalibrationArguments:
     )
 
 
+@dataclass
+class PublishArguments:
+    """Where on the Hub what is made goes, if anywhere."""
+
+    push_to_hub: str | None = field(
+        default=None, metadata={"help": "USER/NAME; of several ranks, each becomes NAME-k and its rank."}
+    )
+    private: bool = field(default=False, metadata={"help": "Let no one else see it."})
+
+    def repository(self, rank: int, ranks: list[int]) -> str:
+        """Name the repository of a rank."""
+        return self.push_to_hub if len(ranks) == 1 else f"{self.push_to_hub}-k{rank}"
+
+
 def compress(argv: list[str]) -> None:
-    """Load the baseline, choose ranks, factorize, write the folders, print what it cost."""
-    arguments, calibration, evaluation = ManualParser(
-        (CompressArguments, CalibrationArguments, EvaluationArguments),
+    """Load the baseline, choose ranks, factorize, write the folders, print what it cost, publish it if asked."""
+    arguments, calibration, evaluation, publishing = ManualParser(
+        (CompressArguments, CalibrationArguments, EvaluationArguments, PublishArguments),
         prog="compress.py",
         description="Factorize the token embedding and head of a trained GPT-2.",
     ).parse(argv)
     check(arguments, calibration, evaluation)
+    if publishing.push_to_hub:
+        check_access(None, publishing.push_to_hub)
     baseline = load_baseline(arguments.baseline)
     if arguments.ranks:
         baseline.check_ranks(arguments.ranks)
@@ -119,6 +137,10 @@ def compress(argv: list[str]) -> None:
         print(f"Validation loss in nats a token, over {measure.losses['-'].tokens:,} tokens:")
     print_table(rows)
     _plot(compressor, ranks, measure, with_spectrum=bool(missing) or arguments.ranks is None)
+    for rank in ranks if publishing.push_to_hub else ():
+        measured = measure.record(rank, evaluation.source()) if measure.losses else None
+        name, private = publishing.repository(rank, ranks), publishing.private or None
+        print(f"Published: {publish(compressor.folder(rank), name, private=private, measured=measured)}")
 
 
 def check(arguments: CompressArguments, calibration: CalibrationArguments, evaluation: EvaluationArguments) -> None:
@@ -150,7 +172,7 @@ class _Measure:
     """Sizes of models, and their losses where there is text."""
 
     def __init__(self, baseline: FactorizedGPT2, blocks: Dataset | None, batch_size: int, device: str):
-        self.baseline_bytes = model_size(baseline).bytes
+        self.baseline_size = model_size(baseline)
         self.blocks, self.batch_size, self.device = blocks, batch_size, device
         self.losses: dict[int | str, LossSum] = {}  # by rank; the baseline's under "-"
         self.bytes: dict[int | str, int] = {}
@@ -167,6 +189,12 @@ class _Measure:
         """Say how far a measured model's loss exceeds the baseline's, in nats a token."""
         return self.losses[rank].loss - self.losses["-"].loss
 
+    def record(self, rank: int, text: TextSource) -> Measurement:
+        """Put down a rank's loss, and the baseline's beside it."""
+        size = self.baseline_size
+        baseline = Figures("baseline", None, size.parameters, size.bytes, self.losses["-"].loss)
+        return Measurement(self.losses[rank].loss, text, baseline)
+
     def row(self, rank: int | str, share: str, model: FactorizedGPT2, folder: Path) -> dict[str, Any]:
         """Lay out a row of the table."""
         size = model_size(model)
@@ -177,7 +205,7 @@ class _Measure:
             "vocabulary": f"{size.vocabulary_parameters:,}",
             "MB": f"{size.bytes / 1e6:.1f}",
             "vocabulary MB": f"{size.vocabulary_bytes / 1e6:.1f}",
-            "size": f"{size.bytes / self.baseline_bytes:.1%}",
+            "size": f"{size.bytes / self.baseline_size.bytes:.1%}",
         }
         if self.blocks is not None:
             loss = self.loss(rank, model)
@@ -224,7 +252,7 @@ def _plot(compressor: Compressor, ranks: list[int], measure: _Measure, with_spec
     if measure.losses:
         path = root / f"loss_against_bytes_{label}.png"
         points = [(measure.bytes[rank], measure.increase(rank), rank) for rank in measure.losses if rank != "-"]
-        plot_loss_against_bytes(points, measure.baseline_bytes, ranks, label, path)
+        plot_loss_against_bytes(points, measure.baseline_size.bytes, ranks, label, path)
         logger.info("Loss against bytes: %s", path)
 
 

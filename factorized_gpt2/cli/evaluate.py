@@ -6,11 +6,11 @@ from dataclasses import dataclass, field
 import torch
 from transformers import AutoModelForCausalLM
 
-from ..arguments import EvaluationArguments
 from ..data import load_blocks, load_tokenizer
 from ..errors import UserError, first_line
 from ..evaluation import model_size, perplexity, sum_loss
 from ..parsing import ManualParser
+from ..text_arguments import EvaluationArguments
 from .shell import print_table, run_command
 
 

@@ -2,25 +2,47 @@
 
 import json
 import sys
+from pathlib import Path
 
-from ..arguments import PRINT_CONFIG, parse_run
+from ..arguments import PRINT_CONFIG, Run, parse_run
+from ..errors import UserError
+from ..hub import check_access, publish, publish_adapter
+from ..run_folder import ADAPTER_NAME
 from ..training import run_experiment
 from .shell import run_command
 
 
 def train(argv: list[str]) -> None:
-    """Read the settings, do the run (or only print its config), say how it went."""
+    """Read the settings, do the run (or only print its config), say how it went, publish it if asked."""
     run = parse_run(argv)
     if PRINT_CONFIG in argv:
         if run.training.should_log:
             print(json.dumps(run.config(), indent=2))
         return
+    training = run.training
+    is_published, training.push_to_hub = training.push_to_hub, False  # the Trainer would push checkpoints too
+    if is_published:
+        if not training.hub_model_id:
+            raise UserError("push_to_hub needs hub_model_id, such as USER/NAME.")
+        check_access(training.hub_token, training.hub_model_id, training.hub_base_model_id)
     results = run_experiment(run)
     if run.training.should_log:
         print(
             f"{results.run_name}: validation loss {results.eval_loss:.4f}, perplexity {results.perplexity:.2f}, "
             f"{results.parameters / 1e6:.1f} M parameters, {results.bytes / 1e6:.1f} MB -> {run.training.output_dir}"
         )
+    if is_published and training.should_save:
+        _publish(run)
+
+
+def _publish(run: Run) -> None:
+    """Publish the model, and the adapter where its base is on the Hub."""
+    training, folder = run.training, Path(run.training.output_dir)
+    options = {"private": training.hub_private_repo, "token": training.hub_token, "revision": training.hub_revision}
+    print(f"Published: {publish(folder, training.hub_model_id, **options)}")
+    if run.adapter.lora_rank and training.hub_base_model_id:
+        name = f"{training.hub_model_id}-adapter"
+        print(f"Published: {publish_adapter(folder / ADAPTER_NAME, name, training.hub_base_model_id, **options)}")
 
 
 def main() -> None:
