@@ -1,0 +1,96 @@
+"""`import_checkpoint.py`: a checkpoint of nanoGPT, or of its factorized descendant, to a model folder."""
+
+import logging
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from transformers import PreTrainedTokenizerBase
+
+from ..baseline import check_tokenizer
+from ..data import load_tokenizer
+from ..errors import UserError
+from ..evaluation import model_size
+from ..files import replacing_folder
+from ..modeling_factorized_gpt2 import FactorizedGPT2
+from ..old_checkpoints import load_old_checkpoint
+from ..parsing import ManualParser
+from .shell import run_command
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class ImportArguments:
+    """What to import, and where to."""
+
+    checkpoint: str = field(metadata={"help": "File of the checkpoint, as in out/ckpt.pt."})
+    output_dir: str = field(metadata={"help": "Folder of the model."})
+    wte_npy: str | None = field(default=None, metadata={"help": "Embedding (V, k) instead of the checkpoint's, .npy."})
+    scale_npz: str | None = field(
+        default=None, metadata={"help": "scale_up and scale_down instead of the checkpoint's, either way round, .npz."}
+    )
+    tokenizer: str | None = field(
+        default=None, metadata={"help": "Folder or Hub id of the tokenizer to put beside the model."}
+    )
+    cut_vocabulary: bool = field(
+        default=False, metadata={"help": "Leave out the rows that the tokenizer has no tokens for."}
+    )
+    overwrite: bool = field(default=False, metadata={"help": "Replace the folder if there is one."})
+
+
+def import_checkpoint(argv: list[str]) -> None:
+    """Load the checkpoint, fit it to the tokenizer, write the folder."""
+    (arguments,) = ManualParser(
+        ImportArguments,
+        prog="import_checkpoint.py",
+        description="Make a model folder of a checkpoint of nanoGPT or of its factorized descendant.",
+    ).parse(argv)
+    if arguments.cut_vocabulary and arguments.tokenizer is None:
+        raise UserError("cut_vocabulary needs a tokenizer, whose size it cuts to.")
+    folder = Path(arguments.output_dir)
+    if folder.exists() and not (folder.is_dir() and (arguments.overwrite or not any(folder.iterdir()))):
+        raise UserError(f"{folder} exists; remove it, or overwrite it if it is a folder.")
+    tokenizer = None if arguments.tokenizer is None else load_tokenizer(arguments.tokenizer)
+    logger.info("Reading %s", arguments.checkpoint)
+    model = load_old_checkpoint(arguments.checkpoint, wte_npy=arguments.wte_npy, scale_npz=arguments.scale_npz)
+    if tokenizer is not None:
+        _fit(model, tokenizer, arguments.cut_vocabulary)
+    with replacing_folder(folder) as temporary:
+        model.save_pretrained(temporary)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(temporary)
+    config = model.config
+    logger.info(
+        "%s: %d layers, d = %d, V = %d, %s, %s, %s parameters",
+        folder,
+        config.n_layer,
+        config.n_embd,
+        config.vocab_size,
+        f"k = {config.n_embd_wte}" if config.is_factorized else "not factorized",
+        "tied" if config.tie_word_embeddings else "untied",
+        f"{model_size(model).parameters:,}",
+    )
+
+
+def _fit(model: FactorizedGPT2, tokenizer: PreTrainedTokenizerBase, cut: bool) -> None:
+    """Make a model's vocabulary and special tokens those of a tokenizer."""
+    check_tokenizer(model, tokenizer)
+    surplus = model.config.vocab_size - len(tokenizer)
+    if surplus and cut:
+        model.resize_token_embeddings(len(tokenizer))
+        logger.info("The last %d rows of the vocabulary, which have no tokens, are left out", surplus)
+    elif surplus:
+        logger.info("The last %d rows of the vocabulary have no tokens; --cut_vocabulary leaves them out", surplus)
+    for name in ("bos_token_id", "eos_token_id"):
+        for config in (model.config, model.generation_config):
+            setattr(config, name, getattr(tokenizer, name))
+
+
+def main() -> None:
+    """Entry point of the console command and of `import_checkpoint.py`."""
+    sys.exit(run_command(import_checkpoint))
+
+
+if __name__ == "__main__":
+    main()
