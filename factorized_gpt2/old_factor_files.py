@@ -49,8 +49,10 @@ def replace_vocabulary(
         wte = _read_npy(Path(wte_npy))
         new["transformer.wte.weight"] = new["lm_head.weight"] = wte
         vocab_size, rank = wte.shape
-        is_whole = rank == width and scale_npz is None and not options.get("n_embd_wte")
-        options |= {"vocab_size": vocab_size, "n_embd_wte": None if is_whole else rank, "wte_weight_tying": True}
+        is_alone = scale_npz is None and not options.get("n_embd_wte")
+        if is_alone and rank != width:
+            raise UserError(f"{wte_npy} is {rank} wide, the checkpoint {width}: its scale matrices are needed too.")
+        options |= {"vocab_size": vocab_size, "n_embd_wte": None if is_alone else rank, "wte_weight_tying": True}
     if scale_npz is not None:
         arrays, rank = _read_npz(Path(scale_npz)), options.get("n_embd_wte")
         if not rank:

@@ -63,6 +63,8 @@ def test_one_file_alone(ids, tmp_path):
     model = load_old_checkpoint(path, wte_npy=tmp_path / "whole.npy")
     assert_same_logits(model, whole, ids)
     assert not model.config.is_factorized
+    with pytest.raises(UserError, match=r"wte\.npy is 12 wide, the checkpoint 32: its scale matrices"):
+        load_old_checkpoint(tmp_path / "whole.pt", wte_npy=tmp_path / "wte.npy")
     with pytest.raises(UserError, match=r"ckpt\.pt.*scales\.npz is of no use without a wte"):
         load_old_checkpoint(checkpoint(OldNet(NANO), NANO, tmp_path / "ckpt.pt"), scale_npz=tmp_path / "scales.npz")
 
@@ -84,6 +86,19 @@ def test_the_protocols_own_factor_files(tied, ids, tmp_path):
     loaded, expected = load_old_checkpoint(path, **files), from_gpt2(baseline, factors)
     assert loaded.config.to_diff_dict() == expected.config.to_diff_dict()
     assert torch.equal(loaded(ids).logits, expected(ids).logits)
+
+
+def test_factors_with_a_head_of_their_own_untie_an_imported_embedding(tmp_path):
+    options = NANO | {"import_wte_npy": "some.npy"}
+    path = checkpoint(OldNet(NANO), options, tmp_path / "ckpt.pt")
+    baseline = load_old_checkpoint(path)
+    matrix, _ = vocabulary_matrices(baseline)
+    factors = factorize(matrix, RANK, -matrix)
+    write_factors(tmp_path, factors, Baseline(baseline, "x", fingerprint(baseline)))
+    files = {"wte_npy": tmp_path / f"wte_pca_k{RANK}.npy", "scale_npz": tmp_path / f"scale_mats_pca_k{RANK}.npz"}
+    model = load_old_checkpoint(path, **files)
+    assert not model.config.tie_word_embeddings
+    assert torch.equal(model.lm_head.weight, torch.from_numpy(factors.lm_head.T))
 
 
 @pytest.mark.parametrize("mean", [False, True], ids=["no mean", "mean"])

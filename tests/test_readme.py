@@ -15,6 +15,7 @@ from factorized_gpt2.cli.compress import CalibrationArguments, CompressArguments
 from factorized_gpt2.cli.evaluate import EvaluateArguments
 from factorized_gpt2.cli.experiments import GridArguments, ScaleArguments
 from factorized_gpt2.cli.experiments import check as check_grid
+from factorized_gpt2.cli.import_checkpoint import ImportArguments
 from factorized_gpt2.cli.report import ReportArguments
 from factorized_gpt2.experiments import load_grid, select
 from factorized_gpt2.parsing import ManualParser
@@ -46,6 +47,8 @@ def test_commands_are_understood(command):
     elif "evaluate.py" in words:
         parser = ManualParser((EvaluateArguments, EvaluationArguments))
         assert parser.parse(words[words.index("evaluate.py") + 1 :])[0].models
+    elif "import_checkpoint.py" in words:
+        assert ManualParser(ImportArguments).parse(words[words.index("import_checkpoint.py") + 1 :])[0].output_dir
     elif "run_experiments.py" in words:
         words, _, flags = shlex.join(words[words.index("run_experiments.py") + 1 :]).partition(" -- ")
         arguments, scaling = ManualParser((GridArguments, ScaleArguments)).parse(shlex.split(words))
