@@ -1,5 +1,6 @@
 """Results to pictures, for print: axes labelled, told apart in grey, as PNG and as SVG."""
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -125,6 +126,9 @@ def plot_training_curves(results: Sequence[Results], path: Path) -> None:
                         markersize=4,
                         label=label,
                     )
+            measured = [loss for row in rows for _, loss in row.validation_curve if math.isfinite(loss or math.nan)]
+            if measured:  # the first training losses, far above, would press the rest together
+                axes.set_ylim(top=max(measured) + 0.05 * (max(measured) - min(measured)) + 0.1)
             if title != "from a random start":
                 _draw_baseline(axes, results)
             axes.set_title(title, fontsize=10)
@@ -143,10 +147,10 @@ def plot_spectrum(shares: Sequence[float], ranks: Sequence[int], method: str, pa
         path: Image to write; `.png` and `.svg` both come of it.
     """
     with _saved_axes(path) as (axes,):
-        left_out = [max(1 - share, 1e-6) for share in shares]
+        left_out = [1 - share for share in shares if share < 1 - 1e-6]  # the scale is logarithmic
         axes.plot(range(1, len(left_out) + 1), left_out, color="black", linewidth=1.2)
         for rank, marker in zip(ranks, _RANK_MARKERS * (1 + len(ranks)), strict=False):
-            axes.plot(rank, left_out[rank - 1], marker, label=f"k = {rank}: {shares[rank - 1]:.3f} kept")
+            axes.plot(rank, max(1 - shares[rank - 1], 1e-6), marker, label=f"k = {rank}: {shares[rank - 1]:.3f} kept")
         axes.set_yscale("log")
         axes.set_xlabel(RANK_LABEL)
         axes.set_ylabel(f"share of the {_MINIMISED.get(method, 'curvature')} left out")

@@ -127,6 +127,12 @@ def _draw(results: Sequence[Results], folder: Path) -> dict[str, str]:
     return pictures
 
 
+def _text(row: Results, split: str) -> str | None:
+    """Name the text of a run: its files, or where it has none its dataset."""
+    files = row.settings.get(f"{split}_file")
+    return ", ".join(files) if files else row.settings.get("dataset_name")
+
+
 def _origin(results: Sequence[Results]) -> list[tuple[str, str]]:
     """Say what the runs had in common; where they differ, every value."""
 
@@ -144,9 +150,8 @@ def _origin(results: Sequence[Results]) -> list[tuple[str, str]]:
         ("blocks a step", setting("effective_batch_size", trained)),
         ("steps", setting("max_steps", trained)),
         ("learning rate", setting("learning_rate", trained)),
-        ("training text", setting("train_file", trained) if trained else "-"),
-        ("validation text", setting("validation_file")),
-        ("dataset", common([row.settings.get("dataset_name") for row in results])),
+        ("training text", common([_text(row, "train") for row in trained])),
+        ("validation text", common([_text(row, "validation") for row in results])),
         ("blocks evaluated", setting("max_eval_samples", unset="all")),
         ("seed", setting("seed")),
         ("device", common([row.device for row in results])),

@@ -47,3 +47,15 @@ def test_no_local_path_is_published(grid):
     for path in grid.glob("*/results.json"):
         texts = re.findall(r'"([^"]*)"', json.dumps(json.loads(path.read_text())))
         assert not [text for text in texts if text.startswith("/") or "=/" in text]
+
+
+def test_readme_rounds_what_the_results_say():
+    results = {(row.family, row.n_embd_wte): row for row in read_results(DOCS / "results/quarter")}
+    baseline = results["baseline", None]
+    readme = (DOCS.parent / "README.md").read_text()
+    families = ("pca-nofinetune", "pca-lora", "lowrank-scratch")
+    for rank in (16, 32, 64, 128):
+        gaps = [f"{results[family, rank].eval_loss - baseline.eval_loss:.3f}" for family in families]
+        size = f"{results['pca-lora', rank].bytes / 1e6:.1f}"
+        assert f"| {rank} | {' | '.join(gaps)} | {size} |" in readme
+    assert f"baseline's loss of {baseline.eval_loss:.3f} nats" in readme
