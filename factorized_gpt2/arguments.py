@@ -141,7 +141,12 @@ class RunArguments(TrainingArguments):
             self.bf16 = self.bf16 and self.use_cpu
             self.torch_compile = self.torch_compile and self.use_cpu
         self.dataloader_pin_memory = self.dataloader_pin_memory and has_cuda
+        launched = int(os.environ.get("WORLD_SIZE") or 1)
+        # Without a GPU, processes find each other only if they are told that it is a CPU they run on.
+        self.use_cpu = self.use_cpu or (launched > 1 and not has_cuda)
         super().__post_init__()
+        if launched > 1 and self.world_size != launched:
+            raise UserError(f"{launched} processes were launched, but each sees {self.world_size}.")
         if self.effective_batch_size is not None:
             self.gradient_accumulation_steps = self._accumulation_for(self.effective_batch_size)
 

@@ -24,7 +24,7 @@ BASE_NAME = "base_model"
 
 # What changes neither the model that comes of a run nor its loss.
 _IMMATERIAL = (
-    *("output_dir", "run_name", "project", "report_to", "wandb_mode", "log_level", "log_level_replica"),
+    *("use_cpu", "output_dir", "run_name", "project", "report_to", "wandb_mode", "log_level", "log_level_replica"),
     *("push_to_hub", "hub_model_id", "hub_base_model_id", "hub_private_repo", "hub_revision", "hub_strategy"),
     *("dataloader_num_workers", "dataloader_pin_memory", "preprocessing_num_workers", "per_device_eval_batch_size"),
 )

@@ -22,7 +22,7 @@ def start_tracking(training: RunArguments) -> None:
     login is stored. What cannot be reached is recorded under the output folder, to be sent later by `wandb sync`.
     A run that was cut off goes on under its W&B id, which that folder keeps until the run is closed.
     """
-    if "wandb" not in training.report_to or not training.should_log:
+    if "wandb" not in training.report_to or training.process_index != 0:
         return
     mode = os.environ.get("WANDB_MODE") or training.wandb_mode
     if mode == "auto":

@@ -28,7 +28,7 @@ SCRATCH = {
     **{"n_layer": 2, "n_head": 2, "n_embd": 16, "n_embd_wte": 4, "block_size": 16, "max_steps": 6, "dropout": 0.0},
     **{"per_device_train_batch_size": 2, "effective_batch_size": 8, "do_train": True, "learning_rate": 1e-2},
     **{"logging_steps": 1, "eval_strategy": "steps", "eval_steps": 3, "save_strategy": "steps", "save_steps": 3},
-    **{"load_best_model_at_end": True, "metric_for_best_model": "eval_loss", "report_to": ["none"], "use_cpu": True},
+    **{"load_best_model_at_end": True, "metric_for_best_model": "eval_loss", "report_to": ["none"]},
 }
 LORA = {"baseline": "baseline", "lora_rank": 4, "lora_alpha": 8, "lora_dropout": 0.0}
 SHAPE = ("n_layer", "n_head", "n_embd")

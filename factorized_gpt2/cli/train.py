@@ -16,7 +16,7 @@ def train(argv: list[str]) -> None:
     """Read the settings, do the run (or only print its config), say how it went, publish it if asked."""
     run = parse_run(argv)
     if PRINT_CONFIG in argv:
-        if run.training.should_log:
+        if run.training.process_index == 0:
             print(json.dumps(run.config(), indent=2))
         return
     training = run.training
@@ -26,7 +26,7 @@ def train(argv: list[str]) -> None:
             raise UserError("push_to_hub needs hub_model_id, such as USER/NAME.")
         check_access(training.hub_token, training.hub_model_id, training.hub_base_model_id)
     results = run_experiment(run)
-    if run.training.should_log:
+    if run.training.process_index == 0:
         print(
             f"{results.run_name}: validation loss {results.eval_loss:.4f}, perplexity {results.perplexity:.2f}, "
             f"{results.parameters / 1e6:.1f} M parameters, {results.bytes / 1e6:.1f} MB -> {run.training.output_dir}"
