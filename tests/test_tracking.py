@@ -64,6 +64,7 @@ def values(items) -> dict:
 
 def test_what_the_protocol_tracks_is_on_disk(run, tmp_path):
     results = run()
+    wandb.teardown()  # ends the client's own process, which writes behind ours
     (path,) = recordings(tmp_path)
     written = list(records(path))
     (opened,) = (record.run for record in written if record.HasField("run"))
