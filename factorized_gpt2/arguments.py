@@ -22,6 +22,11 @@ PRINT_CONFIG = "--print_config"
 LORA_TARGETS = ("wte", "scale_up", "scale_down", "q_proj", "k_proj", "v_proj", "c_proj", "mlp_up", "mlp_down")
 
 
+def launched_processes() -> int:
+    """Count the processes that a launcher started together with this one, itself included."""
+    return int(os.environ.get("WORLD_SIZE") or 1)
+
+
 @dataclass
 class ModelArguments:
     """The network, and where it starts."""
@@ -141,7 +146,7 @@ class RunArguments(TrainingArguments):
             self.bf16 = self.bf16 and self.use_cpu
             self.torch_compile = self.torch_compile and self.use_cpu
         self.dataloader_pin_memory = self.dataloader_pin_memory and has_cuda
-        launched = int(os.environ.get("WORLD_SIZE") or 1)
+        launched = launched_processes()
         # Without a GPU, processes find each other only if they are told that it is a CPU they run on.
         self.use_cpu = self.use_cpu or (launched > 1 and not has_cuda)
         super().__post_init__()

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -66,23 +67,21 @@ class TextSource:
         """
         pattern = re.compile(self.document_start) if self.document_start else None
         every_row = pattern or re.compile("")
+        load = partial(self._load, streaming=streaming)
         if not self.files:
             if self.dataset_name is None:
                 raise UserError("No text given: name files or a dataset.")
-            where = (self.dataset_name, self.dataset_config_name)
-            return [(self._load("", *where, split=self.split, streaming=streaming), every_row)]
+            return [(load("", self.dataset_name, self.dataset_config_name, split=self.split), every_row)]
         loaded = []
         for name in self.files:
             path = Path(name)
             if not path.is_file():
                 raise UserError(f"The file {name} does not exist.")
             if path.suffix in _TEXT_SUFFIXES:
-                lines = {"keep_linebreaks": True, "streaming": streaming}
-                dataset = self._load(name, "text", data_files=str(path), split="train", **lines)
+                dataset = load(name, "text", data_files=str(path), keep_linebreaks=True, split="train")
                 loaded.append((dataset, pattern))
             elif path.suffix in _BUILDERS:
-                builder = _BUILDERS[path.suffix]
-                dataset = self._load(name, builder, data_files=str(path), split="train", streaming=streaming)
+                dataset = load(name, _BUILDERS[path.suffix], data_files=str(path), split="train")
                 loaded.append((dataset, every_row))
             else:
                 known = ", ".join(sorted(_TEXT_SUFFIXES | _BUILDERS.keys()))

@@ -102,7 +102,7 @@ class History:
     @property
     def training_text(self) -> TextSource | None:
         """What it was trained on; `None` where it was not."""
-        return self._text("train") if self.results and self.results.trained_parameters else None
+        return self.results.text("train") if self.results and self.results.trained_parameters else None
 
     def measurement(self) -> Measurement | None:
         """What the run measured, and beside it the baseline, if its own record is at hand and of the same text."""
@@ -112,16 +112,7 @@ class History:
         same = ("validation_file", "dataset_name", "dataset_config_name", "block_size", "max_eval_samples")
         if baseline and all(baseline.settings.get(name) == self.results.settings.get(name) for name in same):
             figures = Figures.of(baseline, "baseline")
-        return Measurement(self.results.eval_loss, self._text("validation"), figures)
-
-    def _text(self, split: str) -> TextSource:
-        settings = self.results.settings
-        return TextSource(
-            files=tuple(settings.get(f"{split}_file") or ()),
-            dataset_name=settings.get("dataset_name"),
-            dataset_config_name=settings.get("dataset_config_name"),
-            split=split,
-        )
+        return Measurement(self.results.eval_loss, self.results.text("validation"), figures)
 
 
 def model_card(

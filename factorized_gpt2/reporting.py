@@ -129,8 +129,8 @@ def _draw(results: Sequence[Results], folder: Path) -> dict[str, str]:
 
 def _text(row: Results, split: str) -> str | None:
     """Name the text of a run: its files, or where it has none its dataset."""
-    files = row.settings.get(f"{split}_file")
-    return ", ".join(files) if files else row.settings.get("dataset_name")
+    text = row.text(split)
+    return ", ".join(text.files) or text.dataset_name
 
 
 def _origin(results: Sequence[Results]) -> list[tuple[str, str]]:

@@ -5,6 +5,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from .data import TextSource
 from .errors import UserError
 from .files import read_json, write_json
 
@@ -75,6 +76,15 @@ class Results:
     training_curve: list[list[float]] = field(default_factory=list)
     validation_curve: list[list[float]] = field(default_factory=list)
     spectrum: list[float] | None = None
+
+    def text(self, split: str) -> TextSource:
+        """Where the run's text of `split`, train or validation, came from."""
+        return TextSource(
+            files=tuple(self.settings.get(f"{split}_file") or ()),
+            dataset_name=self.settings.get("dataset_name"),
+            dataset_config_name=self.settings.get("dataset_config_name"),
+            split=split,
+        )
 
     def write(self, folder: Path) -> None:
         """Write `results.json` into a run's folder, by which the run counts as finished.

@@ -220,12 +220,13 @@ def _compressed_from(folder: str) -> str:
 
 def _spectrum(folder: str) -> list[float] | None:
     """Read from the record of the compressed model that a run starts from what each rank keeps."""
-    return _compression_record(folder).get("spectrum") if folder else None
+    return _compression_record(folder).get("spectrum")
 
 
 def _compression_record(folder: str) -> dict[str, Any]:
+    """Read the record in a folder; empty where there is none, or no folder is named."""
     path = Path(folder) / RECORD_NAME
-    return read_json(path) if path.exists() else {}
+    return read_json(path) if folder and path.exists() else {}
 
 
 def _keep_base(model: FactorizedGPT2, folder: Path, should_save: bool) -> None:

@@ -1,14 +1,13 @@
 """`run_experiments.py`: a grid of runs, in order, whatever becomes of one of them; then the report."""
 
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ..arguments import check_words
+from ..arguments import check_words, launched_processes
 from ..errors import UserError
 from ..experiments import Experiment, Scale, load_grid, select
 from ..files import replacing_file
@@ -111,7 +110,7 @@ def check(arguments: GridArguments, scale: Scale, flags: Sequence[str]) -> None:
         UserError: Started under a launcher; a launcher's config that is not there; another scale without a folder of
             its own; flags that train_hf.py does not know, or that the grid sets itself.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if launched_processes() > 1:
         raise UserError(
             "run_experiments.py launches every run itself: start it with python, and name the launcher's config, as "
             "in --accelerate_config configs/accelerate/two_gpus.yaml."

@@ -15,23 +15,23 @@ from .shell import run_command
 def train(argv: list[str]) -> None:
     """Read the settings, do the run (or only print its config), say how it went, publish it if asked."""
     run = parse_run(argv)
+    training, speaks = run.training, run.training.process_index == 0
     if PRINT_CONFIG in argv:
-        if run.training.process_index == 0:
+        if speaks:
             print(json.dumps(run.config(), indent=2))
         return
-    training = run.training
     is_published, training.push_to_hub = training.push_to_hub, False  # the Trainer would push checkpoints too
     if is_published:
         if not training.hub_model_id:
             raise UserError("push_to_hub needs hub_model_id, such as USER/NAME.")
         check_access(training.hub_token, training.hub_model_id, training.hub_base_model_id)
     results = run_experiment(run)
-    if run.training.process_index == 0:
+    if speaks:
         print(
             f"{results.run_name}: validation loss {results.eval_loss:.4f}, perplexity {results.perplexity:.2f}, "
-            f"{results.parameters / 1e6:.1f} M parameters, {results.bytes / 1e6:.1f} MB -> {run.training.output_dir}"
+            f"{results.parameters / 1e6:.1f} M parameters, {results.bytes / 1e6:.1f} MB -> {training.output_dir}"
         )
-    if is_published and training.should_save:
+    if is_published and speaks:
         _publish(run)
 
 
