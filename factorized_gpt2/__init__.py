@@ -1,7 +1,8 @@
 """GPT-2 with a factorized vocabulary, at home in transformers, PEFT and accelerate."""
 
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 
+from .classification_factorized_gpt2 import FactorizedGPT2ForSequenceClassification
 from .configuration_factorized_gpt2 import FactorizedGPT2Config
 from .conversion import from_gpt2, to_gpt2
 from .factorization import Factors, factorize, factorize_ranks
@@ -12,10 +13,14 @@ __version__ = "0.1.0"
 AutoConfig.register(FactorizedGPT2Config.model_type, FactorizedGPT2Config, exist_ok=True)
 AutoModel.register(FactorizedGPT2Config, FactorizedGPT2Model, exist_ok=True)
 AutoModelForCausalLM.register(FactorizedGPT2Config, FactorizedGPT2, exist_ok=True)
+AutoModelForSequenceClassification.register(
+    FactorizedGPT2Config, FactorizedGPT2ForSequenceClassification, exist_ok=True
+)
 
 __all__ = [
     "FactorizedGPT2",
     "FactorizedGPT2Config",
+    "FactorizedGPT2ForSequenceClassification",
     "FactorizedGPT2Model",
     "FactorizedGPT2PreTrainedModel",
     "Factors",

@@ -42,6 +42,7 @@ from transformers.tokenization_utils_base import (
 from transformers.utils import CHAT_TEMPLATE_FILE, CONFIG_NAME, GENERATION_CONFIG_NAME
 
 from .baseline import load_complete
+from .classification_factorized_gpt2 import FactorizedGPT2ForSequenceClassification
 from .compression import RECORD_NAME
 from .configuration_factorized_gpt2 import FactorizedGPT2Config
 from .errors import UserError
@@ -55,6 +56,7 @@ AUTO_CLASSES = {
     "AutoConfig": FactorizedGPT2Config,
     "AutoModel": FactorizedGPT2Model,
     "AutoModelForCausalLM": FactorizedGPT2,
+    "AutoModelForSequenceClassification": FactorizedGPT2ForSequenceClassification,
 }
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"  # PEFT's names
 
@@ -168,8 +170,8 @@ def publish_adapter(
 
 def code_files() -> list[Path]:
     """List the files that define the network: what transformers will fetch for the classes of `auto_map`."""
-    start = Path(inspect.getfile(FactorizedGPT2))
-    return sorted({start, *map(Path, get_relative_import_files(start))})
+    starts = {Path(inspect.getfile(made)) for made in AUTO_CLASSES.values()}
+    return sorted(starts.union(*(map(Path, get_relative_import_files(start)) for start in starts)))
 
 
 def _model_files(folder: Path) -> dict[str, Path | bytes]:

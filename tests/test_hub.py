@@ -132,7 +132,7 @@ else:
 
 import torch
 from peft import AutoPeftModelForCausalLM, PeftModel
-from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 def error_of(load):
     try:
@@ -149,6 +149,8 @@ with torch.no_grad():
     out["loss"] = model(ids, labels=ids, skip_logits=True).loss
     out["generated"] = model.generate(ids, max_new_tokens=8, do_sample=False)
     out["hidden"] = AutoModel.from_pretrained("me/compressed", **trust)(ids).last_hidden_state
+    classifier = AutoModelForSequenceClassification.from_pretrained("me/compressed", num_labels=3, **trust)
+    out["classifier's hidden"], out["scores"] = classifier.transformer(ids).last_hidden_state, classifier(ids).logits
     out["tokens"] = AutoTokenizer.from_pretrained("me/compressed")("The wife of the mill")["input_ids"]
     out["adapted"] = PeftModel.from_pretrained(model, "me/adapter").eval()(ids).logits
     out["auto_adapted"] = AutoPeftModelForCausalLM.from_pretrained("me/adapter", **trust).eval()(ids).logits
@@ -203,6 +205,8 @@ def test_loads_without_the_package(loaded, original):
     assert loaded["module"].startswith("transformers_modules.me.compressed.")
     torch.testing.assert_close(loaded["logits"], original(IDS).logits, atol=1e-6, rtol=0)
     torch.testing.assert_close(loaded["hidden"], original.transformer(IDS).last_hidden_state, atol=1e-6, rtol=0)
+    assert torch.equal(loaded["classifier's hidden"], loaded["hidden"])
+    assert loaded["scores"].shape == (1, 3)
     assert torch.equal(loaded["generated"], original.generate(IDS, max_new_tokens=8, do_sample=False))
     torch.testing.assert_close(loaded["loss"], original(IDS, labels=IDS).loss, atol=1e-5, rtol=0)
 
@@ -249,7 +253,8 @@ def test_the_code_demands_no_other_package():
 
 def test_what_is_published(published, hub, run):
     assert published["compressed"] == f"{hub.url}/me/compressed"
-    code = {"blockwise_loss.py", "configuration_factorized_gpt2.py", "modeling_factorized_gpt2.py"}
+    code = {"blockwise_loss.py", "classification_factorized_gpt2.py", "configuration_factorized_gpt2.py"}
+    code |= {"modeling_factorized_gpt2.py"}
     assert {path.name for path in code_files()} == code
     always = {".gitattributes", "README.md", "config.json", "generation_config.json", "model.safetensors"}
     always |= code | {"tokenizer.json", "tokenizer_config.json"}
@@ -263,6 +268,9 @@ def test_what_is_published(published, hub, run):
         "AutoConfig": "configuration_factorized_gpt2.FactorizedGPT2Config",
         "AutoModel": "modeling_factorized_gpt2.FactorizedGPT2Model",
         "AutoModelForCausalLM": "modeling_factorized_gpt2.FactorizedGPT2",
+        "AutoModelForSequenceClassification": (
+            "classification_factorized_gpt2.FactorizedGPT2ForSequenceClassification"
+        ),
     }
     assert json.loads(adapter.files()["adapter_config.json"])["base_model_name_or_path"] == "me/compressed"
     assert Results(**json.loads(healed.files()["results.json"])).eval_loss == Results.read(run).eval_loss

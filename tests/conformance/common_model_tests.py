@@ -3,21 +3,33 @@
 import unittest
 
 import torch
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
+    MODEL_MAPPING_NAMES,
+)
 from transformers.testing_utils import torch_device
 from transformers_tests.generation.test_utils import GenerationTesterMixin
 from transformers_tests.test_configuration_common import ConfigTester
 from transformers_tests.test_modeling_common import ModelTesterMixin, ids_tensor, random_attention_mask
 from transformers_tests.test_training_mixin import TrainingTesterMixin
 
-from factorized_gpt2 import FactorizedGPT2, FactorizedGPT2Config, FactorizedGPT2Model
+from factorized_gpt2 import (
+    FactorizedGPT2,
+    FactorizedGPT2Config,
+    FactorizedGPT2ForSequenceClassification,
+    FactorizedGPT2Model,
+)
 
 # Tests that do not run, and why. They apply to every variant.
 EXCLUDED: dict[str, str] = {}
 
-# The suite tells trunks from language models by these names; without them it skips what concerns a language model.
+# The suite tells trunks, language models and classifiers apart by these names; without them it skips what concerns one.
 MODEL_MAPPING_NAMES[FactorizedGPT2Config.model_type] = FactorizedGPT2Model.__name__
 MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[FactorizedGPT2Config.model_type] = FactorizedGPT2.__name__
+MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES[FactorizedGPT2Config.model_type] = (
+    FactorizedGPT2ForSequenceClassification.__name__
+)
 
 
 class FactorizedGPT2Tester:
@@ -61,7 +73,7 @@ class FactorizedGPT2Tester:
 
 
 class CommonTests(ModelTesterMixin, GenerationTesterMixin, TrainingTesterMixin):
-    all_model_classes = (FactorizedGPT2Model, FactorizedGPT2)
+    all_model_classes = (FactorizedGPT2Model, FactorizedGPT2, FactorizedGPT2ForSequenceClassification)
     # Off by default in the suite for models older than its present initialisation scheme.
     test_can_init_all_missing_weights_before_2023 = True
     # With small embeddings the first gradients are small too: the norm falls to a tenth of theirs later than usual.
