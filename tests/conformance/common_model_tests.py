@@ -24,7 +24,7 @@ from factorized_gpt2 import (
 # Tests that do not run, and why. They apply to every variant.
 EXCLUDED: dict[str, str] = {}
 
-# The suite tells trunks, language models and classifiers apart by these names; without them it skips what concerns one.
+# The suite tells trunks, language models and classifiers apart by these names, and skips tests without them.
 MODEL_MAPPING_NAMES[FactorizedGPT2Config.model_type] = FactorizedGPT2Model.__name__
 MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[FactorizedGPT2Config.model_type] = FactorizedGPT2.__name__
 MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES[FactorizedGPT2Config.model_type] = (
