@@ -3,6 +3,7 @@
 import argparse
 import logging
 import os
+import sys
 from collections.abc import Sequence
 from dataclasses import MISSING, dataclass, field, fields
 from typing import Any
@@ -146,6 +147,8 @@ class RunArguments(TrainingArguments):
             self.bf16 = self.bf16 and self.use_cpu
             self.torch_compile = self.torch_compile and self.use_cpu
         self.dataloader_pin_memory = self.dataloader_pin_memory and has_cuda
+        if self.disable_tqdm is None:  # bars are for terminals
+            self.disable_tqdm = not sys.stderr.isatty()
         launched = launched_processes()
         # Without a GPU, processes find each other only if they are told that it is a CPU they run on.
         self.use_cpu = self.use_cpu or (launched > 1 and not has_cuda)

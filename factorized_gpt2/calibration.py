@@ -6,11 +6,11 @@ import numpy as np
 import torch
 from datasets import Dataset
 from torch import nn
-from tqdm.auto import tqdm
 
 from .data import collate_blocks
 from .data_aware_factorization import VocabularyUse
 from .modeling_factorized_gpt2 import FactorizedGPT2
+from .progress import Progress
 from .row_fit import Side
 
 DRAWS = 8  # next tokens drawn from the model's distribution at every position
@@ -63,7 +63,7 @@ def calibrate(
     trunk, head = _float32_parts(model, device)
     generator = torch.Generator(device).manual_seed(seed)
     kept = {name: [] for name in ("ids", "hidden", "gradients", "draws", "variances")}
-    for row in tqdm(blocks, desc=desc, disable=desc is None, leave=False):
+    for row in Progress(blocks, desc=desc, disable=desc is None):
         ids = collate_blocks([row])["input_ids"].to(device)
         embedded = trunk.wte(ids).detach().requires_grad_(True)
         hidden = trunk(inputs_embeds=embedded, use_cache=False).last_hidden_state[0]  # [T, d]
@@ -110,7 +110,7 @@ def compensated_head(
     width = hidden_states.shape[1]
     own, cross = (torch.zeros(width, width, dtype=torch.float64, device=device) for _ in range(2))
     done = 0
-    for row in tqdm(blocks, desc=desc, disable=desc is None, leave=False):
+    for row in Progress(blocks, desc=desc, disable=desc is None):
         ids = collate_blocks([row])["input_ids"].to(device)
         seen = trunk(ids, use_cache=False).last_hidden_state[0].double()
         true = torch.from_numpy(hidden_states[done : done + len(seen)]).to(device, torch.float64)

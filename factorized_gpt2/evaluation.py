@@ -9,9 +9,9 @@ import torch
 from datasets import Dataset
 from torch import nn
 from torch.utils.data import DataLoader
-from tqdm.auto import tqdm
 
 from .data import IGNORED_LABEL, collate_blocks
+from .progress import Progress
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ def sum_loss(
     counted = len(blocks) if counted is None else counted
     batches = DataLoader(blocks, batch_size=batch_size, collate_fn=collate_blocks)
     try:
-        for batch in tqdm(batches, desc=desc, disable=desc is None, leave=False):
+        for batch in Progress(batches, desc=desc, disable=desc is None):
             batch["labels"][max(0, counted) :] = IGNORED_LABEL
             counted -= len(batch["labels"])
             with context():

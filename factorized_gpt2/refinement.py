@@ -5,7 +5,7 @@ import tempfile
 
 import torch
 from datasets import Dataset
-from transformers import PrinterCallback, ProgressCallback, TrainingArguments
+from transformers import PrinterCallback, TrainingArguments
 
 from .adapters import set_dropout
 from .calibration import spread_blocks
@@ -13,6 +13,7 @@ from .data import collate_blocks
 from .distillation import Distillation
 from .evaluation import is_vocabulary
 from .modeling_factorized_gpt2 import FactorizedGPT2
+from .progress import StepProgress
 from .trainer import FactorizedTrainer
 
 TOKENS_PER_STEP = 2048
@@ -77,7 +78,7 @@ def refine(
         )
         trainer.remove_callback(PrinterCallback)
         if progress:
-            trainer.add_callback(_Bar)
+            trainer.add_callback(StepProgress("Refining"))
         trainer.train()
     refined = copy.deepcopy(model)
     refined.load_state_dict(student.state_dict())
@@ -94,10 +95,3 @@ def _divergence(student: FactorizedGPT2, distillation: Distillation, blocks: Dat
         nats += student(batch["input_ids"], row_loss=distillation.row_loss(**batch), use_cache=False).loss.item()
         tokens += batch["labels"].numel() - 1
     return nats / tokens
-
-
-class _Bar(ProgressCallback):
-    """A progress bar alone: the command's table is all that goes to stdout."""
-
-    def on_log(self, *args, **kwargs) -> None:
-        """Write nothing."""

@@ -8,7 +8,7 @@ from typing import Any
 
 from datasets import Dataset, IterableDataset
 from peft import PeftModel
-from transformers import PreTrainedTokenizerBase, set_seed
+from transformers import PreTrainedTokenizerBase, PrinterCallback, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
 from .adapters import DROPOUTS, add_lora, merge, set_dropout, untie_head
@@ -22,6 +22,7 @@ from .errors import UserError
 from .evaluation import model_size, perplexity
 from .files import read_json, replacing_folder
 from .modeling_factorized_gpt2 import FactorizedGPT2
+from .progress import LogLines
 from .provenance import device_name, git_commit, peak_memory_bytes, versions
 from .results import Results
 from .run_folder import ADAPTER_NAME, BASE_NAME, claim, finish, mark, probe_logits, weights_fingerprint
@@ -81,6 +82,9 @@ def run_experiment(run: Run) -> Results:
         data_collator=collate_blocks,
         processing_class=tokenizer,
     )
+    if run.training.disable_tqdm:
+        trainer.remove_callback(PrinterCallback)
+        trainer.add_callback(LogLines)
     trainer.accelerator.wait_for_everyone()  # all look for the same checkpoint in the same folder
     outcome = _train(trainer, output_dir, run.data.block_size) if run.training.do_train else {}
     best_is_loaded = run.training.load_best_model_at_end and trainer.state.best_metric is not None

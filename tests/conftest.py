@@ -1,5 +1,6 @@
 """Tiny models and texts, shared by the test modules."""
 
+import io
 import json
 import os
 from contextlib import contextmanager
@@ -28,6 +29,13 @@ VARIANTS = {
     "untied": {"n_embd_wte": RANK, "tie_word_embeddings": False},
     "unfactorized": {"n_embd_wte": None},
 }
+
+
+class Terminal(io.StringIO):
+    """A stream that says of itself that it is a terminal."""
+
+    def isatty(self) -> bool:
+        return True
 
 
 def tiny_config(**overrides) -> FactorizedGPT2Config:

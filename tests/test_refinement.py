@@ -5,7 +5,7 @@ import copy
 import numpy as np
 import pytest
 import torch
-from conftest import NO_DROPOUT, VOCAB_SIZE, tiny_model
+from conftest import NO_DROPOUT, VOCAB_SIZE, Terminal, tiny_model
 from datasets import Dataset
 
 from factorized_gpt2 import factorize, from_gpt2
@@ -129,8 +129,9 @@ def test_the_text_is_used_from_its_beginning_to_its_end():
 
 
 @pytest.mark.parametrize("progress", [False, True])
-def test_nothing_goes_to_stdout(capsys, progress):
+def test_nothing_goes_to_stdout(capsys, monkeypatch, progress):
+    terminal = Terminal()
+    monkeypatch.setattr("sys.stderr", terminal)
     refine(*pair(), blocks(), 1, progress=progress)
-    captured = capsys.readouterr()
-    assert captured.out == ""
-    assert ("1/1" in captured.err) == progress
+    assert capsys.readouterr().out == ""
+    assert ("1/1" in terminal.getvalue()) == progress

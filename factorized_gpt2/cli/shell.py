@@ -9,6 +9,7 @@ from typing import Any
 from tabulate import tabulate
 
 from ..errors import UserError
+from ..progress import hide_bars_of_libraries
 
 
 def run_command(command: Callable[[list[str]], None], argv: list[str] | None = None) -> int:
@@ -23,6 +24,7 @@ def run_command(command: Callable[[list[str]], None], argv: list[str] | None = N
     """
     words = sys.argv[1:] if argv is None else argv
     logging.basicConfig(format="%(message)s", stream=sys.stderr)
+    hide_bars_of_libraries()
     is_main = os.environ.get("LOCAL_RANK", "0") == "0"
     logging.getLogger("factorized_gpt2").setLevel(logging.INFO if is_main else logging.ERROR)
     try:
