@@ -32,6 +32,8 @@ def launched_processes() -> int:
 class ModelArguments:
     """The network, and where it starts."""
 
+    _argument_group_name = "The model and its start"
+
     baseline: str | None = field(
         default=None,
         metadata={"help": "Folder or Hub id of a trained, unfactorized GPT-2 to start from. None: a random start."},
@@ -66,6 +68,8 @@ class ModelArguments:
 class AdapterArguments:
     """LoRA; without a rank the whole model trains."""
 
+    _argument_group_name = "LoRA adapters"
+
     lora_rank: int = field(default=0, metadata={"help": "Rank of the LoRA adapters. 0: no adapters."})
     lora_alpha: float = field(default=64, metadata={"help": "Adapters are scaled by lora_alpha / lora_rank."})
     lora_dropout: float = field(default=0.1, metadata={"help": "Dropout before the adapters of linear layers."})
@@ -77,6 +81,8 @@ class AdapterArguments:
 @dataclass
 class DistillationArguments:
     """A teacher whose predictions the model learns from, beside the text."""
+
+    _argument_group_name = "Distillation"
 
     distillation_weight: float = field(
         default=0.0,
@@ -98,6 +104,8 @@ class DistillationArguments:
 @dataclass
 class RunArguments(TrainingArguments):
     """`TrainingArguments`, and what they leave to the environment."""
+
+    _argument_group_name = "Training: the options of TrainingArguments, and some of our own"
 
     effective_batch_size: int | None = field(
         default=None,
@@ -281,7 +289,14 @@ def _make_parser() -> ManualParser:
         _PARTS,
         prog="train_hf.py",
         description="Train, fine-tune with LoRA or evaluate a GPT-2 with a factorized vocabulary.",
-        epilog="All options can stand in a JSON config, by the same names; flags override it.",
+        usage="%(prog)s --config NAME [option ...]",
+        examples=(
+            "train_hf.py --config baseline.json",
+            "train_hf.py --config pca_lora_k64.json --train_file train.txt --validation_file held_out.txt",
+            "train_hf.py --config pca_lora_k64.json --learning_rate 1e-3 --print_config",
+        ),
+        remark="All options can stand in a JSON config, by the same names; flags override it. The same command\n"
+        "goes on with a run that was cut off, and does not repeat one that is finished.",
     )
     parser.add_argument("--config", metavar="NAME", help="JSON config: a path, or a name under configs/.")
     parser.add_argument(PRINT_CONFIG, action="store_true", help="Print, as a JSON config, what would run, and end.")

@@ -2,7 +2,7 @@
 
 import difflib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,7 @@ from transformers import HfArgumentParser
 
 from .errors import UserError
 from .files import read_json
+from .help_pages import HelpPage, epilog, hide_negations
 
 CONFIG_FOLDERS = (Path("configs"), Path(__file__).resolve().parents[1] / "configs")
 
@@ -36,10 +37,27 @@ def load_config(name: str) -> dict[str, Any]:
 
 
 class ManualParser(HfArgumentParser):
-    """`HfArgumentParser` without abbreviations, whose every complaint is a `UserError`."""
+    """`HfArgumentParser` without abbreviations, whose every complaint is a `UserError`, and whose help is a page.
 
-    def __init__(self, dataclass_types: Any, **kwargs: Any):
-        super().__init__(dataclass_types, allow_abbrev=False, **kwargs)
+    Args:
+        dataclass_types: As `HfArgumentParser` has them; `_argument_group_name` is a heading.
+        usage: The words that most calls need.
+        examples: Whole commands, without `python`.
+        remark: What there is to say beside the options.
+        **kwargs: What `ArgumentParser` takes.
+    """
+
+    def __init__(
+        self,
+        dataclass_types: Any,
+        usage: str = "%(prog)s [option ...]",
+        examples: Sequence[str] = (),
+        remark: str = "",
+        **kwargs: Any,
+    ):
+        page = {"formatter_class": HelpPage, "usage": usage, "epilog": epilog(examples, remark)}
+        super().__init__(dataclass_types, allow_abbrev=False, **page, **kwargs)
+        hide_negations(self)
 
     def error(self, message: str) -> None:
         """Complain of one argument."""

@@ -34,6 +34,8 @@ class TextArguments:
 class DataArguments(TextArguments):
     """Text and tokenizer of a run."""
 
+    _argument_group_name = "Text"
+
     train_file: list[str] | None = field(
         default=None, metadata={"help": "Local .txt, .jsonl or .parquet files instead of the dataset's train split."}
     )
@@ -67,6 +69,8 @@ class DataArguments(TextArguments):
 @dataclass
 class EvaluationArguments(TextArguments):
     """Text to measure models on that are already there."""
+
+    _argument_group_name = "Text to evaluate on"
 
     eval_file: list[str] | None = field(
         default=None, metadata={"help": "Local .txt, .jsonl or .parquet files instead of a dataset."}

@@ -31,6 +31,8 @@ logger = logging.getLogger(__name__)
 class CompressArguments:
     """What to compress, and how far."""
 
+    _argument_group_name = "What to make of what"
+
     baseline: str = field(metadata={"help": "Folder or Hub id of a trained, unfactorized GPT-2."})
     ranks: list[int] | None = field(
         default=None, metadata={"help": "Ranks k of the token embedding, each smaller than its width."}
@@ -70,6 +72,8 @@ class CompressArguments:
 class CalibrationArguments:
     """Text that tells how the baseline uses its vocabulary: best of the kind it was trained on."""
 
+    _argument_group_name = "Text to learn from"
+
     calibration_file: list[str] | None = field(
         default=None, metadata={"help": "Local .txt, .jsonl or .parquet files instead of the dataset's split."}
     )
@@ -82,6 +86,8 @@ class CalibrationArguments:
 @dataclass
 class PublishArguments:
     """Where on the Hub what is made goes, if anywhere."""
+
+    _argument_group_name = "Publishing"
 
     push_to_hub: str | None = field(
         default=None, metadata={"help": "USER/NAME; of several ranks, each becomes NAME-k and its rank."}
@@ -99,6 +105,13 @@ def compress(argv: list[str]) -> None:
         (CompressArguments, CalibrationArguments, EvaluationArguments, PublishArguments),
         prog="compress.py",
         description="Factorize the token embedding and head of a trained GPT-2.",
+        usage="%(prog)s --baseline FOLDER --ranks K [K ...] [option ...]",
+        examples=(
+            "compress.py --baseline openai-community/gpt2 --ranks 64 128",
+            "compress.py --baseline my_gpt2 --ranks 64 --method tokenwise --calibration_file train.txt --refine 200",
+            "compress.py --baseline my_gpt2 --target_loss_increase 0.02 --eval_file held_out.txt",
+        ),
+        remark="What was made in the same way before is reused.",
     ).parse(argv)
     check(arguments, calibration, evaluation)
     if publishing.push_to_hub:

@@ -40,7 +40,9 @@ class DemoArguments:
 def demo(argv: list[str]) -> None:
     """Corpus, baseline, compression, scratch models, LoRA; then the table, the plot and a sentence."""
     arguments = ManualParser(
-        DemoArguments, prog="demo", description="Run the whole path on a small GPT-2, offline, on a CPU."
+        DemoArguments,
+        prog="factorized-gpt2-demo",
+        description="Run the whole path on a small GPT-2, offline, on a CPU.",
     ).parse(argv)[0]
     began = time.perf_counter()
     transformers_logging.set_verbosity_error()

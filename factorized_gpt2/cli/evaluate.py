@@ -28,6 +28,10 @@ def evaluate(argv: list[str]) -> None:
         (EvaluateArguments, EvaluationArguments),
         prog="evaluate.py",
         description="Measure the loss of causal language models over a whole text, in nats a token.",
+        usage="%(prog)s --models FOLDER [FOLDER ...] --eval_file FILE [option ...]",
+        examples=(
+            "evaluate.py --models openai-community/gpt2 model_weights/gpt_pca_nofinetune_k64 --eval_file held_out.txt",
+        ),
     ).parse(argv)
     if not evaluation.is_asked_for:
         raise UserError("No text to evaluate on: set eval_file or dataset_name.")

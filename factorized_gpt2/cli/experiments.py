@@ -46,6 +46,8 @@ class GridArguments:
 class ScaleArguments:
     """The same grid, smaller or larger."""
 
+    _argument_group_name = "Smaller experiments"
+
     scale: float = field(
         default=1.0, metadata={"help": "Factor on layers, width (and with it heads and ranks), block and steps."}
     )
@@ -75,9 +77,15 @@ def run_experiments(argv: list[str]) -> None:
     arguments, scaling = ManualParser(
         (GridArguments, ScaleArguments),
         prog="run_experiments.py",
-        description="Run the experiments that configs/experiments.json lists; skip what is finished, go on with what "
-        "was cut off, end with a report.",
-        epilog="Words after -- are flags of train_hf.py, for every run.",
+        description="Run the experiments that configs/experiments.json lists;\nskip what is "
+        "finished, go on with what was cut off, end with a report.",
+        usage="%(prog)s [option ...] [-- option of train_hf.py ...]",
+        examples=(
+            "run_experiments.py --dry_run",
+            "run_experiments.py --only 'pca_lora_*' --accelerate_config configs/accelerate/two_gpus.yaml",
+            "run_experiments.py --output_dir half --scale 0.5 -- --train_file train.txt --validation_file test.txt",
+        ),
+        remark="Words after -- are options of train_hf.py, for every run.",
     ).parse(words)
     scale = scaling.resolve()
     check(arguments, scale, flags)

@@ -45,6 +45,10 @@ def import_checkpoint(argv: list[str]) -> None:
         ImportArguments,
         prog="import_checkpoint.py",
         description="Make a model folder of a checkpoint of nanoGPT or of its factorized descendant.",
+        usage="%(prog)s --checkpoint FILE --output_dir FOLDER [option ...]",
+        examples=(
+            "import_checkpoint.py --checkpoint out/ckpt.pt --output_dir gpt_nano --tokenizer openai-community/gpt2",
+        ),
     ).parse(argv)
     if arguments.cut_vocabulary and arguments.tokenizer is None:
         raise UserError("cut_vocabulary needs a tokenizer, whose size it cuts to.")

@@ -22,7 +22,10 @@ class ReportArguments:
 def report(argv: list[str]) -> None:
     """Read the results, print the table, write the report."""
     arguments = ManualParser(
-        ReportArguments, prog="report.py", description="Make a table and pictures from the results.json of runs."
+        ReportArguments,
+        prog="report.py",
+        description="Make a table and pictures from the results.json of runs.",
+        examples=("report.py --results model_weights",),
     ).parse(argv)[0]
     root = Path(arguments.results)
     results = read_results(root)
