@@ -43,6 +43,12 @@ def tiny_config(**overrides) -> FactorizedGPT2Config:
     return FactorizedGPT2Config(**(SHAPE | TOKENS | NO_DROPOUT | {"n_embd_wte": RANK} | overrides))
 
 
+def checkpoint_activations(model, **options) -> None:
+    """Compute activations anew on the way back, by whichever name the installed transformers has for it."""
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable(options)
+
+
 @torch.no_grad()
 def perturb(model, seed: int = 5):
     """Move every weight far from where initialisation puts it, so that initialising again cannot go unnoticed."""

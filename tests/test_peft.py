@@ -5,7 +5,7 @@ import re
 
 import pytest
 import torch
-from conftest import VARIANTS, perturb, random_ids, tiny_model
+from conftest import VARIANTS, checkpoint_activations, perturb, random_ids, tiny_model
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import Embedding as LoraEmbedding
 from peft.tuners.lora import Linear as LoraLinear
@@ -257,7 +257,7 @@ def test_gradient_checkpointing_with_adapters_gives_the_same_gradients(variant):
     for checkpointing in (False, True):
         adapted = adapt(tiny_model(**variant)).train()
         if checkpointing:
-            adapted.base_model.model.activation_checkpointing_enable({"use_reentrant": True})
+            checkpoint_activations(adapted.base_model.model, use_reentrant=True)
             adapted.enable_input_require_grads()
         adapted(input_ids=ids, labels=ids).loss.backward()
         collected.append({name: p.grad for name, p in adapted.named_parameters() if p.requires_grad})

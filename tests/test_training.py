@@ -4,7 +4,7 @@ import warnings
 
 import pytest
 import torch
-from conftest import VOCAB_SIZE, random_ids, tiny_config, tiny_model
+from conftest import VOCAB_SIZE, checkpoint_activations, random_ids, tiny_config, tiny_model
 from transformers.utils import logging
 
 from factorized_gpt2 import FactorizedGPT2
@@ -89,8 +89,7 @@ def test_gradient_checkpointing_changes_no_gradient(variant, ids, use_reentrant,
     model = tiny_model(**variant, resid_pdrop=dropout, attn_pdrop=dropout).double().train()
     torch.manual_seed(1)
     expected = gradients(model, ids)
-    model.activation_checkpointing_enable({"use_reentrant": use_reentrant})
-    assert model.is_activation_checkpointing
+    checkpoint_activations(model, use_reentrant=use_reentrant)
     calls = []
     hook = model.transformer.h[0].ln_1.register_forward_hook(lambda *_: calls.append(1))
     torch.manual_seed(1)
@@ -98,15 +97,13 @@ def test_gradient_checkpointing_changes_no_gradient(variant, ids, use_reentrant,
     hook.remove()
     assert len(calls) == 2  # once forward and once more backward
     torch.testing.assert_close(actual, expected, atol=1e-12, rtol=1e-10)
-    model.activation_checkpointing_disable()
-    assert not model.is_activation_checkpointing
 
 
 def test_gradient_checkpointing_with_frozen_embeddings_trains_the_rest(ids):
     model = tiny_model().train()
     model.requires_grad_(False)
     model.transformer.h[0].attn.q_proj.requires_grad_(True)
-    model.activation_checkpointing_enable({"use_reentrant": True})
+    checkpoint_activations(model, use_reentrant=True)
     model.enable_input_require_grads()
     model(ids, labels=ids).loss.backward()
     assert model.transformer.h[0].attn.q_proj.weight.grad.abs().max() > 1e-6
