@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import tiny_model
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from factorized_gpt2 import FactorizedGPT2, FactorizedGPT2Config
 from factorized_gpt2.arguments import parse_run
@@ -17,6 +18,7 @@ from factorized_gpt2.cli.experiments import GridArguments, ScaleArguments
 from factorized_gpt2.cli.experiments import check as check_grid
 from factorized_gpt2.cli.import_checkpoint import ImportArguments
 from factorized_gpt2.cli.report import ReportArguments
+from factorized_gpt2.evaluation import model_size
 from factorized_gpt2.experiments import load_grid, select
 from factorized_gpt2.parsing import ManualParser
 from factorized_gpt2.text_arguments import EvaluationArguments
@@ -97,6 +99,14 @@ def test_the_sizes_that_it_names():
         sizes = [FactorizedGPT2(FactorizedGPT2Config(n_embd_wte=rank)).num_parameters() / 1e6 for rank in (None, 64)]
     assert "GPT-2 (124 M parameters)\nbecomes 89 M" in README
     assert [int(size) for size in sizes] == [124, 89]
+
+
+def test_the_bytes_of_an_expanded_model_that_it_names():
+    with torch.device("meta"):
+        compressed = FactorizedGPT2(FactorizedGPT2Config(n_embd_wte=64))
+        expanded, stock = (GPT2LMHeadModel(GPT2Config(tie_word_embeddings=tied)) for tied in (False, True))
+    sizes = [round(model_size(model).bytes / 1e6) for model in (compressed, expanded, stock)]
+    assert "{} MB become {} MB, where the tied GPT-2 had {} MB".format(*sizes) in README
 
 
 _BY_KIND = ("classification_", "configuration_", "modeling_")
