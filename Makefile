@@ -2,31 +2,51 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+TOOLS := $(VENV)/.installed-tools
+OLDEST := .venv-oldest/bin
+PIP := pip install --quiet --disable-pip-version-check
+OFFLINE := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 WANDB_MODE=offline
+# What needs neither launched processes nor tools outside this package.
+FAST := arguments blockwise_loss calibration classification compress_command compression configuration conversion data \
+	distillation evaluation experiments factorization forward generation modeling peft progress refinement reporting \
+	results run_folder training
 
-.PHONY: demo test lint format clean conformance
+.PHONY: demo test test-oldest lint format clean conformance
 
 demo: $(INSTALLED)  ## train, compress, heal and compare a small GPT-2 on text that every Python carries
 	$(BIN)/factorized-gpt2-demo --output_dir demo_output
 
 test: lint  ## lint, format check and every test, offline
-	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 WANDB_MODE=offline $(BIN)/pytest -n 2
+	$(OFFLINE) $(BIN)/pytest -n 2
 
-lint: $(INSTALLED)
+test-oldest: .venv-oldest/.installed  ## the fast tests with the oldest libraries that setup.cfg allows
+	$(OFFLINE) $(OLDEST)/pytest -n 2 $(FAST:%=tests/test_%.py)
+
+lint: $(TOOLS)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-format: $(INSTALLED)
+format: $(TOOLS)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
 $(INSTALLED): setup.cfg constraints.txt pyproject.toml
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/$(PIP) --constraint constraints.txt --editable .
+	touch $@
+
+$(TOOLS): $(INSTALLED)
+	$(BIN)/$(PIP) --constraint constraints.txt --editable '.[dev,ecosystem]'
+	touch $@
+
+.venv-oldest/.installed: setup.cfg constraints-oldest.txt
+	$(PYTHON) -m venv .venv-oldest
+	$(OLDEST)/$(PIP) --constraint constraints-oldest.txt --editable . hypothesis pytest pytest-xdist
 	touch $@
 
 clean:
-	rm -rf $(VENV) demo_output build *.egg-info
+	rm -rf $(VENV) .venv-oldest demo_output build *.egg-info
 
-conformance: $(INSTALLED)  ## transformers' own common model tests, from its source archive: needs network
-	$(BIN)/pip install --quiet --disable-pip-version-check parameterized
+conformance: $(TOOLS)  ## transformers' own common model tests, from its source archive: needs network
+	$(BIN)/$(PIP) parameterized
 	$(BIN)/python tests/conformance/run.py
