@@ -145,12 +145,9 @@ class FactorizedGPT2Model(FactorizedGPT2PreTrainedModel):
     def __init__(self, config: FactorizedGPT2Config):
         super().__init__(config)
         self.wte = nn.Embedding(config.vocab_size, config.embedding_size)
-        self.scale_up = (
-            nn.Linear(config.embedding_size, config.n_embd, bias=config.scale_up_bias)
-            if config.is_factorized
-            else None
-        )
+        self.scale_up = None
         if config.is_factorized:
+            self.scale_up = nn.Linear(config.embedding_size, config.n_embd, bias=config.scale_up_bias)
             self.scale_up.init_std = scale_init_std(config)
         self.wpe = nn.Embedding(config.n_positions, config.n_embd)
         self.drop = nn.Dropout(config.embd_pdrop)
@@ -310,7 +307,9 @@ class FactorizedGPT2(FactorizedGPT2PreTrainedModel, GenerationMixin):
         """Return what maps (..., k) to logits: a module, or where `wte` is adapted and the head follows it, (V, k)."""
         if not self.config.tie_word_embeddings:
             return self.lm_head
-        if hasattr(self.lm_head, "base_layer") or hasattr(self.lm_head, "modules_to_save"):
+        adapter = getattr(self.lm_head, "token_adapter", self.lm_head)  # of trained tokens
+        own = any(hasattr(adapter, name) for name in ("base_layer", "modules_to_save"))
+        if own and not getattr(adapter, "tied_adapter", None):
             raise ValueError(
                 "lm_head is tied to wte and cannot carry an adapter of its own: target wte (the head follows it), or "
                 "untie the head first (tie_word_embeddings=False)."
@@ -318,7 +317,8 @@ class FactorizedGPT2(FactorizedGPT2PreTrainedModel, GenerationMixin):
         wte = self.transformer.wte
         if isinstance(wte, nn.Embedding):
             return self.lm_head
-        return wte(torch.arange(self.config.vocab_size, device=self.lm_head.weight.device))
+        # In one row: hooks on an embedding, such as NEFTune's, count on a batch.
+        return wte(torch.arange(self.config.vocab_size, device=self.lm_head.weight.device)[None])[0]
 
     @can_return_tuple
     def forward(
