@@ -323,6 +323,8 @@ def _check(run: Run) -> None:
         raise UserError(f"distillation_temperature must be positive, got {distillation.distillation_temperature}.")
     if distillation.distillation_weight and run.is_from_scratch and not distillation.teacher:
         raise UserError("distillation_weight needs a teacher: name one, or a baseline.")
+    if distillation.distillation_weight and training.label_smoothing_factor:
+        raise UserError("label_smoothing_factor does nothing beside distillation_weight: set one of them to 0.")
     if distillation.teacher and not distillation.distillation_weight:
         raise UserError("teacher does nothing while distillation_weight is 0.")
     on_cuda, half = training.device.type == "cuda", training.fp16 or training.bf16

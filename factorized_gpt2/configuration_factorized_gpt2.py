@@ -2,6 +2,7 @@
 
 from huggingface_hub.dataclasses import strict
 from transformers import GPT2Config
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 
 @strict
@@ -54,5 +55,8 @@ class FactorizedGPT2Config(GPT2Config):
         if self.add_cross_attention:
             raise ValueError("add_cross_attention=True is not supported: FactorizedGPT2 is a decoder-only model.")
 
+
+# `Trainer` shifts labels that it smooths for the models in this table alone, though others can be registered.
+MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[FactorizedGPT2Config.model_type] = "FactorizedGPT2"
 
 __all__ = ["FactorizedGPT2Config"]
