@@ -39,7 +39,7 @@ from transformers.tokenization_utils_base import (
     SPECIAL_TOKENS_MAP_FILE,
     TOKENIZER_CONFIG_FILE,
 )
-from transformers.utils import CHAT_TEMPLATE_FILE, CONFIG_NAME, GENERATION_CONFIG_NAME
+from transformers.utils import CHAT_TEMPLATE_DIR, CHAT_TEMPLATE_FILE, CONFIG_NAME, GENERATION_CONFIG_NAME
 
 from .baseline import load_complete
 from .classification_factorized_gpt2 import FactorizedGPT2ForSequenceClassification
@@ -182,6 +182,7 @@ def _model_files(folder: Path) -> dict[str, Path | bytes]:
     for name in (GENERATION_CONFIG_NAME, *_TOKENIZER_FILES):
         if (folder / name).is_file():
             files[name] = folder / name
+    files |= {f"{CHAT_TEMPLATE_DIR}/{path.name}": path for path in (folder / CHAT_TEMPLATE_DIR).glob("*.jinja")}
     if TOKENIZER_CONFIG_FILE in files:
         files[TOKENIZER_CONFIG_FILE] = _as_json(read_json(folder / TOKENIZER_CONFIG_FILE))
     for name in (RECORD_NAME, RESULTS_NAME):

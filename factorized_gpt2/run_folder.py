@@ -123,8 +123,11 @@ def finish(
     with tempfile.TemporaryDirectory(prefix=".model.", dir=output_dir) as temporary:
         model.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
-        for path in Path(temporary).iterdir():
-            path.replace(output_dir / path.name)
+        for path in sorted(Path(temporary).rglob("*")):  # a tokenizer can have a folder of its own
+            if path.is_file():
+                place = output_dir / path.relative_to(temporary)
+                place.parent.mkdir(exist_ok=True)
+                path.replace(place)
     reloaded = FactorizedGPT2.from_pretrained(output_dir).to(model.device)
     difference = (probe_logits(reloaded, probe) - expected).abs().max().item()
     if not difference <= TOLERANCE * max(1.0, expected.abs().max().item()):
