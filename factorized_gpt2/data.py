@@ -88,6 +88,23 @@ class TextSource:
                 raise UserError(f"{name}: unknown kind of file {path.suffix!r}; known are {known}.")
         return loaded
 
+    def documents(self) -> Iterator[str]:
+        """Read the text document by document.
+
+        Raises:
+            UserError: As `load`.
+        """
+        for dataset, document_start in self.load():
+            parts: list[str] = []
+            for rows in dataset.iter(batch_size=1000):
+                for text, starts in zip(*_parts_of_documents(rows["text"], document_start), strict=True):
+                    if starts and parts:
+                        yield "".join(parts)
+                        parts = []
+                    parts.append(text)
+            if parts:
+                yield "".join(parts)
+
     def _load(self, name: str, *args, **kwargs) -> Dataset | IterableDataset:
         column = "text" if args[0] == "text" else self.text_column
         try:
@@ -228,13 +245,19 @@ def _tokenizing(tokenizer: PreTrainedTokenizerBase, document_start: re.Pattern |
 def _tokenize(
     rows: dict[str, list[str | None]], tokenizer: PreTrainedTokenizerBase, document_start: re.Pattern | None
 ) -> dict[str, list]:
-    texts = [text or "" for text in rows["text"]]
-    starts = [document_start is not None and bool(document_start.match(text)) for text in texts]
-    if document_start is not None and document_start.pattern:
-        texts = [text if text.endswith("\n") else text + "\n" for text in texts]  # rows are parts of one text
+    texts, starts = _parts_of_documents(rows["text"], document_start)
     # Rows are tokenized whole and packed afterwards: that one is longer than a block is nothing to warn of.
     encoded = tokenizer(texts, add_special_tokens=False, verbose=False)
     return {"input_ids": encoded["input_ids"], "starts_document": starts}
+
+
+def _parts_of_documents(rows: Sequence[str | None], document_start: re.Pattern | None) -> tuple[list[str], list[bool]]:
+    """Return the text of rows, and which of them start a document."""
+    texts = [text or "" for text in rows]
+    starts = [document_start is not None and bool(document_start.match(text)) for text in texts]
+    if document_start is not None and document_start.pattern:
+        texts = [text if text.endswith("\n") else text + "\n" for text in texts]  # rows are parts of one text
+    return texts, starts
 
 
 def _pack(

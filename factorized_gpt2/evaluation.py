@@ -1,7 +1,7 @@
 """Loss over a whole split, and the sizes of a model."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
@@ -37,7 +37,6 @@ def perplexity(loss: float) -> float:
     return math.exp(loss) if loss < 700 else math.inf
 
 
-@torch.no_grad()
 def sum_loss(
     model: nn.Module,
     blocks: Dataset,
@@ -49,8 +48,7 @@ def sum_loss(
 ) -> LossSum:
     """Sum a causal language model's loss over every predicted token of `blocks`.
 
-    Within a batch the sum is the model's own, in float32 (`num_items_in_batch=1` turns its mean into a sum); over
-    batches it is kept in float64, so the result does not depend on the batch size beyond rounding.
+    The result does not depend on the batch size beyond rounding.
 
     Args:
         model: Takes `input_ids`, `labels` (B, T), `num_items_in_batch` and `skip_logits`, returns `loss`. Its mode is
@@ -66,25 +64,52 @@ def sum_loss(
     Returns:
         The sum and its number of tokens.
     """
+    counted = len(blocks) if counted is None else counted
+    batches = DataLoader(blocks, batch_size=batch_size, collate_fn=collate_blocks)
+    bar = Progress(batches, desc=desc, disable=desc is None)
+    return sum_batches(model, _counting(bar, counted), device, context)
+
+
+def _counting(batches: Iterable[dict[str, torch.Tensor]], counted: int) -> Iterator[dict[str, torch.Tensor]]:
+    """Take the labels out of all rows after the first `counted`."""
+    for batch in batches:
+        batch["labels"][max(0, counted) :] = IGNORED_LABEL
+        counted -= len(batch["labels"])
+        yield batch
+
+
+@torch.no_grad()
+def sum_batches(
+    model: nn.Module,
+    batches: Iterable[dict[str, torch.Tensor]],
+    device: torch.device | str = "cpu",
+    context: Callable[[], AbstractContextManager] = nullcontext,
+) -> LossSum:
+    """Sum a causal language model's loss over every label of batches.
+
+    Within a batch the sum is the model's own, in float32 (`num_items_in_batch=1` turns its mean into a sum); over
+    batches it is kept in float64.
+
+    Args:
+        model: As in `sum_loss`; takes `shift_labels` where the batches have them.
+        batches: `input_ids`, `labels` and, if they are shifted already, `shift_labels`, each (B, T) int64.
+        device: Where the model is.
+        context: As in `sum_loss`.
+
+    Returns:
+        The sum and its number of tokens.
+    """
     was_training = model.training
     model.eval()
     nats, tokens = torch.zeros((), dtype=torch.float64), 0
-    counted = len(blocks) if counted is None else counted
-    batches = DataLoader(blocks, batch_size=batch_size, collate_fn=collate_blocks)
     try:
-        for batch in Progress(batches, desc=desc, disable=desc is None):
-            batch["labels"][max(0, counted) :] = IGNORED_LABEL
-            counted -= len(batch["labels"])
+        for batch in batches:
+            on_device = {name: tensor.to(device) for name, tensor in batch.items()}
             with context():
-                outputs = model(
-                    input_ids=batch["input_ids"].to(device),
-                    labels=batch["labels"].to(device),
-                    num_items_in_batch=1,
-                    use_cache=False,
-                    skip_logits=True,
-                )
+                outputs = model(**on_device, num_items_in_batch=1, use_cache=False, skip_logits=True)
             nats += outputs.loss.double().cpu()
-            tokens += int((batch["labels"][:, 1:] != IGNORED_LABEL).sum())
+            labels = batch["shift_labels"] if "shift_labels" in batch else batch["labels"][:, 1:]
+            tokens += int((labels != IGNORED_LABEL).sum())
     finally:
         model.train(was_training)
     return LossSum(nats.item(), tokens)

@@ -70,6 +70,26 @@ def test_several_files_are_several_documents(tmp_path, tokenizer):
     assert tokenizer.decode(block) == "file a\n<|endoftext|>file b\n<|endoftext|>"
 
 
+def test_documents_of_rows_and_of_files(tmp_path):
+    rows = write_rows(tmp_path / "rows.jsonl", ["one", None, "two\nthree", ""])
+    for name in "ab":
+        (tmp_path / f"{name}.txt").write_text(f"first line of {name}\n\nlast", encoding="utf-8")
+    files = (str(tmp_path / "a.txt"), rows, str(tmp_path / "b.txt"))
+    texts = ["first line of a\n\nlast", "one", "", "two\nthree", "", "first line of b\n\nlast"]
+    assert list(TextSource(files=files).documents()) == texts
+
+
+@pytest.mark.parametrize("name", ["wiki.tokens", "wiki.jsonl"])
+def test_documents_of_a_pattern(tmp_path, name):
+    lines = ["", " = One = ", "first", " = Two = ", " = Three = "]
+    if name.endswith("tokens"):
+        (tmp_path / name).write_text("\n".join(lines), encoding="utf-8")
+    else:
+        write_rows(tmp_path / name, lines)
+    source = TextSource(files=(str(tmp_path / name),), document_start="^ = [^=]")
+    assert list(source.documents()) == ["\n", " = One = \nfirst\n", " = Two = \n", " = Three = \n"]
+
+
 @pytest.mark.parametrize("name", ["wiki.tokens", "wiki.jsonl"])
 def test_a_pattern_starts_documents(tmp_path, tokenizer, name):
     lines = [" = One = ", "first", " = = Part = = ", "second", " = Two = ", "third"]

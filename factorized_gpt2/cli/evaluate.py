@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 import torch
 from transformers import AutoModelForCausalLM
 
+from ..bits_per_byte import measure_bits_per_byte
 from ..data import load_blocks, load_tokenizer
 from ..errors import UserError, first_line
 from ..evaluation import model_size, perplexity, sum_loss
@@ -20,6 +21,14 @@ class EvaluateArguments:
 
     models: list[str] = field(metadata={"help": "Folders or Hub ids of causal language models, factorized or not."})
     tokenizer: str | None = field(default=None, metadata={"help": "Folder or Hub id. None: each model's own."})
+    bits_per_byte: bool = field(
+        default=False,
+        metadata={
+            "help": "Also measure bits per byte of whole documents, each token predicted once, the first from the "
+            "end-of-text token, in windows of block_size: what evaluation harnesses report, and comparable between "
+            "tokenizers."
+        },
+    )
 
 
 def evaluate(argv: list[str]) -> None:
@@ -43,11 +52,15 @@ def evaluate(argv: list[str]) -> None:
         block_size = evaluation.block_size_for(model.config.max_position_embeddings)
         blocks = load_blocks(evaluation.source(), tokenizer, block_size, keep_tail=True)
         measured = sum_loss(model, blocks, evaluation.eval_batch_size, device, desc=f"Evaluating {name}")
+        row = {"loss": f"{measured.loss:.4f}", "perplexity": f"{perplexity(measured.loss):.2f}"}
+        if arguments.bits_per_byte:
+            text = (evaluation.source(), tokenizer, block_size, evaluation.eval_batch_size)
+            bits = measure_bits_per_byte(model, *text, device, desc=f"Evaluating {name}, documents")
+            row["bits per byte"] = f"{bits:.4f}"
         size = model_size(model)
         rows.append(
-            {
-                "loss": f"{measured.loss:.4f}",
-                "perplexity": f"{perplexity(measured.loss):.2f}",
+            row
+            | {
                 "tokens": f"{measured.tokens:,}",
                 "parameters": f"{size.parameters:,}",
                 "MB": f"{size.bytes / 1e6:.1f}",
