@@ -17,6 +17,12 @@ AutoModelForSequenceClassification.register(
     FactorizedGPT2Config, FactorizedGPT2ForSequenceClassification, exist_ok=True
 )
 
+# What is saved takes the code of the network along, so that its folder loads where this package is not.
+FactorizedGPT2Config.register_for_auto_class("AutoConfig")
+FactorizedGPT2Model.register_for_auto_class("AutoModel")
+FactorizedGPT2.register_for_auto_class("AutoModelForCausalLM")
+FactorizedGPT2ForSequenceClassification.register_for_auto_class("AutoModelForSequenceClassification")
+
 __all__ = [
     "FactorizedGPT2",
     "FactorizedGPT2Config",

@@ -1,6 +1,7 @@
-"""Out of this package: graphs of torch.export and ONNX, and stock GPT-2 folders, all of the same logits."""
+"""Out of this package: graphs of torch.export and ONNX, folders with their code, stock GPT-2, all of one's logits."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -29,6 +30,9 @@ for name in json.loads(sys.argv[1]):
         with torch.no_grad():
             logits[f"{name} {loader.__name__}"] = model.eval()(ids).logits
     logits[f"{name} graph"] = torch.export.load(name + ".pt2").module()(ids)
+    own = AutoModelForCausalLM.from_pretrained(name + "-own", trust_remote_code=True).eval()
+    with torch.no_grad():
+        logits[f"{name} own"] = own(ids).logits
 torch.save(logits, "logits.pt")
 """
 
@@ -80,20 +84,22 @@ def test_a_graph_with_padding(model):
 
 
 def test_nothing_of_this_package_is_needed(tmp_path):
-    """A stock folder of `to_gpt2`, and a saved graph, in a process that cannot import this package."""
+    """A saved folder, a stock one of `to_gpt2` and a graph, in a process that cannot import this package."""
     ids, expected = random_ids(3, 20), {}
     torch.save(ids, tmp_path / "ids.pt")
     for name, variant in VARIANTS.items():
         model = tiny_model(**variant)
         expected[name] = model(ids).logits
+        model.save_pretrained(tmp_path / f"{name}-own")
         to_gpt2(model).save_pretrained(tmp_path / name)
         torch.export.save(exported(model), tmp_path / f"{name}.pt2")
         assert "factorized" not in (tmp_path / name / "config.json").read_text()
     words = [sys.executable, "-c", ELSEWHERE, json.dumps(list(VARIANTS))]
-    finished = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    environment = os.environ | {"HF_MODULES_CACHE": str(tmp_path / "modules")}
+    finished = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
     assert finished.returncode == 0, finished.stderr[-2000:]
     logits = torch.load(tmp_path / "logits.pt")
-    assert len(logits) == 3 * len(VARIANTS)
+    assert len(logits) == 4 * len(VARIANTS)
     for name, actual in logits.items():
         assert_close(actual, expected[name.split()[0]])
 
