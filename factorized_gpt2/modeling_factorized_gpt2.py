@@ -24,6 +24,7 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .blockwise_loss import RowLoss, causal_lm_loss, sum_row_loss
 from .configuration_factorized_gpt2 import FactorizedGPT2Config
+from .head import HeadMatrix, UpToTheHead, bare
 
 
 def residual_init_std(config: FactorizedGPT2Config) -> float:
@@ -243,12 +244,6 @@ class FactorizedGPT2Model(FactorizedGPT2PreTrainedModel):
         )
 
 
-def _is_plain(head: nn.Module | torch.Tensor) -> bool:
-    """Tell whether a head is its weight and no more: no bias, no adapter, no hook that acts when it is called."""
-    hooks = ("_forward_hooks", "_forward_pre_hooks", "_hf_hook")  # the last is accelerate's
-    return type(head) is nn.Linear and head.bias is None and not any(getattr(head, name, None) for name in hooks)
-
-
 class FactorizedGPT2(FactorizedGPT2PreTrainedModel, GenerationMixin):
     """Causal language model: the trunk, then `scale_down` (d, k) and `lm_head` (k, V).
 
@@ -261,6 +256,7 @@ class FactorizedGPT2(FactorizedGPT2PreTrainedModel, GenerationMixin):
     _tied_weights_keys = {"lm_head.weight": "transformer.wte.weight"}
 
     loss_backend = "blockwise"  # of `blockwise_loss.sum_cross_entropy`
+    head_is_read = False  # by `base_model`
 
     def __init__(self, config: FactorizedGPT2Config):
         super().__init__(config)
@@ -272,12 +268,19 @@ class FactorizedGPT2(FactorizedGPT2PreTrainedModel, GenerationMixin):
         self.lm_head = nn.Linear(config.embedding_size, config.vocab_size, bias=False)
         self.post_init()
 
-    def get_output_embeddings(self) -> nn.Module:
+    @property
+    def base_model(self) -> UpToTheHead:
+        return UpToTheHead(self)  # for tools that multiply by the head's matrix themselves
+
+    def get_output_embeddings(self) -> nn.Module | HeadMatrix:
         """Return the head; while it is tied, with the matrix that `wte` has now.
 
         PEFT merges a trained copy of `wte` by putting it in the place of `wte`, then asks for the head to see whether
-        the two are still tied.
+        the two are still tied. Once after a call of `base_model`, a head that follows an adapter is its matrix alone.
         """
+        is_read, self.head_is_read = self.head_is_read, False
+        if is_read and isinstance(matrix := self._head(), torch.Tensor):
+            return HeadMatrix(matrix)
         wte, lm_head = self.transformer.wte, self.lm_head
         plain = isinstance(wte, nn.Embedding) and isinstance(lm_head, nn.Linear)
         # Different shapes mean a resizing under way, which brings its own head.
@@ -297,10 +300,10 @@ class FactorizedGPT2(FactorizedGPT2PreTrainedModel, GenerationMixin):
         Raises:
             ValueError: An adapter on a head that is tied to `wte`.
         """
-        hidden_states, head = self._to_head_width(hidden_states), self._head()
+        hidden_states, head = self.to_head_width(hidden_states), self._head()
         return head(hidden_states) if isinstance(head, nn.Module) else nn.functional.linear(hidden_states, head)
 
-    def _to_head_width(self, hidden_states: torch.Tensor) -> torch.Tensor:
+    def to_head_width(self, hidden_states: torch.Tensor) -> torch.Tensor:
         return hidden_states if self.scale_down is None else self.scale_down(hidden_states)  # [..., d] -> [..., k]
 
     def _head(self) -> nn.Module | torch.Tensor:
@@ -376,9 +379,7 @@ class FactorizedGPT2(FactorizedGPT2PreTrainedModel, GenerationMixin):
         if skip_logits or row_loss is not None:
             if labels is None and row_loss is None:
                 raise ValueError("skip_logits leaves nothing to return without labels or row_loss.")
-            inputs, head = self._to_head_width(hidden_states), self._head()
-            if _is_plain(head):
-                head = head.weight
+            inputs, head = self.to_head_width(hidden_states), bare(self._head())
             if row_loss is not None:
                 loss = sum_row_loss(inputs.flatten(0, -2), head, row_loss)
             else:

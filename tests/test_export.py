@@ -5,12 +5,14 @@ import os
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 from conftest import VARIANTS, left_padded, random_ids, tiny_model
 from torch import nn
 
 from factorized_gpt2 import to_gpt2
+from factorized_gpt2.export import export_onnx
 
 LENGTHS = {"input_ids": {0: torch.export.Dim("batch", min=1, max=8), 1: torch.export.Dim("length", min=2, max=48)}}
 SHAPES = [(2, 10), (1, 48), (8, 3), (1, 2)]
@@ -115,3 +117,37 @@ def test_onnx(model, tmp_path):
         ids = random_ids(*shape)
         (logits,) = session.run(None, {"input_ids": ids.numpy()})
         assert_close(torch.from_numpy(logits), model(ids).logits)
+
+
+def decode(session, batch: dict[str, torch.Tensor], steps: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Generate greedily with a graph of `export_onnx`; return all tokens, and the logits of every step's last one."""
+    ids, mask, new, logits = batch["input_ids"], batch["attention_mask"], batch["input_ids"], []
+    shapes = {tensor.name: tensor.shape for tensor in session.get_inputs()[2:]}
+    past = {name: np.zeros((len(ids), heads, 0, size), np.float32) for name, (_, heads, _, size) in shapes.items()}
+    for _ in range(steps):
+        outputs = session.run(None, {"input_ids": new.numpy(), "attention_mask": mask.numpy()} | past)
+        past = dict(zip(past, outputs[1:], strict=True))
+        logits.append(torch.from_numpy(outputs[0])[:, -1])
+        new = logits[-1].argmax(-1, keepdim=True)
+        ids, mask = torch.cat([ids, new], 1), torch.cat([mask, torch.ones_like(new)], 1)
+    return ids, torch.stack(logits, 1)
+
+
+def test_onnx_with_a_cache_generates_as_the_model_does(model, tmp_path):
+    """One graph for prompts of any number and length, padded or not, and for what follows them token by token."""
+    onnxruntime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    export_onnx(model, tmp_path / "model.onnx")
+    size = sum(path.stat().st_size for path in tmp_path.iterdir())
+    assert size < 4 * model.num_parameters() + 500_000  # the graph itself; ties are kept
+    session = onnxruntime.InferenceSession(tmp_path / "model.onnx", providers=["CPUExecutionProvider"])
+    prompts = [random_ids(1, length, seed=length)[0] for length in (4, 9, 1)]
+    options = {"do_sample": False, "output_logits": True, "return_dict_in_generate": True}
+    for rows in (prompts, prompts[:1], prompts[2:]):
+        batch = left_padded(rows)
+        expected = model.generate(**batch, max_new_tokens=6, **options)
+        ids, logits = decode(session, batch, steps=6)
+        assert torch.equal(ids, expected.sequences)
+        torch.testing.assert_close(logits, torch.stack(expected.logits, 1), atol=1e-4, rtol=1e-4)
+        full = model(ids).logits[:, -7:-1]
+        assert (logits - full).abs().max() < 1e-4 or len(rows) > 1  # without a cache; a mask is needed for padding
