@@ -54,17 +54,19 @@ def export_onnx(model: PreTrainedModel, path: Path | str) -> None:
             Its dtype is the graph's. Its mode is restored.
         path: Such as `model.onnx`; the weights go beside it, as `model.onnx.data`.
     """
-    input_ids = torch.ones(2, 3, dtype=torch.long, device=model.device)  # sizes of 0 and 1 would be taken for fixed
+    mask = torch.ones(2, 6, dtype=torch.long, device=model.device)  # sizes of 0 and 1 would be taken for fixed
+    input_ids, seen = torch.zeros_like(mask)[:, 3:], mask[:, :3]
     was_training = model.training
     model.eval()
     try:
         with torch.no_grad():
-            past = _keys_and_values(model(input_ids, use_cache=True).past_key_values)
+            past = _keys_and_values(model(input_ids, attention_mask=seen, use_cache=True).past_key_values)
             names = [f"{layer}.{part}" for layer in range(len(past)) for part in ("key", "value")]
-            batch, of_past = Dim("batch"), {0: Dim("batch"), 2: Dim("past")}
+            batch = Dim("batch")
+            of_past = {0: batch, 2: Dim("past")}
             torch.onnx.export(
                 _Step(model).eval(),
-                (input_ids, torch.ones(2, 6, dtype=torch.long, device=model.device), past),
+                (input_ids, mask, past),
                 path,
                 dynamo=True,
                 verbose=False,

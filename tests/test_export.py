@@ -137,17 +137,16 @@ def test_onnx_with_a_cache_generates_as_the_model_does(model, tmp_path):
     """One graph for prompts of any number and length, padded or not, and for what follows them token by token."""
     onnxruntime = pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
-    export_onnx(model, tmp_path / "model.onnx")
-    size = sum(path.stat().st_size for path in tmp_path.iterdir())
-    assert size < 4 * model.num_parameters() + 500_000  # the graph itself; ties are kept
+    export_onnx(model.train(), tmp_path / "model.onnx")
+    assert model.training
+    model.eval()
     session = onnxruntime.InferenceSession(tmp_path / "model.onnx", providers=["CPUExecutionProvider"])
     prompts = [random_ids(1, length, seed=length)[0] for length in (4, 9, 1)]
-    options = {"do_sample": False, "output_logits": True, "return_dict_in_generate": True}
+    options = {"max_new_tokens": 6, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
     for rows in (prompts, prompts[:1], prompts[2:]):
         batch = left_padded(rows)
-        expected = model.generate(**batch, max_new_tokens=6, **options)
+        expected = model.generate(**batch, **options)
         ids, logits = decode(session, batch, steps=6)
         assert torch.equal(ids, expected.sequences)
         torch.testing.assert_close(logits, torch.stack(expected.logits, 1), atol=1e-4, rtol=1e-4)
-        full = model(ids).logits[:, -7:-1]
-        assert (logits - full).abs().max() < 1e-4 or len(rows) > 1  # without a cache; a mask is needed for padding
+    torch.testing.assert_close(logits, model(ids).logits[:, -7:-1], atol=1e-4, rtol=1e-4)  # all at once, no cache
