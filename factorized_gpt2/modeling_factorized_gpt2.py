@@ -203,6 +203,7 @@ class FactorizedGPT2Model(FactorizedGPT2PreTrainedModel):
             raise ValueError("You have to specify either input_ids or inputs_embeds, and not both.")
         if kwargs.get("encoder_hidden_states") is not None:
             raise ValueError("encoder_hidden_states were passed, but FactorizedGPT2 has no cross-attention.")
+        past_key_values = kwargs.pop("cache", past_key_values)  # as transformers calls it from 5.24 on
         kwargs.pop("output_attentions", None)
         kwargs.pop("output_hidden_states", None)
 
@@ -222,13 +223,7 @@ class FactorizedGPT2Model(FactorizedGPT2PreTrainedModel):
             hidden_states = hidden_states + self._to_hidden_width(self.wte(token_type_ids))
         hidden_states = self.drop(hidden_states)
 
-        causal_mask = create_causal_mask(
-            config=self.config,
-            inputs_embeds=hidden_states,
-            attention_mask=attention_mask,
-            past_key_values=past_key_values,
-            position_ids=position_ids,
-        )
+        causal_mask = create_causal_mask(self.config, hidden_states, attention_mask, past_key_values, position_ids)
         for block in self.h:
             hidden_states = block(
                 hidden_states,
