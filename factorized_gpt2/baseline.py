@@ -2,6 +2,8 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pickle import UnpicklingError
+from typing import Any
 
 import torch
 from transformers import AutoConfig, GPT2LMHeadModel, PreTrainedModel, PreTrainedTokenizerBase
@@ -88,8 +90,8 @@ def load_complete(name_or_path: str) -> GPT2LMHeadModel | FactorizedGPT2:
         UserError: As `load_baseline`, but for what is factorized already.
     """
     try:
-        config = AutoConfig.from_pretrained(name_or_path)
-    except (OSError, ValueError) as error:
+        config = AutoConfig.from_pretrained(name_or_path, trust_remote_code=False)
+    except Exception as error:  # a stranger's file can be wrong in every way
         raise UserError(f"No model can be loaded from {name_or_path!r}: {first_line(error)}") from error
     if isinstance(config, FactorizedGPT2Config):
         model_class = FactorizedGPT2
@@ -97,10 +99,7 @@ def load_complete(name_or_path: str) -> GPT2LMHeadModel | FactorizedGPT2:
         model_class = GPT2LMHeadModel
     else:
         raise UserError(f"{name_or_path} is a {config.model_type!r} model; the baseline must be a GPT-2.")
-    try:
-        model, loading = model_class.from_pretrained(name_or_path, output_loading_info=True)
-    except Exception as error:  # safetensors, torch and transformers each have their own kinds for a damaged file
-        raise UserError(f"The weights of {name_or_path} cannot be read: {first_line(error)}") from error
+    model, loading = load_weights(model_class, name_or_path)
     problems = [f"{kind.removesuffix('_keys')} {loading[kind]}" for kind in _LOADING_PROBLEMS if loading[kind]]
     if problems:
         raise UserError(f"The weights of {name_or_path} do not make its model: {'; '.join(problems)}.")
@@ -108,6 +107,26 @@ def load_complete(name_or_path: str) -> GPT2LMHeadModel | FactorizedGPT2:
         if not torch.isfinite(weight).all():
             raise UserError(f"The weight {name!r} of {name_or_path} contains NaN or infinity.")
     return model
+
+
+def load_weights(model_class: type, name_or_path: str) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """Load a model by one of transformers' classes; no code of a stranger runs, neither a module nor a pickle.
+
+    Returns:
+        The model, and what `from_pretrained` says of its weights.
+
+    Raises:
+        UserError: It cannot be found or read, or only by running code.
+    """
+    try:
+        return model_class.from_pretrained(name_or_path, output_loading_info=True, trust_remote_code=False)
+    except UnpicklingError as error:
+        raise UserError(
+            f"The weights of {name_or_path} are a pickle that holds more than weights, which is not loaded because it "
+            "could do anything; ask whoever made it for safetensors."
+        ) from error
+    except Exception as error:  # safetensors, torch and transformers each have their own kinds for a damaged file
+        raise UserError(f"The weights of {name_or_path} cannot be read: {first_line(error)}") from error
 
 
 _LOADING_PROBLEMS = ("missing_keys", "mismatched_keys", "unexpected_keys")

@@ -12,7 +12,7 @@ import numpy as np
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from .baseline import Baseline
+from .baseline import Baseline, load_compressed
 from .calibration import calibrate, compensated_head, count_tokens, spread_blocks
 from .conversion import from_gpt2, vocabulary_matrices
 from .data_aware_factorization import METHODS as DATA_AWARE_METHODS
@@ -213,7 +213,7 @@ class Compressor:
             changed = sorted(name for name in _WHAT_MAKES_A_MODEL if stored.get(name) != asked[name])
             if not changed:
                 logger.info("%s was made in this way before and is reused.", folder)
-                return FactorizedGPT2.from_pretrained(folder).eval()
+                return load_compressed(str(folder))
             difference = f"was made with another {', '.join(changed)}"
         if not self.overwrite:
             raise UserError(f"{folder} {difference}; remove or overwrite it.")

@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import torch
 from datasets import Dataset, Features, IterableDataset, List, Value, load_dataset
-from datasets.exceptions import DatasetGenerationError
 from datasets.fingerprint import Hasher
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoTokenizer, GPT2Tokenizer, PreTrainedTokenizerBase
@@ -111,7 +110,7 @@ class TextSource:
             dataset = load_dataset(*args, **kwargs)
             # A stream may know its columns from its rows alone.
             columns = dataset.column_names or list(next(iter(dataset), {}))
-        except (DatasetGenerationError, OSError, ValueError) as error:
+        except Exception as error:  # of datasets, and of every reader of files below it
             raise UserError(f"{name or args[0]} cannot be read: {first_line(error.__cause__ or error)}") from error
         if column not in columns:
             raise UserError(f"{name or args[0]} has no column {column!r}; its columns are {', '.join(columns)}.")
@@ -123,18 +122,24 @@ def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
     """Load a tokenizer from a Hub id or a folder with `tokenizer.json`, or with `vocab.json` and `merges.txt`.
 
     Raises:
-        UserError: There is none, or it has no token that ends a text.
+        UserError: There is none, it has no token that ends a text, or a chat template that would be saved elsewhere.
     """
     folder = Path(name_or_path)
     try:
         if (folder / "vocab.json").is_file() and not (folder / "tokenizer.json").is_file():
-            tokenizer = GPT2Tokenizer.from_pretrained(name_or_path)
+            tokenizer = GPT2Tokenizer.from_pretrained(name_or_path, trust_remote_code=False)
         else:
-            tokenizer = AutoTokenizer.from_pretrained(name_or_path)
-    except (OSError, ValueError) as error:
+            tokenizer = AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=False)
+    except Exception as error:  # a stranger's file can be wrong in every way
         raise UserError(f"No tokenizer can be loaded from {name_or_path!r}: {first_line(error)}") from error
     if tokenizer.eos_token_id is None:
         raise UserError(f"The tokenizer {name_or_path!r} has no eos_token, which marks where a document ends.")
+    templates = tokenizer.chat_template if isinstance(tokenizer.chat_template, dict) else {}
+    for name in templates:  # each becomes a file wherever the tokenizer is saved
+        if Path(name).name != name:
+            raise UserError(
+                f"The tokenizer {name_or_path!r} has a chat template {name!r}, which is no name of a file."
+            )
     return tokenizer
 
 

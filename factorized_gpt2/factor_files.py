@@ -1,7 +1,6 @@
 """The protocol's factor files: a PCA of a baseline, by rank, as arrays on disk."""
 
 import logging
-import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -86,7 +85,7 @@ def read_factors(folder: Path, rank: int, baseline: Baseline, overwrite: bool = 
         wte = np.load(_wte_path(folder, rank), allow_pickle=False)
         with np.load(_scales_path(folder, rank), allow_pickle=False) as arrays:
             if str(arrays["baseline_fingerprint"]) == baseline.fingerprint:
-                return Factors(
+                stored = Factors(
                     wte=wte,
                     scale_up=arrays["scale_up"],
                     scale_down=arrays["scale_down"],
@@ -94,12 +93,25 @@ def read_factors(folder: Path, rank: int, baseline: Baseline, overwrite: bool = 
                     explained_variance_ratio=float(arrays["explained_variance_ratio"]),
                     lm_head=arrays.get("lm_head"),
                 )
+                _check_fit(stored, rank, baseline)
+                return stored
         problem = "belong to another baseline"
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+    except Exception as error:  # numpy, zipfile and zlib each have their own kinds
         problem = f"cannot be read ({str(error) or type(error).__name__})"
     if overwrite:
         return None
     raise UserError(f"The factor files of rank {rank} in {folder} {problem}; remove or overwrite them.")
+
+
+def _check_fit(factors: Factors, rank: int, baseline: Baseline) -> None:
+    vocab_size, width = baseline.model.config.vocab_size, baseline.model.config.n_embd
+    shapes = {"wte": (vocab_size, rank), "scale_up": (rank, width), "scale_down": (width, rank), "mean": (width,)}
+    if not baseline.model.config.tie_word_embeddings:
+        shapes["lm_head"] = (rank, vocab_size)
+    for name, shape in shapes.items():
+        array = getattr(factors, name)
+        if array is None or array.shape != shape or array.dtype.kind != "f" or not np.isfinite(array).all():
+            raise ValueError(f"{name} is not a finite array of floats of shape {shape}")
 
 
 def _wte_path(folder: Path, rank: int) -> Path:

@@ -1,9 +1,10 @@
 """What a run leaves to be read: the record that `results.json` holds."""
 
 import math
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from types import UnionType
+from typing import Any, get_args, get_origin
 
 from .data import TextSource
 from .errors import UserError
@@ -98,7 +99,7 @@ class Results:
         """Read the `results.json` of a run's folder; `None` where there is none.
 
         Raises:
-            UserError: It cannot be read, or lacks a field or has one that is not known.
+            UserError: It cannot be read, lacks a field, or has one that is not known or of another type.
         """
         path = folder / RESULTS_NAME
         if not path.exists():
@@ -106,9 +107,20 @@ class Results:
         content = read_json(path)
         lost = {name: math.nan for name in ("eval_loss", "perplexity") if content.get(name, 0) is None}
         try:
-            return cls(**content | lost)
+            results = cls(**content | lost)
         except TypeError as error:
             raise UserError(f"{path} does not hold the results of a run: {error}") from error
+        for item in fields(cls):
+            value = getattr(results, item.name)
+            if not _is_of(value, item.type):
+                raise UserError(f"{path} does not hold the results of a run: {item.name} is {value!r:.40}.")
+        return results
+
+
+def _is_of(value: Any, kind: Any) -> bool:
+    """Tell whether a value is of a field's type, as far as that can be seen from outside."""
+    kinds = [get_origin(one) or one for one in (get_args(kind) if isinstance(kind, UnionType) else [kind])]
+    return isinstance(value, (*kinds, int) if float in kinds else tuple(kinds))
 
 
 def _without_nan(value: Any) -> Any:

@@ -4,6 +4,7 @@ import copy
 import math
 import time
 from functools import cached_property
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from datasets import Dataset
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from transformers import Trainer
-from transformers.trainer_utils import EvalLoopOutput
+from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
 from .distillation import Distillation
 from .errors import UserError
@@ -82,6 +83,22 @@ class FactorizedTrainer(Trainer):
         processes = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
         loss = outputs["loss"] * processes / num_items_in_batch
         return (loss, outputs) if return_outputs else loss
+
+    def train(self, resume_from_checkpoint: str | None = None, **kwargs: Any) -> TrainOutput:
+        """Train as `Trainer` does; of a checkpoint, pickles that hold more than plain values are refused.
+
+        Raises:
+            UserError: The checkpoint is not one that a run has written.
+        """
+        try:
+            return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        except (UnpicklingError, RecursionError) as error:
+            if resume_from_checkpoint is None:
+                raise
+            raise UserError(
+                f"{resume_from_checkpoint} holds what no run has written and what could do anything; it was not "
+                "loaded. Remove that folder, and the run goes on from the checkpoint before."
+            ) from error
 
     @cached_property
     def _parameters_but_embeddings(self) -> int:

@@ -6,9 +6,10 @@ from dataclasses import dataclass, field
 import torch
 from transformers import AutoModelForCausalLM
 
+from ..baseline import load_weights
 from ..bits_per_byte import measure_bits_per_byte
 from ..data import load_blocks, load_tokenizer
-from ..errors import UserError, first_line
+from ..errors import UserError
 from ..evaluation import model_size, perplexity, sum_loss
 from ..parsing import ManualParser
 from ..text_arguments import EvaluationArguments
@@ -47,7 +48,7 @@ def evaluate(argv: list[str]) -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     rows = []
     for name in arguments.models:
-        model = _load(name).to(device)
+        model = load_weights(AutoModelForCausalLM, name)[0].eval().to(device)
         tokenizer = load_tokenizer(arguments.tokenizer or name)
         block_size = evaluation.block_size_for(model.config.max_position_embeddings)
         blocks = load_blocks(evaluation.source(), tokenizer, block_size, keep_tail=True)
@@ -68,13 +69,6 @@ def evaluate(argv: list[str]) -> None:
             }
         )
     print_table(rows)
-
-
-def _load(name: str) -> torch.nn.Module:
-    try:
-        return AutoModelForCausalLM.from_pretrained(name).eval()
-    except (OSError, ValueError) as error:
-        raise UserError(f"No model can be loaded from {name!r}: {first_line(error)}") from error
 
 
 def main() -> None:
