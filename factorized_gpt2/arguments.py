@@ -19,6 +19,7 @@ from .text_arguments import DataArguments
 logger = logging.getLogger(__name__)
 
 PRINT_CONFIG = "--print_config"
+_TOKEN = "hub_token"
 
 LORA_TARGETS = ("wte", "scale_up", "scale_down", "q_proj", "k_proj", "v_proj", "c_proj", "mlp_up", "mlp_down")
 
@@ -218,7 +219,7 @@ class Run:
         parts = (self.model, self.adapter, self.distillation, self.data)
         settings = {item.name: getattr(part, item.name) for part in parts for item in fields(part)}
         settings |= self.training.to_dict()
-        for name in ("logging_dir", "local_rank", "overwrite_output_dir", "disable_tqdm", "hub_token"):
+        for name in ("logging_dir", "local_rank", "overwrite_output_dir", "disable_tqdm", _TOKEN):
             settings.pop(name, None)
         return settings
 
@@ -263,8 +264,9 @@ def parse_run(argv: list[str]) -> Run:
         config |= load_config(name)
     parser.refuse_unknown(config, "config key")
     words = as_flags(config) + flags
+    _refuse_token(words)
     *parts, _ = parser.parse(words)
-    run = Run(*parts, words=without_flags(words, {"overwrite_output_dir", "print_config", "hub_token"}))
+    run = Run(*parts, words=without_flags(words, {"overwrite_output_dir", "print_config"}))
     _check(run)
     return run
 
@@ -276,12 +278,21 @@ def check_words(words: Sequence[str]) -> list[str]:
         The names, as settings have them.
 
     Raises:
-        UserError: An unknown or mistyped flag.
+        UserError: An unknown or mistyped flag, or a token.
     """
+    _refuse_token(words)
     parser = _make_parser()
     _, rest = parser.parse_known_args(list(words))
     parser.refuse_unknown((word.partition("=")[0] for word in rest), "argument")
     return [setting_name(word) for word in words if word.startswith("--")]
+
+
+def _refuse_token(words: Sequence[str]) -> None:
+    if any(word.startswith("--") and setting_name(word) == _TOKEN for word in words):
+        raise UserError(
+            f"{_TOKEN} is not taken: process lists, shell histories and files would show it. Log in with "
+            "`hf auth login`, or set HF_TOKEN."
+        )
 
 
 def _make_parser() -> ManualParser:

@@ -108,7 +108,7 @@ def load_grid(name: str, scale: Scale | None = None, root: Path | None = None) -
             start from each other.
     """
     listed = load_config(name).get("experiments")
-    if not listed:
+    if not (isinstance(listed, list) and listed and all(isinstance(entry, str) for entry in listed)):
         raise UserError(f"{name} lists no experiments.")
     folder = Path(name).parent
     scale = scale or Scale()
@@ -116,6 +116,8 @@ def load_grid(name: str, scale: Scale | None = None, root: Path | None = None) -
     for entry, config in configs.items():
         if not config.get("output_dir"):
             raise UserError(f"{entry} of {name} has no output_dir, by which others could start from it.")
+        if Path(str(config["output_dir"])).name in ("", ".."):  # the run would work outside of the grid's folder
+            raise UserError(f"{entry} of {name}: output_dir {config['output_dir']!r} does not name a folder.")
     owners = {Path(config["output_dir"]): entry for entry, config in configs.items()}
     scaled = {entry: _moved(scale.apply(config), root) for entry, config in configs.items()}
     folders = [Path(config["output_dir"]) for config in scaled.values()]

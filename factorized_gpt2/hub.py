@@ -11,9 +11,9 @@ arrives in one commit, or nothing does.
 
 `train_hf.py --push_to_hub --hub_model_id USER/NAME`, in the main process, once `run_experiment` has returned. The
 Trainer must not see `push_to_hub`, or it makes a repository of its own and pushes checkpoints to it. Before any work,
-`check_access(training.hub_token, training.hub_model_id)` finds a mistyped name or a login that is missing:
+`check_access(None, training.hub_model_id)` finds a mistyped name or a login that is missing:
 
-    rest = {"private": training.hub_private_repo, "token": training.hub_token, "revision": training.hub_revision}
+    rest = {"private": training.hub_private_repo, "revision": training.hub_revision}
     print(publish(output_dir, training.hub_model_id, **rest))
     print(publish_adapter(output_dir / ADAPTER_NAME, f"{training.hub_model_id}-lora", base, **rest))  # for LoRA
 

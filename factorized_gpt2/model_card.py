@@ -1,11 +1,13 @@
 """What a published model says of itself: the Hub's model card, from the records that stand beside the weights."""
 
+import json
 import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from tabulate import tabulate
@@ -15,6 +17,7 @@ from .configuration_factorized_gpt2 import FactorizedGPT2Config
 from .data import TextSource
 from .evaluation import perplexity
 from .files import read_json
+from .markdown import code, escaped
 from .results import Results
 
 TAGS = ["factorized_gpt2", "custom_code", "text-generation"]
@@ -159,7 +162,7 @@ def model_card(
         _architecture(config),
         _origin(history, base_model),
         *_table(own, measured),
-        *(f"![{Path(plot).stem.replace('_', ' ')}]({plot})" for plot in plots),
+        *(f"![{escaped(Path(plot).stem.replace('_', ' '))}]({quote(plot, safe='')})" for plot in plots),
         "## Use",
         _python(*remote),
         "This runs the code in this repository, which needs `torch` and `transformers` and is under the MIT licence. "
@@ -196,12 +199,12 @@ def adapter_card(
         f"model = AutoPeftModelForCausalLM.from_pretrained({where}, trust_remote_code=True)",
         "model = model.merge_and_unload()  # as small as the base, and as fast",
     )
-    targets = ", ".join(f"`{name}`" for name in sorted(lora["target_modules"]))
+    targets = ", ".join(map(code, sorted(lora["target_modules"])))
     data = _metadata(name, measured, history, base_model, license, library_name="peft", tags=[*TAGS, "lora"])
     return _card(
         data,
         f"# {name}",
-        f"A LoRA adapter of rank {lora['r']}, alpha {lora['lora_alpha']}, on {targets} of "
+        f"A LoRA adapter of rank {escaped(lora['r'])}, alpha {escaped(lora['lora_alpha'])}, on {targets} of "
         f"[{base_model}](/{base_model}), a GPT-2 with a factorized vocabulary.",
         *([_training(history), *_table(Figures.of(results, "with this adapter"), measured)] if results else ()),
         "## Use",
@@ -263,16 +266,16 @@ def _architecture(config: FactorizedGPT2Config) -> str:
 def _origin(history: History, base_model: str | None) -> str:
     """Say in a few sentences how a model was made."""
     recipe, sentences = history.recipe, []
-    base = f"[{base_model}](/{base_model})" if base_model else f"`{Path(history.base).name}`" if history.base else None
+    base = f"[{base_model}](/{base_model})" if base_model else code(Path(history.base).name) if history.base else None
     if base and recipe.get("method"):
         refined = recipe.get("refine_steps")
-        refined = f", refined for {refined} steps to predict what it predicts" if refined else ""
-        method = f"{_METHODS.get(recipe['method'], 'a factorization')} (`{recipe['method']}`)"
+        refined = f", refined for {escaped(refined)} steps to predict what it predicts" if refined else ""
+        method = f"{_METHODS.get(recipe['method'], 'a factorization')} ({code(recipe['method'])})"
         sentences.append(f"Compressed from {base} by {method}{refined}.")
         if recipe.get("calibration"):
             text = recipe["calibration"]
             names = ", ".join(Path(name).name if Path(name).suffix else name for name in text["text"].split(", "))
-            sentences.append(f"How it uses its tokens was measured on {text['tokens']:,} tokens of {names}.")
+            sentences.append(f"How it uses its tokens was measured on {text['tokens']:,} tokens of {escaped(names)}.")
     elif base:
         sentences.append(f"Made from {base}.")
     if history.training_text:
@@ -282,9 +285,9 @@ def _origin(history: History, base_model: str | None) -> str:
 
 def _training(history: History) -> str:
     results = history.results
-    rank = results.settings.get("lora_rank")
+    rank = escaped(results.settings.get("lora_rank") or "")
     how = f"Trained with LoRA of rank {rank}" if rank else "Trained" if history.base else "Trained from a random start"
-    text = f" on {_text_name(history.training_text)}" if history.training_text else ""
+    text = f" on {escaped(_text_name(history.training_text))}" if history.training_text else ""
     return f"{how}{text}: {results.best_step or 0:,} steps, {results.best_tokens or 0:,} tokens."
 
 
@@ -293,7 +296,7 @@ def _table(own: Figures, measured: Measurement | None) -> list[str]:
     table = tabulate([_row(row) for row in figures], headers="keys", tablefmt="github", disable_numparse=True)
     if measured is None:
         return ["## Size", table]
-    return ["## Size and loss", table, f"Loss in nats a token, over {_text_name(measured.text)}."]
+    return ["## Size and loss", table, f"Loss in nats a token, over {escaped(_text_name(measured.text))}."]
 
 
 def _row(figures: Figures) -> dict[str, Any]:
@@ -313,7 +316,7 @@ def _short(repo_id: str) -> str:
 
 
 def _where(repo_id: str, revision: str | None) -> str:
-    return f'"{repo_id}"' + (f', revision="{revision}"' if revision else "")
+    return json.dumps(repo_id) + (f", revision={json.dumps(revision)}" if revision else "")
 
 
 def _python(*lines: str) -> str:

@@ -15,11 +15,15 @@ from .help_pages import HelpPage, epilog, hide_negations
 CONFIG_FOLDERS = (Path("configs"), Path(__file__).resolve().parents[1] / "configs")
 
 
-def load_config(name: str) -> dict[str, Any]:
+def load_config(name: str, heirs: tuple[Path, ...] = ()) -> dict[str, Any]:
     """Read a config by path, or by name under `configs/`, with what it `extends` below it.
 
+    Args:
+        name: The path or name.
+        heirs: Files that extend this one.
+
     Raises:
-        UserError: There is no such config; the message lists those there are.
+        UserError: There is no such config (the message lists those there are), or it extends itself.
     """
     candidates = [Path(name), *(folder / name for folder in CONFIG_FOLDERS)]
     candidates += [path.with_name(path.name + ".json") for path in candidates]
@@ -33,7 +37,13 @@ def load_config(name: str) -> dict[str, Any]:
         )
     config = read_json(found)
     parent = config.pop("extends", None)
-    return config if parent is None else load_config(str(found.parent / parent)) | config
+    if parent is None:
+        return config
+    if not isinstance(parent, str):
+        raise UserError(f"{found}: extends must name a config, got {parent!r}.")
+    if found.resolve() in heirs:
+        raise UserError(f"{found} extends itself.")
+    return load_config(str(found.parent / parent), (*heirs, found.resolve())) | config
 
 
 class ManualParser(HfArgumentParser):

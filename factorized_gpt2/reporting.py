@@ -7,8 +7,9 @@ from typing import Any
 
 from tabulate import tabulate
 
-from .errors import UserError
+from .errors import UserError, one_line
 from .files import replacing_file
+from .markdown import escaped
 from .plots import (
     FAMILIES,
     plot_loss_against_rank,
@@ -42,7 +43,7 @@ def results_table(results: Sequence[Results], style: str = "simple") -> str:
     baseline = next((row for row in results if row.family == "baseline"), None)
     rows = [
         {
-            "run": row.run_name,
+            "run": escaped(row.run_name) if style == "github" else one_line(row.run_name),
             "k": row.n_embd_wte or "-",
             "loss": f"{row.eval_loss:.4f}",
             "perplexity": f"{row.perplexity:.2f}",
@@ -91,7 +92,7 @@ def write_report(results: Sequence[Results], folder: Path) -> Path:
     origin = _origin(results)
     markdown = ["# Results", results_table(results, "github"), _LEGEND]
     markdown += [f"![{title}]({name}.png)" for name, title in pictures.items()]
-    markdown += ["## Where they come from", tabulate(origin, ["", ""], "github", disable_numparse=True)]
+    markdown += ["## Where they come from", _origin_table(origin)]
     page = ["<!doctype html>", '<meta charset="utf-8">', "<title>Results</title>", _STYLE, "<h1>Results</h1>"]
     page += [results_table(results, "html"), f"<p>{html.escape(_LEGEND)}</p>"]
     page += [f'<img src="{name}.svg" alt="{html.escape(title)}">' for name, title in pictures.items()]
@@ -100,6 +101,11 @@ def write_report(results: Sequence[Results], folder: Path) -> Path:
         with replacing_file(folder / name) as temporary:
             temporary.write_text(text + "\n", encoding="utf-8")
     return folder / "report.md"
+
+
+def _origin_table(origin: Sequence[tuple[str, str]]) -> str:
+    rows = [(escaped(name), escaped(value)) for name, value in origin]
+    return tabulate(rows, ["", ""], "github", disable_numparse=True)
 
 
 _STYLE = (

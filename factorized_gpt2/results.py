@@ -80,8 +80,9 @@ class Results:
 
     def text(self, split: str) -> TextSource:
         """Where the run's text of `split`, train or validation, came from."""
+        files = self.settings.get(f"{split}_file")
         return TextSource(
-            files=tuple(self.settings.get(f"{split}_file") or ()),
+            files=tuple(map(str, files)) if isinstance(files, list | tuple) else (),
             dataset_name=self.settings.get("dataset_name"),
             dataset_config_name=self.settings.get("dataset_config_name"),
             split=split,

@@ -8,7 +8,7 @@ from typing import Any
 import wandb
 
 from .arguments import RunArguments
-from .errors import first_line
+from .errors import UserError, first_line
 
 logger = logging.getLogger(__name__)
 
@@ -21,6 +21,9 @@ def start_tracking(training: RunArguments) -> None:
     A mode set in the environment (`WANDB_MODE`) counts; otherwise `wandb_mode` does, and `auto` is online when a
     login is stored. What cannot be reached is recorded under the output folder, to be sent later by `wandb sync`.
     A run that was cut off goes on under its W&B id, which that folder keeps until the run is closed.
+
+    Raises:
+        UserError: W&B does not take the project's or the run's name.
     """
     if "wandb" not in training.report_to or training.process_index != 0:
         return
@@ -28,14 +31,11 @@ def start_tracking(training: RunArguments) -> None:
     if mode == "auto":
         mode = "online" if _has_login() else "offline"
     init = {"project": training.project, "name": training.run_name, "dir": _made(training.output_dir)}
-    init |= {"resume": "auto", "settings": wandb.Settings(quiet=True, show_info=False)}
+    # W&B would record the remote's address, in which some people keep a token; `results.json` has the commit.
+    init |= {"resume": "auto", "settings": wandb.Settings(quiet=True, show_info=False, disable_git=True)}
     if training.overwrite_output_dir:
         (Path(training.output_dir) / "wandb" / _UNFINISHED).unlink(missing_ok=True)
-    try:
-        run = wandb.init(mode=mode, **init)
-    except wandb.errors.Error as error:
-        logger.warning("W&B cannot be reached (%s); the run is recorded offline.", first_line(error))
-        run = wandb.init(mode="offline", **init)
+    run = _opened(mode, init)
     if run.settings.mode == "offline":
         logger.info("W&B records offline under %s", Path(run.dir).parent)
 
@@ -45,6 +45,16 @@ def finish_tracking(summary: dict[str, Any]) -> None:
     if wandb.run is not None:
         wandb.run.summary.update(summary)
         wandb.finish()
+
+
+def _opened(mode: str, init: dict[str, Any]) -> Any:
+    try:
+        return wandb.init(mode=mode, **init)
+    except (wandb.errors.Error, ValueError) as error:
+        if mode == "offline":
+            raise UserError(f"W&B takes no such run (project, run_name): {first_line(error)}") from error
+        logger.warning("W&B cannot be reached (%s); the run is recorded offline.", first_line(error))
+        return _opened("offline", init)
 
 
 def _has_login() -> bool:

@@ -78,6 +78,7 @@ class HubServer:
     def __init__(self, users: dict[str, str]):
         self.users, self.repos, self.stored = users, {}, {}
         self.requests: list[str] = []  # method and path of each
+        self.received: list[bytes] = []  # all that came with each, but for the header where a token belongs
         self._failures: list[tuple[int, str, str]] = []
         self._lock = threading.RLock()
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), partial(_Handler, self))
@@ -358,8 +359,10 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _handle(self) -> None:
         try:
-            path, authorization = urlsplit(self.path).path, self.headers.get("Authorization")
-            status, headers, content = self.hub.answer(self.command, path, self._body(), authorization)
+            path, authorization, body = urlsplit(self.path).path, self.headers.get("Authorization"), self._body()
+            del self.headers["Authorization"]
+            self.hub.received.append(f"{self.requestline}\n{self.headers}".encode() + body)
+            status, headers, content = self.hub.answer(self.command, path, body, authorization)
         except Refusal as refusal:
             status, content = refusal.status, {"error": refusal.message} | refusal.more
             headers = {} if "\n" in refusal.message else {"X-Error-Message": refusal.message}

@@ -8,7 +8,7 @@ from typing import Any
 
 from tabulate import tabulate
 
-from ..errors import UserError
+from ..errors import UserError, one_line
 from ..progress import hide_bars_of_libraries
 
 
@@ -30,7 +30,7 @@ def run_command(command: Callable[[list[str]], None], argv: list[str] | None = N
     try:
         command(words)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {one_line(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130

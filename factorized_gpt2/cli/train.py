@@ -24,7 +24,7 @@ def train(argv: list[str]) -> None:
     if is_published:
         if not training.hub_model_id:
             raise UserError("push_to_hub needs hub_model_id, such as USER/NAME.")
-        check_access(training.hub_token, training.hub_model_id, training.hub_base_model_id)
+        check_access(None, training.hub_model_id, training.hub_base_model_id)
     results = run_experiment(run)
     if speaks:
         print(
@@ -38,7 +38,7 @@ def train(argv: list[str]) -> None:
 def _publish(run: Run) -> None:
     """Publish the model, and the adapter where its base is on the Hub."""
     training, folder = run.training, Path(run.training.output_dir)
-    options = {"private": training.hub_private_repo, "token": training.hub_token, "revision": training.hub_revision}
+    options = {"private": training.hub_private_repo, "revision": training.hub_revision}
     print(f"Published: {publish(folder, training.hub_model_id, **options)}")
     if run.adapter.lora_rank and training.hub_base_model_id:
         name = f"{training.hub_model_id}-adapter"
