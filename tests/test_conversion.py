@@ -217,6 +217,17 @@ def test_generation_settings_are_copied():
     assert to_gpt2(converted).generation_config.num_beams == 7
     converted.generation_config.num_beams = 2
     assert gpt2.generation_config.num_beams == 7
+    gpt2.generation_config.suppress_tokens = [3]
+    from_gpt2(gpt2).generation_config.suppress_tokens.append(4)
+    assert gpt2.generation_config.suppress_tokens == [3]
+
+
+def test_the_device_is_kept():
+    gpt2 = tiny_gpt2()
+    factors = factors_of(gpt2)
+    for converted in (from_gpt2(gpt2.to("meta")), from_gpt2(gpt2, factors)):
+        assert {parameter.device.type for parameter in converted.parameters()} == {"meta"}
+        assert {parameter.device.type for parameter in to_gpt2(converted).parameters()} == {"meta"}
 
 
 def without(name):
@@ -273,6 +284,23 @@ def test_a_wrong_weight_is_named_on_the_way_back(spoil, named):
     spoil(model)
     with pytest.raises(ValueError, match=named):
         to_gpt2(model)
+
+
+def test_all_surplus_is_named():
+    gpt2 = tiny_gpt2()
+    for layer in (1, 0):
+        gpt2.transformer.h[layer].register_parameter("surplus", nn.Parameter(torch.zeros(3)))
+    with pytest.raises(ValueError, match=r"have: transformer\.h\.0\.surplus, transformer\.h\.1\.surplus\.$"):
+        from_gpt2(gpt2)
+
+
+@pytest.mark.parametrize("function", [vocabulary_matrices, fingerprint])
+@pytest.mark.parametrize("name", ["transformer.wte.weight", "lm_head.weight"])
+def test_wrong_vocabulary_matrices_are_named(function, name):
+    gpt2 = tiny_gpt2(tie_word_embeddings=False)
+    reshaped(name, (7, WIDTH))(gpt2)
+    with pytest.raises(ValueError, match=f"{name}.* has shape"):
+        function(gpt2)
 
 
 def random_factors(rank=RANK, rows=VOCAB_SIZE, columns=WIDTH, head_rows=None):
@@ -332,6 +360,21 @@ def test_fingerprint_notices_one_changed_number_in_any_weight(dtype):
         parameter.view(-1)[-1] += 1.0
         seen.add(fingerprint(gpt2))
     assert len(seen) == 1 + len(list(gpt2.parameters()))
+
+
+@tied_and_untied
+def test_fingerprints_that_were_written_down_stay_valid(tied):
+    """Records and factor files hold them: another one for the same weights would make all of them strangers'."""
+    gpt2 = tiny_gpt2(n_layer=1, tie_word_embeddings=tied)
+    for number, (_, parameter) in enumerate(sorted(gpt2.named_parameters())):
+        parameter.copy_(torch.arange(parameter.numel()).view(parameter.shape) % 251 + number)
+    assert fingerprint(gpt2) == WRITTEN_DOWN[tied]
+
+
+WRITTEN_DOWN = {
+    True: "bd76e30cdbd732d249f20285ea28885e1c5b92590c1d4c2d4d84bb960f8fc00e",
+    False: "26d0e7a9d603d0e91be1d1fe4330e93b970e6be321df5e8f12dfe304d4192146",
+}
 
 
 def test_fingerprint_tells_ties_apart():

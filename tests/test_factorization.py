@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from factorized_gpt2 import Factors, factorize, factorize_ranks
+from factorized_gpt2.factorization import explained_shares
 
 
 def random_matrix(rows: int, columns: int, seed: int = 0, offset: float = 0.0) -> np.ndarray:
@@ -113,6 +114,26 @@ def test_explained_share_never_exceeds_one():
     assert min(shares) > 1 - 1e-12
 
 
+@pytest.mark.parametrize(("rows", "columns"), [(99, 32), (20, 32), (2, 5)])
+def test_shares_are_those_of_each_rank(rows, columns):
+    weight = random_matrix(rows, columns)
+    shares = explained_shares(weight)
+    ranks = range(1, min(rows, columns) + 1)
+    assert shares.dtype == np.float64
+    assert shares.tolist() == pytest.approx([factorize(weight, rank).explained_variance_ratio for rank in ranks])
+    assert shares.max() <= 1.0
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_constant_matrix_has_nothing_to_lose_at_any_rank():
+    assert explained_shares(np.full((9, 4), 2.5)).tolist() == [1.0] * 4
+
+
+def test_shares_of_a_bad_matrix_are_refused():
+    with pytest.raises(ValueError, match=r"^the token embedding contains NaN"):
+        explained_shares(np.full((9, 4), np.nan))
+
+
 def test_components_are_orthonormal_and_shared_by_the_tied_head():
     factors = factorize(random_matrix(99, 32), 12)
     np.testing.assert_allclose(factors.scale_up @ factors.scale_up.T, np.eye(12), atol=1e-6)
@@ -178,6 +199,7 @@ def test_a_large_mean_costs_no_accuracy():
     np.testing.assert_allclose(input_side(factors), best, atol=1e-4)
 
 
+@pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("value", [0.0, 2.5])
 def test_a_constant_matrix_is_its_mean(value):
     factors = factorize(np.full((9, 4), value, dtype=np.float32), 2)
@@ -193,7 +215,7 @@ def test_a_constant_matrix_is_its_mean(value):
         (np.ones((9, 4)), [5], "Rank 5 is out of range"),
         (np.ones((3, 4)), [4], "Rank 4 is out of range"),
         (np.ones((9, 4)), [2, 5], "Rank 5 is out of range"),
-        (np.ones((9, 4)), [], "No rank"),
+        (np.ones((9, 4)), [], r"^No rank given\.$"),
         (np.array([[1.0, np.nan], [0.0, 1.0]]), [1], "the token embedding contains NaN"),
         (np.array([[1.0, np.inf], [0.0, 1.0]]), [1], "the token embedding contains NaN or inf"),
         (np.ones((1, 4)), [1], r"with V >= 2, got shape \(1, 4\)"),
