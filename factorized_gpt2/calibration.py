@@ -9,6 +9,7 @@ from torch import nn
 
 from .data import collate_blocks
 from .data_aware_factorization import VocabularyUse
+from .errors import UserError
 from .modeling_factorized_gpt2 import FactorizedGPT2
 from .progress import Progress
 from .row_fit import Side
@@ -59,6 +60,9 @@ def calibrate(
 
     Returns:
         The use of its vocabulary.
+
+    Raises:
+        UserError: The baseline computes NaN or infinity on the text.
     """
     trunk, head = _float32_parts(model, device)
     generator = torch.Generator(device).manual_seed(seed)
@@ -67,6 +71,10 @@ def calibrate(
         ids = collate_blocks([row])["input_ids"].to(device)
         embedded = trunk.wte(ids).detach().requires_grad_(True)
         hidden = trunk(inputs_embeds=embedded, use_cache=False).last_hidden_state[0]  # [T, d]
+        if not torch.isfinite(hidden).all():
+            raise UserError(
+                "The baseline computes NaN or infinity on the calibration text: its weights are too large."
+            )
         draws, variances, upstream = _draw(hidden.detach(), head, generator)
         (gradients,) = torch.autograd.grad(hidden, embedded, upstream)
         values = (ids[0], hidden.detach(), gradients[0], draws, variances)

@@ -1,6 +1,8 @@
 """Refinement: the vocabulary's factors alone, trained for a few steps to match the baseline's predictions."""
 
 import copy
+import logging
+import math
 import tempfile
 
 import torch
@@ -11,10 +13,14 @@ from .adapters import set_dropout
 from .calibration import spread_blocks
 from .data import collate_blocks
 from .distillation import Distillation
+from .errors import UserError
 from .evaluation import is_vocabulary
+from .health import TrainingFailure
 from .modeling_factorized_gpt2 import FactorizedGPT2
 from .progress import StepProgress
 from .trainer import FactorizedTrainer
+
+logger = logging.getLogger(__name__)
 
 TOKENS_PER_STEP = 2048
 LARGEST_LEARNING_RATE = 3e-3
@@ -40,7 +46,11 @@ def refine(
         progress: Whether to show a bar.
 
     Returns:
-        The refined model, in evaluation mode, in the dtype and on the device of `model`.
+        The refined model, in evaluation mode, in the dtype and on the device of `model`. One that ended further from
+        the baseline than it began is warned of.
+
+    Raises:
+        UserError: NaN or infinity on the way.
     """
     student = copy.deepcopy(model).float()
     for name, weight in student.named_parameters():
@@ -48,7 +58,8 @@ def refine(
     set_dropout(student, 0.0)
     blocks = spread_blocks(blocks, steps * TOKENS_PER_STEP)
     distillation = Distillation(copy.deepcopy(baseline), weight=1.0)
-    divergence = _divergence(student, distillation, spread_blocks(blocks, 2 * TOKENS_PER_STEP))
+    measured = spread_blocks(blocks, 2 * TOKENS_PER_STEP)
+    divergence = _finite(_divergence(student, distillation, measured), "before its first step")
     with tempfile.TemporaryDirectory() as folder:
         arguments = TrainingArguments(
             output_dir=folder,
@@ -64,6 +75,7 @@ def refine(
             report_to="none",
             save_strategy="no",
             logging_strategy="no",
+            logging_nan_inf_filter=False,
             disable_tqdm=True,
             dataloader_pin_memory=False,
         )
@@ -79,7 +91,17 @@ def refine(
         trainer.remove_callback(PrinterCallback)
         if progress:
             trainer.add_callback(StepProgress("Refining"))
-        trainer.train()
+        try:
+            trainer.train()
+        except TrainingFailure as failure:
+            raise UserError(f"Refinement failed. {failure.problem} Compress without it.") from failure
+    reached = _finite(_divergence(student, distillation, measured), "after its last step")
+    if reached > divergence:
+        logger.warning(
+            "Refinement for %d steps led away from the baseline: from %.4f nats a token to %.4f, over %d tokens of "
+            "its text. Give it more text, or other steps.",
+            *(steps, divergence, reached, sum(len(row) for row in measured["input_ids"])),
+        )
     refined = copy.deepcopy(model)
     refined.load_state_dict(student.state_dict())
     return refined.eval()
@@ -95,3 +117,9 @@ def _divergence(student: FactorizedGPT2, distillation: Distillation, blocks: Dat
         nats += student(batch["input_ids"], row_loss=distillation.row_loss(**batch), use_cache=False).loss.item()
         tokens += batch["labels"].numel() - 1
     return nats / tokens
+
+
+def _finite(divergence: float, when: str) -> float:
+    if not math.isfinite(divergence):
+        raise UserError(f"Refinement failed: the divergence from the baseline is {divergence} {when}.")
+    return divergence

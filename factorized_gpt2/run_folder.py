@@ -15,6 +15,7 @@ from .errors import UserError
 from .files import read_json, write_json
 from .modeling_factorized_gpt2 import FactorizedGPT2
 from .results import RESULTS_NAME, Results
+from .verification import verify_saved
 
 logger = logging.getLogger(__name__)
 
@@ -28,8 +29,6 @@ _IMMATERIAL = (
     *("push_to_hub", "hub_model_id", "hub_base_model_id", "hub_private_repo", "hub_revision", "hub_strategy"),
     *("dataloader_num_workers", "dataloader_pin_memory", "preprocessing_num_workers", "per_device_eval_batch_size"),
 )
-
-TOLERANCE = 1e-4  # largest difference of a logit, float32, between an adapter and the model it merged into
 
 
 def weights_fingerprint(name_or_path: str | None) -> str | None:
@@ -103,7 +102,7 @@ def finish(
     probe: torch.Tensor,
     expected: torch.Tensor,
 ) -> int:
-    """Save the plain model and its tokenizer, and reload them to see that they are what was trained.
+    """Save the plain model and its tokenizer, once the reloaded model has been seen to be what was trained.
 
     Every file is written beside its place first and then moved there.
 
@@ -118,31 +117,20 @@ def finish(
         Bytes of the weight files.
 
     Raises:
+        UserError: The trained model's logits are NaN or infinite.
         RuntimeError: The reloaded model's logits differ.
     """
     with tempfile.TemporaryDirectory(prefix=".model.", dir=output_dir) as temporary:
         model.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
+        difference = verify_saved(Path(temporary), probe, expected, model.device, name=output_dir)
         for path in sorted(Path(temporary).rglob("*")):  # a tokenizer can have a folder of its own
             if path.is_file():
                 place = output_dir / path.relative_to(temporary)
                 place.parent.mkdir(exist_ok=True)
                 path.replace(place)
-    reloaded = FactorizedGPT2.from_pretrained(output_dir).to(model.device)
-    difference = (probe_logits(reloaded, probe) - expected).abs().max().item()
-    if not difference <= TOLERANCE * max(1.0, expected.abs().max().item()):
-        raise RuntimeError(
-            f"The model saved in {output_dir} is not the trained one: logits differ by {difference:.2e}."
-        )
     logger.info("Saved and reloaded %s: logits differ by at most %.1e", output_dir, difference)
     return sum(path.stat().st_size for path in _weight_files(output_dir))
-
-
-@torch.no_grad()
-def probe_logits(model: torch.nn.Module, input_ids: torch.Tensor) -> torch.Tensor:
-    """Compute logits in evaluation mode, (B, T, V) float32 on the CPU."""
-    device = next(model.parameters()).device
-    return model.eval()(input_ids=input_ids.to(device), use_cache=False).logits.float().cpu()
 
 
 def _weight_files(folder: Path) -> list[Path]:

@@ -18,6 +18,7 @@ from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 from .distillation import Distillation
 from .errors import UserError
 from .evaluation import LossSum, perplexity, sum_loss
+from .health import TrainingHealth
 from .modeling_factorized_gpt2 import FactorizedGPT2Block
 
 
@@ -30,7 +31,7 @@ class FactorizedTrainer(Trainer):
         **kwargs: What `Trainer` takes.
 
     Raises:
-        UserError: Distillation in one process with several GPUs.
+        UserError: Distillation in one process with several GPUs; later, training that goes wrong (`TrainingHealth`).
     """
 
     def __init__(self, distillation: Distillation | None = None, **kwargs: Any):
@@ -41,6 +42,8 @@ class FactorizedTrainer(Trainer):
         # Sharding replaces a model's parameters for good; this one stays as it was built.
         self._whole = copy.deepcopy(self.model).cpu() if self.is_fsdp_enabled else None
         self._compile_blocks()
+        self._health = TrainingHealth(self.args.output_dir, self.model.config.vocab_size)
+        self.add_callback(self._health)
         self.evaluation_seconds = 0.0
         self.distillation = distillation
         if distillation is not None:
@@ -100,6 +103,13 @@ class FactorizedTrainer(Trainer):
                 "loaded. Remove that folder, and the run goes on from the checkpoint before."
             ) from error
 
+    def _maybe_log_save_evaluate(
+        self, tr_loss: torch.Tensor, grad_norm: torch.Tensor | float | None, *args: Any, **kwargs: Any
+    ) -> None:
+        """See that a step went well before it is logged, evaluated or saved."""
+        self._health.check_step(self, tr_loss, grad_norm)
+        super()._maybe_log_save_evaluate(tr_loss, grad_norm, *args, **kwargs)
+
     @cached_property
     def _parameters_but_embeddings(self) -> int:
         return self.model.num_parameters(exclude_embeddings=True)
@@ -133,5 +143,6 @@ class FactorizedTrainer(Trainer):
         nats, tokens = self.accelerator.reduce(totals, "sum").tolist()
         self.evaluation_seconds += time.perf_counter() - began
         total = LossSum(nats, int(tokens))
+        self._health.check_evaluation(total.loss, self.state.global_step)
         metrics = {f"{metric_key_prefix}_loss": total.loss, f"{metric_key_prefix}_perplexity": perplexity(total.loss)}
         return EvalLoopOutput(predictions=None, label_ids=None, metrics=metrics, num_samples=len(blocks))

@@ -25,9 +25,10 @@ from .modeling_factorized_gpt2 import FactorizedGPT2
 from .progress import LogLines
 from .provenance import device_name, git_commit, peak_memory_bytes, versions
 from .results import Results
-from .run_folder import ADAPTER_NAME, BASE_NAME, claim, finish, mark, probe_logits, weights_fingerprint
+from .run_folder import ADAPTER_NAME, BASE_NAME, claim, finish, mark, weights_fingerprint
 from .tracking import finish_tracking, start_tracking
 from .trainer import FactorizedTrainer
+from .verification import probe_logits
 
 logger = logging.getLogger(__name__)
 

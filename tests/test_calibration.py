@@ -12,6 +12,7 @@ from torch.nn import functional
 from factorized_gpt2 import calibration as module
 from factorized_gpt2 import factorize, from_gpt2
 from factorized_gpt2.calibration import DRAWS, calibrate, compensated_head, count_tokens, spread_blocks
+from factorized_gpt2.errors import UserError
 
 COUNTS = np.arange(VOCAB_SIZE)
 
@@ -219,3 +220,10 @@ def test_compensation_changes_no_model_and_works_in_half_precision():
     np.testing.assert_array_equal(factors.scale_down, kept)
     expected = compensated_head(copy.deepcopy(compressed).float(), factors.scale_down, blocks, states)
     np.testing.assert_array_equal(scale_down, expected)
+
+
+def test_a_baseline_that_overflows_is_refused():
+    model = baseline()
+    model.transformer.h[1].mlp.mlp_up.weight.data.fill_(1e38)
+    with pytest.raises(UserError, match="computes NaN or infinity on the calibration text"):
+        calibrate(model, random_blocks(2), COUNTS)

@@ -1,5 +1,6 @@
 """Baseline folders to factor files and compressed models, as `compress.py` makes them."""
 
+import copy
 import json
 import shutil
 
@@ -260,3 +261,28 @@ def test_bad_baselines(stock_folder, tmp_path, kind, complaint):
     with pytest.raises(UserError, match=complaint) as caught:
         load_baseline(str(tmp_path / "broken"))
     assert "\n" not in str(caught.value)
+
+
+def test_a_compressed_model_is_reloaded_before_it_is_kept(stock_folder, tmp_path, monkeypatch):
+    save = FactorizedGPT2.save_pretrained
+
+    def save_something_else(model, folder, **options):
+        changed = copy.deepcopy(model)
+        changed.scale_down.weight.data[1, 2] += 0.01
+        save(changed, folder, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(FactorizedGPT2, "save_pretrained", save_something_else)
+        with pytest.raises(RuntimeError, match=r"saved for .*gpt_pca_nofinetune_k4 is not the one that was made"):
+            compress(arguments(stock_folder, tmp_path, "--ranks", 4))
+    assert not list(tmp_path.glob("gpt_*"))
+    compress(arguments(stock_folder, tmp_path, "--ranks", 4))
+
+
+def test_a_compressed_model_that_overflows_is_not_kept(stock_folder, tmp_path):
+    model = GPT2LMHeadModel.from_pretrained(stock_folder)
+    model.transformer.ln_f.weight.data.fill_(3e38)
+    model.save_pretrained(tmp_path / "large")
+    with pytest.raises(UserError, match=r"gpt_pca_nofinetune_k4 computes NaN or infinity and is not kept"):
+        compress(arguments(tmp_path / "large", tmp_path, "--ranks", 4, "--tokenizer", stock_folder))
+    assert not list(tmp_path.glob("gpt_*"))

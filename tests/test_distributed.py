@@ -50,7 +50,7 @@ def folder(tmp_path_factory, corpus):
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(root)
         for kind, config in kinds.items():
-            for way in ("", "-ddp", "-fsdp", "-machines"):
+            for way in ("", "-ddp", "-fsdp", "-machines", "-spoilt"):
                 path = root / f"{kind}{way}.json"
                 path.write_text(json.dumps(config | texts | {"output_dir": f"{kind}{way}"}))
             run_experiment(parse_run(["--config", str(root / f"{kind}.json")]))
@@ -68,6 +68,12 @@ def launch(folder, accelerate_config: str, *words, **changes) -> subprocess.Pope
     return subprocess.Popen(
         command, cwd=folder, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
     )
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
 
 
 def output_of(process: subprocess.Popen) -> str:
@@ -111,15 +117,30 @@ def test_fsdp(folder):
 
 
 def test_two_machines(folder):
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     machines = [
         launch(folder, "two_machines.yaml", "lora-machines.json", machine_rank=rank, main_process_port=port)
         for rank in (0, 1)
     ]
     assert "".join(map(output_of, machines)).count("validation loss") == 1
     assert same_curves(folder, "lora", "machines")
+
+
+def test_a_loss_that_is_nan_in_one_process_stops_all(folder):
+    """Without a launcher, which would end the other process itself."""
+    common = {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "WORLD_SIZE": "2"}
+    common |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    processes = []
+    for rank in "01":
+        environment = os.environ | common | {"RANK": rank, "LOCAL_RANK": rank}
+        command = [sys.executable, str(REPOSITORY / "tests/run_configs.py"), "--spoil", "scratch-spoilt.json"]
+        processes.append(subprocess.Popen(command, cwd=folder, env=environment, text=True, stderr=subprocess.PIPE))
+    for process in processes:
+        _, errors = process.communicate(timeout=300)
+        assert process.returncode == 2, errors[-3000:]
+        assert "at step 3: the training loss is NaN or infinite. There is no checkpoint." in errors
+    assert not list((folder / "scratch-spoilt").glob("checkpoint-*"))
+    assert not (folder / "scratch-spoilt/results.json").exists()
 
 
 def test_the_class_that_fsdp_wraps_is_the_models():

@@ -9,8 +9,10 @@ from conftest import NO_DROPOUT, VOCAB_SIZE, Terminal, tiny_model
 from datasets import Dataset
 
 from factorized_gpt2 import factorize, from_gpt2
+from factorized_gpt2 import refinement as module
 from factorized_gpt2.adapters import DROPOUTS
 from factorized_gpt2.conversion import vocabulary_matrices
+from factorized_gpt2.errors import UserError
 from factorized_gpt2.refinement import refine
 
 STEPS = 4
@@ -126,6 +128,37 @@ def test_the_text_is_used_from_its_beginning_to_its_end():
     changed = Dataset.from_dict({"input_ids": [*blocks()["input_ids"][:-1], [2] * 48]})
     one, other = (weights_of(refine(model, baseline, text, 1)) for text in (blocks(), changed))
     assert not torch.equal(one["scale_down.weight"], other["scale_down.weight"])
+
+
+def too_large(model):
+    """Give the last norm a weight at which logits overflow float32."""
+    model.transformer.ln_f.weight.data.fill_(1e38)
+    return model
+
+
+def test_a_model_that_cannot_be_compared_is_not_refined():
+    model, baseline = pair()
+    with pytest.raises(UserError, match=r"Refinement failed: the divergence .* is nan before its first step\."):
+        refine(too_large(model), baseline, blocks(), STEPS)
+
+
+def test_nan_on_the_way_is_an_error(monkeypatch):
+    model, baseline = pair()
+    monkeypatch.setattr(module, "LARGEST_LEARNING_RATE", 1e38)
+    with pytest.raises(UserError) as caught:
+        refine(model, baseline, blocks(), STEPS)
+    assert "Refinement failed. Training went wrong at step 2: the training loss is NaN or infinite." in str(
+        caught.value
+    )
+    assert str(caught.value).endswith("Compress without it.")
+
+
+@pytest.mark.parametrize(("rate", "is_warned"), [(3e-3, False), (3.0, True)])
+def test_refinement_that_leads_away_is_warned_of(monkeypatch, caplog, rate, is_warned):
+    monkeypatch.setattr(module, "LARGEST_LEARNING_RATE", rate)
+    refine(*pair(), blocks(), STEPS)
+    messages = [record.getMessage() for record in caplog.records if record.name == module.__name__]
+    assert ["led away from the baseline" in message for message in messages] == [True] * is_warned
 
 
 @pytest.mark.parametrize("progress", [False, True])

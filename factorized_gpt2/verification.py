@@ -1,0 +1,47 @@
+"""A saved model is what it was in memory, or it is not kept."""
+
+from pathlib import Path
+
+import torch
+
+from .errors import UserError
+from .modeling_factorized_gpt2 import FactorizedGPT2
+
+TOLERANCE = 1e-4  # largest difference of a logit, relative to the largest where that exceeds 1
+
+
+@torch.no_grad()
+def probe_logits(model: torch.nn.Module, input_ids: torch.Tensor) -> torch.Tensor:
+    """Compute logits in evaluation mode, (B, T, V) float32 on the CPU."""
+    device = next(model.parameters()).device
+    return model.eval()(input_ids=input_ids.to(device), use_cache=False).logits.float().cpu()
+
+
+def verify_saved(folder: Path, probe: torch.Tensor, expected: torch.Tensor, device: torch.device, name: Path) -> float:
+    """Reload a model that was just saved, and compare it with what was to be saved.
+
+    Args:
+        folder: Where it is.
+        probe: (B, T) int64 token ids.
+        expected: (B, T, V) float32, the logits that they must give: of the model in memory or, where adapters were
+            merged, of the model that still had them.
+        device: Where `expected` was computed.
+        name: The folder that errors name, if the model is yet to be moved there.
+
+    Returns:
+        The largest difference of a logit.
+
+    Raises:
+        UserError: The model in memory has logits that are NaN or infinite.
+        RuntimeError: The reloaded model's logits differ.
+    """
+    if not torch.isfinite(expected).all():
+        raise UserError(f"The model for {name} computes NaN or infinity and is not kept: see what it was made from.")
+    reloaded = FactorizedGPT2.from_pretrained(folder).to(device)
+    difference = (probe_logits(reloaded, probe) - expected).abs().max().item()
+    if not difference <= TOLERANCE * max(1.0, expected.abs().max().item()):
+        raise RuntimeError(
+            f"The model saved for {name} is not the one that was made: logits differ by {difference:.2e}. "
+            "It is not kept."
+        )
+    return difference
