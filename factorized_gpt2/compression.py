@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
@@ -24,13 +23,12 @@ from .factorization import Factors, explained_shares, factorize_ranks
 from .files import read_json, replacing_folder, write_json
 from .modeling_factorized_gpt2 import FactorizedGPT2
 from .refinement import refine
-from .verification import probe_logits, verify_saved
+from .verification import verify_copy
 
 logger = logging.getLogger(__name__)
 
 RECORD_NAME = "compression.json"
 METHODS = ("pca", *DATA_AWARE_METHODS)
-PROBE_TOKENS = 64  # to compare a saved model with the one in memory
 
 
 @dataclass(frozen=True)
@@ -182,10 +180,9 @@ class Compressor:
             UserError: The model's logits are NaN or infinite.
             RuntimeError: The reloaded model's logits differ.
         """
-        probe = _probe(model.config.vocab_size, model.config.n_positions)
         with replacing_folder(self.folder(rank)) as temporary:
             model.save_pretrained(temporary)
-            verify_saved(temporary, probe, probe_logits(model, probe), model.device, name=self.folder(rank))
+            verify_copy(model, temporary, name=self.folder(rank))
             self.tokenizer.save_pretrained(temporary)
             kept = {"explained_variance_ratio": share, "spectrum": [round(float(share), 6) for share in self.shares]}
             write_json(temporary / RECORD_NAME, self._record(rank) | kept)
@@ -263,12 +260,6 @@ class Compressor:
             return pca_factors(self.baseline, ranks, self.root, self.overwrite)
         embedding, head = self._matrices
         return factorize_ranks(embedding, ranks, head)
-
-
-def _probe(vocab_size: int, n_positions: int) -> torch.Tensor:
-    """Choose tokens from all over the vocabulary, (1, T) int64."""
-    length = min(PROBE_TOKENS, n_positions, vocab_size)
-    return torch.linspace(0, vocab_size - 1, length).long()[None]
 
 
 _WHAT_MAKES_A_MODEL = ("method", "tied", "refine_steps", "seed", "n_embd_wte", "calibration")

@@ -12,6 +12,7 @@ from accelerate.utils import TorchDynamoPlugin
 from datasets import Dataset
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.utils.data import DataLoader
 from transformers import Trainer
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
@@ -117,6 +118,13 @@ class FactorizedTrainer(Trainer):
     def floating_point_ops(self, inputs: dict[str, torch.Tensor]) -> int:
         """Estimate as `Trainer` does, with the parameters counted once and not in every step."""
         return 6 * inputs["input_ids"].numel() * self._parameters_but_embeddings
+
+    def get_eval_dataloader(self, eval_dataset: Dataset | None = None) -> DataLoader:
+        """Hand over the blocks as they are: `evaluation_loop` shares and batches them itself.
+
+        What an accelerator prepares, a loader for every evaluation, it keeps until the end.
+        """
+        return DataLoader(self.eval_dataset if eval_dataset is None else eval_dataset)
 
     def evaluation_loop(
         self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"

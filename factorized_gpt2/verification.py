@@ -7,6 +7,7 @@ import torch
 from .errors import UserError
 from .modeling_factorized_gpt2 import FactorizedGPT2
 
+PROBE_TOKENS = 64
 TOLERANCE = 1e-4  # largest difference of a logit, relative to the largest where that exceeds 1
 
 
@@ -45,3 +46,21 @@ def verify_saved(folder: Path, probe: torch.Tensor, expected: torch.Tensor, devi
             "It is not kept."
         )
     return difference
+
+
+def verify_copy(model: FactorizedGPT2, folder: Path, name: Path) -> None:
+    """Reload a model that was just saved as it is in memory, and compare the two on tokens of the whole vocabulary.
+
+    Args:
+        model: In memory; put into evaluation mode.
+        folder: Where it was saved.
+        name: The folder that errors name, if the model is yet to be moved there.
+
+    Raises:
+        UserError: The model in memory has logits that are NaN or infinite.
+        RuntimeError: The reloaded model's logits differ.
+    """
+    vocab_size = model.config.vocab_size
+    length = min(PROBE_TOKENS, model.config.n_positions, vocab_size)
+    probe = torch.linspace(0, vocab_size - 1, length).long()[None]
+    verify_saved(folder, probe, probe_logits(model, probe), model.device, name)

@@ -15,6 +15,7 @@ from ..files import replacing_folder
 from ..modeling_factorized_gpt2 import FactorizedGPT2
 from ..old_checkpoints import load_old_checkpoint
 from ..parsing import ManualParser
+from ..verification import verify_copy
 from .shell import run_command
 
 logger = logging.getLogger(__name__)
@@ -62,6 +63,7 @@ def import_checkpoint(argv: list[str]) -> None:
         _fit(model, tokenizer, arguments.cut_vocabulary)
     with replacing_folder(folder) as temporary:
         model.save_pretrained(temporary)
+        verify_copy(model, temporary, name=folder)
         if tokenizer is not None:
             tokenizer.save_pretrained(temporary)
     config = model.config

@@ -1,0 +1,242 @@
+"""Load: thousands of training steps and of `generate` calls in one process, threads on one model, the same seed twice.
+
+`python soak/load.py`; ends with exit code 1 and the names of what missed its bar.
+"""
+
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import psutil
+import torch
+from datasets import Dataset
+from same_seed import TINY, tiny_model
+from tqdm.auto import tqdm
+from transformers import LogitsProcessor, LogitsProcessorList, PrinterCallback, TrainerCallback
+
+from factorized_gpt2 import FactorizedGPT2
+from factorized_gpt2.adapters import DROPOUTS, add_lora
+from factorized_gpt2.arguments import LORA_TARGETS, RunArguments
+from factorized_gpt2.cli.shell import print_table, run_command
+from factorized_gpt2.data import collate_blocks
+from factorized_gpt2.files import read_json
+from factorized_gpt2.parsing import ManualParser
+from factorized_gpt2.trainer import FactorizedTrainer
+
+BLOCK_SIZE = 32
+BYTES_A_STEP = 1024  # that memory may grow by; a step's batch or a call's tokens and cache are more
+LOSS_TOLERANCE = 1e-6  # relative, of a sum that threads may split in another way
+
+
+@dataclass
+class LoadArguments:
+    """How much of each."""
+
+    steps: int = field(default=2000, metadata={"help": "Training steps, from scratch and as many of LoRA."})
+    calls: int = field(default=2000, metadata={"help": "Calls of generate."})
+    threads: int = field(default=8, metadata={"help": "Threads that use one model at once."})
+    twice: bool = field(default=True, metadata={"help": "Do what has a seed in two processes."})
+    bytes_a_step: float = field(
+        default=BYTES_A_STEP, metadata={"help": "Bytes a step, or a call, by which memory may grow."}
+    )
+
+
+@dataclass(frozen=True)
+class Check:
+    """A figure and its bar."""
+
+    name: str
+    figure: str
+    bar: str
+    holds: bool
+
+    def row(self) -> dict[str, str]:
+        """Lay out a row of the table."""
+        return {"figure": self.figure, "bar": self.bar, "": "holds" if self.holds else "MISSED", "what": self.name}
+
+
+class Memory:
+    """Resident memory of this process, looked at after every step; the first half is for warming up."""
+
+    def __init__(self):
+        self._process, self.samples = psutil.Process(), []
+
+    def look(self) -> None:
+        """Take a sample."""
+        self.samples.append(self._process.memory_info().rss)
+
+    def check(self, name: str, allowed: float) -> Check:
+        """Fit a line to the second half of the samples.
+
+        Args:
+            name: Of what was done.
+            allowed: Bytes a step by which the line may rise.
+        """
+        half = np.array(self.samples[len(self.samples) // 2 :], np.float64)
+        slope = np.polynomial.Polynomial.fit(np.arange(len(half)), half, 1).convert().coef[1]
+        figure = f"{slope:+.0f} B a step, {(half[-1] - half[0]) / 1e6:+.2f} MB, {half[-1] / 1e6:.0f} MB in all"
+        return Check(f"{name}: memory in the second half", figure, f"< {allowed:.0f} B a step", slope < allowed)
+
+
+def main(argv: list[str]) -> None:
+    """Do all of it, print a table, end with code 1 where a bar is missed."""
+    arguments = ManualParser(LoadArguments, prog="load.py", description=__doc__).parse(argv)[0]
+    checks = []
+    for name, is_lora in (("scratch", False), ("LoRA", True)):
+        memory = train(arguments.steps, is_lora)
+        checks.append(memory.check(f"{arguments.steps} steps, {name}", arguments.bytes_a_step))
+    checks.append(generate(arguments.calls).check(f"{arguments.calls} generate calls", arguments.bytes_a_step))
+    checks += use_in_threads(arguments.threads)
+    if arguments.twice:
+        checks += do_twice()
+    print_table([check.row() for check in checks])
+    missed = [check.name for check in checks if not check.holds]
+    if missed:
+        sys.exit(f"missed: {'; '.join(missed)}")
+
+
+class _Watch(TrainerCallback):
+    def __init__(self, memory: Memory, bar: tqdm):
+        self.memory, self.bar = memory, bar
+
+    def on_step_end(self, *args, **kwargs) -> None:
+        self.memory.look()
+        self.bar.update()
+
+
+def train(steps: int, is_lora: bool) -> Memory:
+    """Train a tiny model, with forty evaluations and checkpoints on the way."""
+    model, memory = tiny_model(), Memory()
+    if is_lora:
+        model = add_lora(model, 4, 8, 0.1, LORA_TARGETS)
+    ids = np.random.default_rng(0).integers(TINY["vocab_size"], size=(400, BLOCK_SIZE), dtype=np.int32)
+    blocks = Dataset.from_dict({"input_ids": ids}).with_format("numpy")
+    often = max(1, steps // 40)
+    with tempfile.TemporaryDirectory() as folder, tqdm(total=steps, desc="Training", leave=False) as bar:
+        trainer = FactorizedTrainer(
+            model=model,
+            args=RunArguments(
+                output_dir=folder,
+                max_steps=steps,
+                per_device_train_batch_size=4,
+                eval_strategy="steps",
+                eval_steps=often,
+                save_strategy="steps",
+                save_steps=often,
+                save_total_limit=2,
+                load_best_model_at_end=True,
+                metric_for_best_model="eval_loss",
+                logging_steps=10,
+                report_to="none",
+                disable_tqdm=True,
+                use_cpu=True,
+            ),
+            train_dataset=blocks,
+            eval_dataset=blocks.select(range(20)),
+            data_collator=collate_blocks,
+            callbacks=[_Watch(memory, bar)],
+        )
+        trainer.remove_callback(PrinterCallback)
+        trainer.train()
+    return memory
+
+
+class OwnNoise(LogitsProcessor):
+    """Sampling by a generator of its own: the largest of logits plus Gumbel noise is a draw from their softmax.
+
+    `do_sample` would draw from the process's one generator, from which threads take turns.
+    """
+
+    def __init__(self, seed: int):
+        self._generator = torch.Generator().manual_seed(seed)
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        """Add the noise."""
+        return scores - torch.empty_like(scores).exponential_(generator=self._generator).log()
+
+
+def _request(model: FactorizedGPT2, number: int) -> torch.Tensor:
+    """Generate for one of many requests: prompts, batches, lengths and ways to choose all differ."""
+    generator = torch.Generator().manual_seed(number)
+    batch, prompt = 1 + number % 4, 1 + number % 19
+    ids = torch.randint(2, TINY["vocab_size"], (batch, prompt), generator=generator)
+    ways = ({}, {"logits_processor": LogitsProcessorList([OwnNoise(number)])}, {"num_beams": 2})
+    options = {"max_new_tokens": 2 + number % 11, "pad_token_id": 1, "do_sample": False}
+    return model.generate(ids, attention_mask=torch.ones_like(ids), **options, **ways[number % 3])
+
+
+def generate(calls: int) -> Memory:
+    """Call `generate` again and again."""
+    model, memory = tiny_model().eval(), Memory()
+    for number in tqdm(range(calls), desc="Generating", leave=False):
+        _request(model, number)
+        memory.look()
+    return memory
+
+
+def _loss(model: FactorizedGPT2, number: int, is_training: bool) -> torch.Tensor:
+    """Compute a loss, and in training the norms of its gradients by all weights."""
+    ids = torch.randint(2, TINY["vocab_size"], (3, 20), generator=torch.Generator().manual_seed(number))
+    if not is_training:
+        with torch.no_grad():
+            return model(ids, labels=ids).loss[None]
+    loss = model(ids, labels=ids).loss
+    gradients = torch.autograd.grad(loss, list(model.parameters()))
+    return torch.stack([loss.detach(), *(gradient.norm() for gradient in gradients)])
+
+
+def use_in_threads(threads: int) -> Iterator[Check]:
+    """Compare what many threads get from one model at once with what one gets."""
+    # Dropout would draw from the process's one generator.
+    model = tiny_model(**dict.fromkeys(DROPOUTS, 0.0))
+    kinds: dict[str, tuple[bool, Callable]] = {
+        "generate, greedy, sampled, by beams": (False, partial(_request, model)),
+        "loss": (False, partial(_loss, model, is_training=False)),
+        "loss and gradients in training": (True, partial(_loss, model, is_training=True)),
+    }
+    for name, (is_training, function) in kinds.items():
+        model.train(is_training)
+        numbers = range(6 * threads)
+        expected = [function(number) for number in numbers]
+        with ThreadPoolExecutor(threads) as pool:
+            found = list(tqdm(pool.map(function, numbers), desc=f"{threads} threads", total=len(numbers), leave=False))
+        if is_training or name == "loss":
+            pairs = zip(found, expected, strict=True)
+            worst = max(((one - other).abs() / other.abs().clamp(min=1e-3)).max().item() for one, other in pairs)
+            figure, bar, holds = f"differ by {worst:.1e}", f"<= {LOSS_TOLERANCE:.0e}", worst <= LOSS_TOLERANCE
+        else:
+            same = sum(map(torch.equal, found, expected))
+            figure, bar, holds = f"{same} equal", f"{len(numbers)}", same == len(numbers)
+        yield Check(f"{threads} threads and one: {name}", figure, bar, holds)
+
+
+def do_twice() -> Iterator[Check]:
+    """Do everything that has a seed in two processes, and compare what they made."""
+    with tempfile.TemporaryDirectory() as folder:
+        outputs = [Path(folder) / f"{number}.json" for number in (1, 2)]
+        with ThreadPoolExecutor() as pool:
+            made = list(tqdm(pool.map(_make, outputs), desc="The same seed twice", total=2, leave=False))
+    one, other = made
+    for name, digest in one.items():
+        yield Check(f"two processes: {name}", f"{digest[:12]} {other[name][:12]}", "equal", digest == other[name])
+
+
+def _make(output: Path) -> dict[str, str]:
+    """Run `same_seed.py` in a process of its own, with an order of sets of its own."""
+    command = [sys.executable, str(Path(__file__).with_name("same_seed.py")), str(output)]
+    environment = os.environ | {"PYTHONHASHSEED": output.stem}
+    finished = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    if finished.returncode:
+        sys.exit(f"same_seed.py ended badly: {finished.stderr.strip().splitlines()[-1]}")
+    return read_json(output)
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main))
