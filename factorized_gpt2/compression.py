@@ -88,6 +88,11 @@ class Recipe:
         return self.method != "pca" or self.refine_steps > 0
 
 
+def compressed_folder(root: Path, rank: int, label: str = "pca", is_refined: bool = False) -> Path:
+    """Name the folder of a compressed model in the folder of all."""
+    return root / f"gpt_{label}{'' if is_refined else '_nofinetune'}_k{rank}"
+
+
 class Compressor:
     """Makes compressed models of one baseline by one recipe; what does not depend on the rank is computed once.
 
@@ -140,8 +145,7 @@ class Compressor:
 
     def folder(self, rank: int) -> Path:
         """Where the model of some rank is kept; for PCA alone, under the protocol's name."""
-        trained = "" if self.recipe.refine_steps else "_nofinetune"
-        return self.root / f"gpt_{self.label}{trained}_k{rank}"
+        return compressed_folder(self.root, rank, self.label, self.recipe.refine_steps > 0)
 
     def factorize_ahead(self, ranks: Sequence[int]) -> None:
         """Factorize at ranks that will be made, with one decomposition.
@@ -206,13 +210,15 @@ class Compressor:
         """Load the compressed model of a rank if its folder was made from this baseline in this way.
 
         Raises:
-            UserError: A rank out of range; the folder holds something else, unless `overwrite`.
+            UserError: A rank out of range; the folder holds another compressed model, unless `overwrite`, or none.
         """
         self.baseline.check_ranks([rank])
         folder = self.folder(rank)
         if not (folder.exists() and any(folder.iterdir())):
             return None
-        stored = read_json(folder / RECORD_NAME) if (folder / RECORD_NAME).exists() else {}
+        if not (folder / RECORD_NAME).exists():
+            raise UserError(f"{folder} holds something else than a compressed model; remove it.")
+        stored = read_json(folder / RECORD_NAME)
         asked = self._record(rank)
         if stored.get("baseline_fingerprint") != asked["baseline_fingerprint"]:
             difference = f"was not made from {self.baseline.name}"

@@ -54,7 +54,11 @@ def pca_factors(baseline: Baseline, ranks: Sequence[int], root: Path, overwrite:
 
 
 def write_factors(folder: Path, factors: Factors, baseline: Baseline) -> None:
-    """Write `wte_pca_k{k}.npy` and, with all that belongs to it, `scale_mats_pca_k{k}.npz`; float32."""
+    """Write `wte_pca_k{k}.npy` and, with all that belongs to it, `scale_mats_pca_k{k}.npz`; float32.
+
+    While they do not belong together the second, without which the first does not count, is not there.
+    """
+    _scales_path(folder, factors.rank).unlink(missing_ok=True)
     with replacing_file(_wte_path(folder, factors.rank)) as path:
         np.save(path, factors.wte, allow_pickle=False)
     arrays = {

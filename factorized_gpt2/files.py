@@ -1,9 +1,15 @@
-"""Writing files and folders so that they are there whole or not at all."""
+"""Writing files and folders so that they are there whole or not at all, whenever the writer or the power is cut off.
 
+What is written goes under a temporary name beside its place, is flushed to the disk and then renamed. A writer that is
+killed leaves at most such a temporary name, which `sweep` clears away.
+"""
+
+import errno
 import json
 import os
+import re
+import secrets
 import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,36 +17,147 @@ from typing import Any
 
 from .errors import UserError
 
+_TEMPORARY = re.compile(r"\.(?P<name>.+)\.[0-9a-f]{8}\.(?P<kind>partial|old)(\.\w+)?")
+_REFUSALS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
+_FULL_BYTES = 1 << 20  # a disk with less room than this counts as full
+
 
 @contextmanager
 def replacing_file(path: Path) -> Iterator[Path]:
-    """Yield a temporary path beside `path`; rename it there when the block ends well, else remove it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp{path.suffix}")
-    try:
+    """Yield a temporary path beside `path`; rename it there when the block ends well, else remove it.
+
+    Raises:
+        UserError: The file cannot be written, as on a full disk.
+    """
+    temporary = _beside(path, "partial", path.suffix)
+    with _writing(path, temporary):
+        path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+        put_in_place(temporary, path)
 
 
 @contextmanager
 def replacing_folder(path: Path) -> Iterator[Path]:
-    """Yield an empty folder beside `path`; put it in the place of `path` when the block ends well, else remove it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
-    try:
+    """Yield an empty folder beside `path`; put it in the place of `path` when the block ends well, else remove it.
+
+    Raises:
+        UserError: The folder cannot be written, as on a full disk.
+    """
+    temporary = _beside(path, "partial")
+    with _writing(path, temporary):
+        temporary.mkdir(parents=True)
         yield temporary
-        temporary.chmod(0o755)
-        if path.exists():
-            old = temporary.with_suffix(".old")
-            path.rename(old)
+        put_in_place(temporary, path)
+
+
+@contextmanager
+def filling_folder(path: Path, last: str) -> Iterator[Path]:
+    """Yield an empty folder in `path`; move its files to `path` when the block ends well, else remove them.
+
+    Args:
+        path: Other files in it stay.
+        last: The file without which the others do not count, which is moved after them.
+
+    Raises:
+        UserError: The files cannot be written, as on a full disk.
+    """
+    temporary = _beside(path / last, "partial")
+    with _writing(path, temporary):
+        temporary.mkdir(parents=True)
+        yield temporary
+        _flush(temporary)
+        files = [file for file in temporary.rglob("*") if file.is_file()]  # a tokenizer can have a folder of its own
+        for file in sorted(files, key=lambda file: file == temporary / last):
+            place = path / file.relative_to(temporary)
+            place.parent.mkdir(exist_ok=True)
+            os.replace(file, place)
+        _flush_names(path)
+
+
+def put_in_place(temporary: Path, path: Path) -> None:
+    """Flush a file or folder to the disk, and rename it to `path`, in the place of what may be there."""
+    _flush(temporary)
+    if path.is_dir():
+        old = _beside(path, "old")
+        path.rename(old)
+        try:
             temporary.rename(path)
-            shutil.rmtree(old)
+        finally:
+            if not path.exists():
+                old.rename(path)
+        remove_folder(old)
+    else:
+        os.replace(temporary, path)
+    _flush_names(path.parent)
+
+
+def remove_folder(path: Path) -> None:
+    """Remove a folder so that it is gone at once and never half there."""
+    trash = _beside(path, "partial")
+    path.rename(trash)
+    _remove(trash)
+
+
+def sweep(folder: Path) -> None:
+    """Clear away what killed writers left in a folder, and put back what one of them was about to replace.
+
+    Only for one who writes there alone.
+    """
+    for path in folder.glob(".*"):
+        match = _TEMPORARY.fullmatch(path.name)
+        if match is None:
+            continue
+        original = folder / match["name"]
+        if match["kind"] == "old" and not original.exists():
+            path.rename(original)
         else:
-            temporary.rename(path)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+            _remove(path)
+
+
+@contextmanager
+def explaining_refusals(path: Path) -> Iterator[None]:
+    """Turn what a full disk or the like makes of writing `path` into an error that says so.
+
+    Raises:
+        UserError: Naming `path`. Errors of other kinds pass as they are.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        reason = refusal(error)
+        # Libraries tell of a full disk in words of their own, or in none.
+        if reason is None and ("No space left" in str(error) or _free_bytes(path.parent) < _FULL_BYTES):
+            reason = os.strerror(errno.ENOSPC)
+        if reason is None:
+            raise
+        raise UserError(f"{path} cannot be written: {reason}. Mend that, and give the same command again.") from error
+
+
+def refusal(error: Exception) -> str | None:
+    """Say in a line why the system refused to read or write; `None` for errors of another kind."""
+    is_refusal = isinstance(error, OSError) and error.errno in _REFUSALS
+    return os.strerror(error.errno) if is_refusal else None
+
+
+def require_space(folder: Path, needed: int, purpose: str) -> None:
+    """See that there is room for what will be written.
+
+    Args:
+        folder: Need not exist yet.
+        needed: Bytes, at least.
+        purpose: What needs them.
+
+    Raises:
+        UserError: There is less.
+    """
+    free = _free_bytes(folder)
+    if free < needed:
+        raise UserError(
+            f"{folder} has {free / 1e9:.2f} GB of room, and {purpose} needs {needed / 1e9:.2f} GB: make room, or "
+            "choose another folder."
+        )
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -66,3 +183,53 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def _refuse_constant(name: str) -> None:
     raise ValueError(f"{name} is not a number that JSON knows.")
+
+
+def _beside(path: Path, kind: str, suffix: str = "") -> Path:
+    """Make up a temporary name: with a suffix where a library looks at it."""
+    return path.with_name(f".{path.name}.{secrets.token_hex(4)}.{kind}{suffix}")
+
+
+@contextmanager
+def _writing(path: Path, temporary: Path) -> Iterator[None]:
+    try:
+        with explaining_refusals(path):
+            yield
+    finally:
+        _remove(temporary)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _free_bytes(folder: Path) -> int:
+    """Measure the room where a folder is, or will be."""
+    folder = folder.absolute()
+    return shutil.disk_usage(next(path for path in (folder, *folder.parents) if path.is_dir())).free
+
+
+def _flush(path: Path) -> None:
+    """Have the system put a file, or all that a folder holds, on the disk."""
+    for file in path.rglob("*") if path.is_dir() else [path]:
+        if file.is_file():
+            with file.open("r+b") as opened:
+                os.fsync(opened.fileno())
+        else:
+            _flush_names(file)
+    if path.is_dir():
+        _flush_names(path)
+
+
+def _flush_names(folder: Path) -> None:
+    """Have the system put on the disk which names a folder holds; Windows has no way to."""
+    if os.name == "nt":
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -11,6 +11,7 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 
+from .files import replacing_file
 from .results import Results
 
 FAMILIES = {
@@ -212,9 +213,10 @@ def _saved_axes(path: Path, panels: int = 1) -> Iterator[list[Axes]]:
         axes.grid(alpha=0.3)
     try:
         yield list(grid[0])
-        figure.savefig(path.with_suffix(".png"), dpi=150)
+        with replacing_file(path.with_suffix(".png")) as temporary:
+            figure.savefig(temporary, dpi=150)
         # Without a date and random names, the same results give the same file.
-        with matplotlib.rc_context({"svg.hashsalt": path.stem}):
-            figure.savefig(path.with_suffix(".svg"), metadata={"Date": None})
+        with replacing_file(path.with_suffix(".svg")) as temporary, matplotlib.rc_context({"svg.hashsalt": path.stem}):
+            figure.savefig(temporary, metadata={"Date": None})
     finally:
         plt.close(figure)

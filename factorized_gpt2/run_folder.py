@@ -2,17 +2,17 @@
 
 import hashlib
 import logging
-import shutil
-import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import PreTrainedTokenizerBase
+from transformers.utils import CONFIG_NAME
 
-from .arguments import Run, default_settings
+from .arguments import Run, RunArguments, default_settings
+from .compression import RECORD_NAME, compressed_folder
 from .errors import UserError
-from .files import read_json, write_json
+from .files import filling_folder, read_json, remove_folder, write_json
 from .modeling_factorized_gpt2 import FactorizedGPT2
 from .results import RESULTS_NAME, Results
 from .verification import verify_saved
@@ -55,18 +55,17 @@ def claim(run: Run) -> Results | None:
         The results, if the run finished there before.
 
     Raises:
-        UserError: It holds a run with other settings, or from another start, and may not be replaced.
+        UserError: It holds something else than a run; or a run with other settings, or from another start, which may
+            not be replaced.
     """
     output_dir = Path(run.training.output_dir)
-    settings_path, results_path = output_dir / SETTINGS_NAME, output_dir / RESULTS_NAME
+    settings_path = output_dir / SETTINGS_NAME
+    if not settings_path.exists():
+        _refuse_foreign(run)
+        return None
     if run.training.overwrite_output_dir:
         if run.training.should_save:
-            for checkpoint in output_dir.glob("checkpoint-*"):
-                shutil.rmtree(checkpoint)
-            results_path.unlink(missing_ok=True)
-            settings_path.unlink(missing_ok=True)
-        return None
-    if not settings_path.exists():
+            _clear(output_dir)
         return None
     stored, asked, defaults = read_json(settings_path), _identity(run), default_settings()
     # A setting that came with a later version counts as having had its default.
@@ -77,6 +76,42 @@ def claim(run: Run) -> Results | None:
             "--output_dir, or replace it with --overwrite_output_dir."
         )
     return Results.read(output_dir)
+
+
+def _refuse_foreign(run: Run) -> None:
+    output_dir = Path(run.training.output_dir)
+    start = compressed_folder(output_dir.parent, run.model.n_embd_wte) if run.model.baseline else run.model.compressed
+    if start is not None and Path(start) == output_dir and not run.training.do_train:
+        return  # a compressed model, recorded where it is
+    names = sorted(path.name for path in output_dir.glob("[!.]*"))
+    if names:
+        raise UserError(
+            f"{output_dir} holds {names[0]} and is no run's folder: choose another --output_dir, or empty this one."
+        )
+
+
+def _clear(output_dir: Path) -> None:
+    """Remove what makes a run's folder finished, loadable or going on; `mark` then replaces whose it is."""
+    (output_dir / RESULTS_NAME).unlink(missing_ok=True)
+    if not (output_dir / RECORD_NAME).exists():
+        (output_dir / CONFIG_NAME).unlink(missing_ok=True)
+    for path in [*output_dir.glob("checkpoint-*"), *output_dir.glob("damaged-checkpoint-*")]:
+        remove_folder(path)
+
+
+def least_bytes(model: torch.nn.Module, training: RunArguments) -> int:
+    """Estimate from below how much a run will write: the model, and the checkpoints it keeps while it writes another.
+
+    Args:
+        model: To be trained, with its adapters.
+        training: What is saved, how often, and by which optimizer it is trained.
+    """
+    whole = sum(parameter.nbytes for parameter in model.parameters())
+    if not training.do_train or training.save_strategy == "no":
+        return whole
+    trained = sum(parameter.nbytes for parameter in model.parameters() if parameter.requires_grad)
+    moments = 2 if training.optim in ("adamw_torch", "adamw_torch_fused") else 0
+    return whole + trained * (1 + moments)
 
 
 def mark(run: Run) -> None:
@@ -120,15 +155,10 @@ def finish(
         UserError: The trained model's logits are NaN or infinite.
         RuntimeError: The reloaded model's logits differ.
     """
-    with tempfile.TemporaryDirectory(prefix=".model.", dir=output_dir) as temporary:
+    with filling_folder(output_dir, last=CONFIG_NAME) as temporary:  # without its config, no model is loaded
         model.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
         difference = verify_saved(Path(temporary), probe, expected, model.device, name=output_dir)
-        for path in sorted(Path(temporary).rglob("*")):  # a tokenizer can have a folder of its own
-            if path.is_file():
-                place = output_dir / path.relative_to(temporary)
-                place.parent.mkdir(exist_ok=True)
-                path.replace(place)
     logger.info("Saved and reloaded %s: logits differ by at most %.1e", output_dir, difference)
     return sum(path.stat().st_size for path in _weight_files(output_dir))
 

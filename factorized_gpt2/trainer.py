@@ -13,9 +13,9 @@ from datasets import Dataset
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.utils.data import DataLoader
-from transformers import Trainer
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
+from .checkpoints import CheckpointingTrainer
 from .distillation import Distillation
 from .errors import UserError
 from .evaluation import LossSum, perplexity, sum_loss
@@ -23,7 +23,7 @@ from .health import TrainingHealth
 from .modeling_factorized_gpt2 import FactorizedGPT2Block
 
 
-class FactorizedTrainer(Trainer):
+class FactorizedTrainer(CheckpointingTrainer):
     """`Trainer` whose evaluation loss is the mean over all tokens of the split, whatever batch or world size.
 
     Args:

@@ -9,7 +9,6 @@ from typing import Any
 from datasets import Dataset, IterableDataset
 from peft import PeftModel
 from transformers import PreTrainedTokenizerBase, PrinterCallback, set_seed
-from transformers.trainer_utils import get_last_checkpoint
 
 from .adapters import DROPOUTS, add_lora, merge, set_dropout, untie_head
 from .arguments import ModelArguments, Run
@@ -20,12 +19,14 @@ from .data import collate_blocks, load_blocks, load_tokenizer, stream_blocks
 from .distillation import Distillation
 from .errors import UserError
 from .evaluation import model_size, perplexity
-from .files import read_json, replacing_folder
+from .files import read_json, replacing_folder, require_space
+from .folder_lock import compress_alone, run_alone
+from .interruption import PostponedStop, StopWhenSaved
 from .modeling_factorized_gpt2 import FactorizedGPT2
 from .progress import LogLines
 from .provenance import device_name, git_commit, peak_memory_bytes, versions
 from .results import Results
-from .run_folder import ADAPTER_NAME, BASE_NAME, claim, finish, mark, weights_fingerprint
+from .run_folder import ADAPTER_NAME, BASE_NAME, claim, finish, least_bytes, mark, weights_fingerprint
 from .tracking import finish_tracking, start_tracking
 from .trainer import FactorizedTrainer
 from .verification import probe_logits
@@ -51,6 +52,13 @@ def run_experiment(run: Run) -> Results:
     Raises:
         UserError: Anything that the settings, the data or the output folder make impossible.
     """
+    if run.training.process_index != 0:  # the first process holds the folder for all
+        return _run_alone(run)
+    with run_alone(Path(run.training.output_dir)):
+        return _run_alone(run)
+
+
+def _run_alone(run: Run) -> Results:
     began = time.perf_counter()
     output_dir = Path(run.training.output_dir)
     finished = claim(run)
@@ -69,10 +77,11 @@ def run_experiment(run: Run) -> Results:
     spectrum = _spectrum(model.name_or_path)
     if run.adapter.lora_rank:
         lora = run.adapter
-        _keep_base(model, output_dir / BASE_NAME, run.training.should_save)
+        _keep_base(run, model)
         model = add_lora(model, lora.lora_rank, lora.lora_alpha, lora.lora_dropout, lora.lora_target_modules)
     if run.training.should_save:
         mark(run)
+        require_space(output_dir, least_bytes(model, run.training), "the run")
     start_tracking(run.training)
     trainer = FactorizedTrainer(
         distillation=distillation,
@@ -88,8 +97,7 @@ def run_experiment(run: Run) -> Results:
         trainer.add_callback(LogLines)
     trainer.accelerator.wait_for_everyone()  # all look for the same checkpoint in the same folder
     outcome = _train(trainer, output_dir, run.data.block_size) if run.training.do_train else {}
-    best_is_loaded = run.training.load_best_model_at_end and trainer.state.best_metric is not None
-    eval_loss = trainer.state.best_metric if best_is_loaded else trainer.evaluate()["eval_loss"]
+    eval_loss = trainer.state.best_metric if trainer.has_best else trainer.evaluate()["eval_loss"]
 
     peak_memory = peak_memory_bytes(run.training.device)
     model = trainer.trained_model()
@@ -177,8 +185,11 @@ def _trained_start(run: Run, tokenizer: PreTrainedTokenizerBase) -> FactorizedGP
     else:
         root = Path(training.output_dir).parent
         compressor = Compressor(baseline, Recipe(), root, tokenizer, overwrite=training.overwrite_output_dir)
-        model, folder = compressor.load_or_make(arguments.n_embd_wte)
-        model.name_or_path = str(folder)
+        model = compressor.load(arguments.n_embd_wte)
+        if model is None:
+            with compress_alone(root, wait=True):
+                model, _ = compressor.load_or_make(arguments.n_embd_wte)
+        model.name_or_path = str(compressor.folder(arguments.n_embd_wte))
     return model
 
 
@@ -234,12 +245,14 @@ def _compression_record(folder: str) -> dict[str, Any]:
     return read_json(path) if folder and path.exists() else {}
 
 
-def _keep_base(model: FactorizedGPT2, folder: Path, should_save: bool) -> None:
+def _keep_base(run: Run, model: FactorizedGPT2) -> None:
     """Save the model under an adapter where no folder holds it yet, so that the adapter can name what it adapts."""
     if model.name_or_path:
         return
+    folder = Path(run.training.output_dir) / BASE_NAME
     model.name_or_path = str(folder)
-    if should_save:
+    if run.training.should_save:
+        mark(run)
         with replacing_folder(folder) as temporary:
             model.save_pretrained(temporary)
 
@@ -247,15 +260,17 @@ def _keep_base(model: FactorizedGPT2, folder: Path, should_save: bool) -> None:
 def _train(trainer: FactorizedTrainer, output_dir: Path, block_size: int) -> dict[str, Any]:
     """Train, going on from the last checkpoint if there is one; return what `Results` holds of it."""
     args = trainer.args
-    checkpoint = get_last_checkpoint(output_dir)
+    checkpoint = trainer.last_checkpoint()
     trained_parameters = sum(weight.numel() for weight in trainer.model.parameters() if weight.requires_grad)
     began = time.perf_counter()
-    trainer.train(resume_from_checkpoint=checkpoint)
+    with PostponedStop() as stop:
+        trainer.add_callback(StopWhenSaved(stop, trainer.accelerator))
+        trainer.train(resume_from_checkpoint=checkpoint)
     seconds = time.perf_counter() - began - trainer.evaluation_seconds
     state = trainer.state
     tokens_per_step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size * block_size
     steps_here = state.global_step - (0 if checkpoint is None else int(checkpoint.rsplit("-", 1)[1]))
-    best_step = state.best_global_step or state.global_step
+    best_step = trainer.kept_step
     curves = {
         name: [[row["step"], row[name]] for row in state.log_history if name in row] for name in ("loss", "eval_loss")
     }

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import os
 import shutil
 
 import numpy as np
@@ -10,12 +11,12 @@ import torch
 from conftest import random_ids, tiny_model
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from factorized_gpt2 import FactorizedGPT2, to_gpt2
+from factorized_gpt2 import FactorizedGPT2, files, to_gpt2
 from factorized_gpt2.baseline import load_baseline
 from factorized_gpt2.cli.compress import compress
 from factorized_gpt2.cli.evaluate import evaluate
 from factorized_gpt2.errors import UserError
-from factorized_gpt2.factor_files import pca_factors
+from factorized_gpt2.factor_files import factors_folder, pca_factors, read_factors
 
 WIDTH = 24
 
@@ -183,6 +184,24 @@ def test_factors_of_another_baseline_are_refused_unless_overwritten(stock_folder
     assert not list(tmp_path.glob(".*"))
 
 
+def test_factor_files_of_two_baselines_never_count_as_a_pair(stock_folder, other_folder, tmp_path, monkeypatch):
+    one, other = (load_baseline(str(folder)) for folder in (stock_folder, other_folder))
+    pca_factors(one, [4], tmp_path)
+    replace = os.replace
+
+    def replace_and_die(source, to):
+        replace(source, to)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(files.os, "replace", replace_and_die)
+    with pytest.raises(KeyboardInterrupt):
+        pca_factors(other, [4], tmp_path, overwrite=True)
+    monkeypatch.undo()
+    assert read_factors(factors_folder(tmp_path), 4, one) is None
+    made = pca_factors(one, [4], tmp_path)[4]
+    assert np.array_equal(made.wte, pca_factors(one, [4], tmp_path / "fresh")[4].wte)
+
+
 def test_damaged_factor_files_are_refused(stock_folder, tmp_path):
     baseline = load_baseline(str(stock_folder))
     pca_factors(baseline, [4], tmp_path)
@@ -195,8 +214,8 @@ def test_damaged_factor_files_are_refused(stock_folder, tmp_path):
 def test_a_folder_of_something_else_is_left_alone(stock_folder, tmp_path):
     (tmp_path / "gpt_pca_nofinetune_k4").mkdir()
     (tmp_path / "gpt_pca_nofinetune_k4/thesis.txt").write_text("years of work")
-    with pytest.raises(UserError, match="was not made from"):
-        compress(arguments(stock_folder, tmp_path, "--ranks", 4))
+    with pytest.raises(UserError, match="holds something else than a compressed model; remove it"):
+        compress(arguments(stock_folder, tmp_path, "--ranks", 4, "--overwrite"))
     assert (tmp_path / "gpt_pca_nofinetune_k4/thesis.txt").read_text() == "years of work"
 
 

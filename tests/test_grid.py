@@ -2,11 +2,10 @@
 
 import json
 import re
-import subprocess
+import signal
 import sys
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
@@ -14,6 +13,7 @@ from factorized_gpt2.cli import experiments as command
 from factorized_gpt2.cli.experiments import run_experiments
 from factorized_gpt2.errors import UserError
 from factorized_gpt2.experiments import Scale, load_grid, select
+from factorized_gpt2.interruption import leaving_cleanly
 from factorized_gpt2.parsing import CONFIG_FOLDERS, as_flags, load_config
 from factorized_gpt2.reporting import read_results
 from factorized_gpt2.results import Results
@@ -152,22 +152,22 @@ def test_experiments_are_chosen_with_what_they_start_from(patterns, names):
 
 
 class FakeRuns:
-    """Stands in for `subprocess`: notes what is launched, and leaves in a run's folder what a run would."""
+    """Stands in for processes: notes what is launched, and leaves in a run's folder what a run would."""
 
     def __init__(self, root: Path):
         self.root, self.launched, self.failing, self.reported = root, [], set(), []
 
-    def run(self, words: list[str], check: bool) -> SimpleNamespace:
+    def run(self, words: list[str]) -> int:
         self.launched.append(words)
         if "factorized_gpt2.cli.compress" in words:
-            return SimpleNamespace(returncode=int("compress" in self.failing))
+            return int("compress" in self.failing)
         at = words.index("--config") + 1
         config, flags = json.loads(Path(words[at]).read_text()), words[at + 1 :]
         folder = Path(config["output_dir"])
         folder.mkdir(exist_ok=True)
         (folder / "run.json").write_text("{}")
         if folder.name in self.failing:
-            return SimpleNamespace(returncode=1)
+            return 1
         kept = as_flags(config) + [flag for flag in flags if not flag.startswith("--overwrite_output_dir")]
         (folder / "model.safetensors").write_text(" ".join(kept))
         start = config.get("baseline")
@@ -175,7 +175,7 @@ class FakeRuns:
         figures = (config.get("n_embd_wte"), 1.0, 2.7, 1, 1, 4, 4)
         results = Results(config["run_name"], kind, *figures, config, {}, kept)
         replace(results, start_fingerprint=weights_fingerprint(start)).write(folder)
-        return SimpleNamespace(returncode=0)
+        return 0
 
     def __call__(self, *words: str) -> list[str]:
         """Run the command on a quarter of the thirteen; return the folders' names of the runs that it launched."""
@@ -195,7 +195,7 @@ class FakeRuns:
 def grid(tmp_path, monkeypatch) -> FakeRuns:
     fake = FakeRuns(tmp_path / "weights")
     monkeypatch.delenv("WORLD_SIZE", raising=False)
-    monkeypatch.setattr(command, "subprocess", fake)
+    monkeypatch.setattr(command, "run_process", fake.run)
     monkeypatch.setattr(command, "write_report", lambda results, folder: fake.reported.append((len(results), folder)))
     return fake
 
@@ -381,13 +381,13 @@ def test_a_small_grid_from_end_to_end(tmp_path, corpus, monkeypatch, capsys):
     assert written() == first
 
     (root / "pca_lora_k4/results.json").unlink()
-    run, launched = subprocess.run, []
+    run, launched = command.run_process, []
 
-    def run_trainings(words: list[str], **rest):
+    def run_trainings(words: list[str]) -> int:
         launched.append(words[2])
-        return run(words, **rest) if words[2].endswith("train") else None  # what PCA made is still there
+        return run(words) if words[2].endswith("train") else 0  # what PCA made is still there
 
-    monkeypatch.setattr(command, "subprocess", SimpleNamespace(run=run_trainings))
+    monkeypatch.setattr(command, "run_process", run_trainings)
     run_experiments(words)
     assert "== 2 of 3: pca_lora_k4\n" in capsys.readouterr().out
     assert launched == ["factorized_gpt2.cli.compress", "factorized_gpt2.cli.train"]
@@ -420,3 +420,21 @@ def test_starts_are_found_however_their_paths_are_spelled_and_follow_the_scale(t
 def test_intervals_that_are_shares_and_what_is_off_keep_their_values():
     config = {"max_steps": -1, "eval_steps": 0.1, "warmup_steps": 0, "output_dir": "a", "lr_scheduler_kwargs": None}
     assert Scale(steps=0.5).apply(config) == config
+
+
+CHILD = """
+import os, signal, sys
+signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
+os.kill(os.getppid(), int(sys.argv[1]))
+if int(sys.argv[1]) == signal.SIGTERM:
+    signal.sigwait([signal.SIGTERM])
+open(sys.argv[2], "w").write("saved")
+"""
+
+
+@pytest.mark.parametrize(("number", "raised"), [(signal.SIGTERM, SystemExit), (signal.SIGINT, KeyboardInterrupt)])
+def test_a_grid_that_is_told_to_stop_lets_its_run_save(tmp_path, number, raised):
+    """The run tells its parent to stop, as whoever stops a grid does, and waits for what that passes on."""
+    with pytest.raises(raised), leaving_cleanly():
+        command.run_process([sys.executable, "-c", CHILD, str(int(number)), str(tmp_path / "file")])
+    assert (tmp_path / "file").read_text() == "saved"

@@ -54,6 +54,10 @@ def test_the_command_with_factors(tmp_path, ids):
         (["--checkpoint", "nowhere.pt", "--output_dir", "model"], "nowhere.pt cannot be read as a checkpoint"),
         (["--checkpoint", "x", "--output_dir", "full"], "full exists"),
         (["--checkpoint", "x", "--output_dir", "full/file", "--overwrite", "True"], "full/file exists"),
+        (
+            ["--checkpoint", "x", "--output_dir", "full", "--overwrite", "True"],
+            "full holds something else than a model",
+        ),
         (["--checkpoint", "x", "--output_dir", "m", "--cut_vocabulary", "True"], "cut_vocabulary needs a tokenizer"),
         (["--checkpoint", "x", "--output_dir", "m", "--tokenizer", "nowhere"], "No tokenizer can be loaded"),
     ],

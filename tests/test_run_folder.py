@@ -15,7 +15,7 @@ from factorized_gpt2.arguments import Run, RunArguments, parse_run
 from factorized_gpt2.data import load_tokenizer
 from factorized_gpt2.errors import UserError
 from factorized_gpt2.parsing import as_flags
-from factorized_gpt2.run_folder import claim, finish, mark, weights_fingerprint
+from factorized_gpt2.run_folder import claim, finish, least_bytes, mark, weights_fingerprint
 from factorized_gpt2.verification import probe_logits
 
 COMMON = {
@@ -178,18 +178,24 @@ def test_accumulation_that_was_asked_for_matters(folder):
 def filled(folder: Path) -> set[str]:
     """Fill a marked folder with what a finished run leaves."""
     UNTRAINED.write(folder)
-    for name in ("checkpoint-2/model.safetensors", "checkpoint-10/model.safetensors", "adapter/a.txt", "my-notes.txt"):
+    checkpoints = ("checkpoint-2", "checkpoint-10", "damaged-checkpoint-9")
+    for name in (
+        *(f"{name}/model.safetensors" for name in checkpoints),
+        "config.json",
+        "adapter/a.txt",
+        "my-notes.txt",
+    ):
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_text(name)
     return {path.name for path in folder.iterdir()}
 
 
-def test_overwriting_removes_checkpoints_results_and_mark_only(folder):
+def test_overwriting_removes_checkpoints_results_and_what_a_model_is_loaded_by(folder):
     mark(parse(folder))
     names = filled(folder)
     assert claim(parse(folder, seed=3, overwrite_output_dir=True)) is None
     removed = names - {path.name for path in folder.iterdir()}
-    assert removed == {"checkpoint-2", "checkpoint-10", "results.json", "run.json"}
+    assert removed == {"checkpoint-2", "checkpoint-10", "damaged-checkpoint-9", "results.json", "config.json"}
     assert (folder / "adapter/a.txt").read_text() == "adapter/a.txt"
     assert (folder / "my-notes.txt").read_text() == "my-notes.txt"
 
@@ -204,6 +210,59 @@ def test_only_the_process_that_saves_overwrites(folder, monkeypatch):
 
 def test_overwriting_nothing_is_fine(folder):
     assert claim(parse(folder, overwrite_output_dir=True)) is None
+
+
+def test_overwriting_that_is_cut_off_can_be_done_again(folder, monkeypatch):
+    """The mark stays until another takes its place: without one, the rest would be someone else's."""
+    mark(parse(folder))
+    filled(folder)
+    monkeypatch.setattr("factorized_gpt2.run_folder.remove_folder", lambda path: exec("raise KeyboardInterrupt"))
+    with pytest.raises(KeyboardInterrupt):
+        claim(parse(folder, seed=3, overwrite_output_dir=True))
+    monkeypatch.undo()
+    assert claim(parse(folder, seed=3, overwrite_output_dir=True)) is None
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+@pytest.mark.parametrize("name", ["thesis.txt", "model.safetensors", "checkpoint-500/optimizer.pt"])
+def test_a_folder_of_something_else_is_refused_and_left_alone(folder, name, overwrite):
+    (folder / name).parent.mkdir(parents=True)
+    (folder / name).write_text("years of work")
+    with pytest.raises(UserError, match=f"run holds {name.split('/')[0]} and is no run's folder: choose another"):
+        claim(parse(folder, overwrite_output_dir=overwrite))
+    assert (folder / name).read_text() == "years of work"
+
+
+def test_hidden_files_do_not_matter(folder):
+    (folder / ".cache").mkdir(parents=True)
+    assert claim(parse(folder)) is None
+
+
+def test_only_the_model_that_an_evaluation_is_about_may_be_there_before(tmp_path):
+    compressed = tmp_path / "gpt_pca_nofinetune_k6"
+    start = {"baseline": save(tmp_path / "baseline", n_embd_wte=None), "n_embd_wte": 6}
+    save(compressed)
+    assert claim(parse(compressed, **start, do_train=False)) is None
+    assert claim(parse(compressed, compressed=str(compressed), do_train=False)) is None
+    for settings in (start, start | {"n_embd_wte": 5, "do_train": False}, {"do_train": True}):
+        with pytest.raises(UserError, match=r"k6 holds \S+ and is no run's folder"):
+            claim(parse(compressed, **settings))
+
+
+def test_the_least_that_a_run_will_write(folder):
+    model = tiny_model()
+    size = 4 * model.num_parameters()
+    saving = {"save_strategy": "steps", "save_steps": 2}
+    for settings, models in (
+        ({"save_strategy": "no"}, 1),
+        (saving, 1 + 3),
+        (saving | {"optim": "sgd"}, 1 + 1),
+    ):
+        assert least_bytes(model, parse(folder, **settings).training) == models * size
+    model.requires_grad_(False)
+    model.scale_down.requires_grad_(True)
+    trained = 4 * model.scale_down.weight.numel()
+    assert least_bytes(model, parse(folder, **saving).training) == size + 3 * trained
 
 
 def test_the_finished_model_is_the_trained_one(tmp_path, tokenizer):

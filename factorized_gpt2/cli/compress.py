@@ -14,7 +14,8 @@ from ..compression import METHODS, RECORD_NAME, CalibrationText, Compressor, Rec
 from ..data import TextSource, load_blocks, load_tokenizer
 from ..errors import UserError
 from ..evaluation import LossSum, model_size, perplexity, sum_loss
-from ..files import read_json
+from ..files import read_json, require_space
+from ..folder_lock import compress_alone
 from ..hub import check_access, publish
 from ..model_card import Figures, Measurement
 from ..modeling_factorized_gpt2 import FactorizedGPT2
@@ -114,11 +115,23 @@ def compress(argv: list[str]) -> None:
         remark="What was made in the same way before is reused.",
     ).parse(argv)
     check(arguments, calibration, evaluation)
+    with compress_alone(Path(arguments.output_dir)):
+        _compress(arguments, calibration, evaluation, publishing)
+
+
+def _compress(
+    arguments: CompressArguments,
+    calibration: CalibrationArguments,
+    evaluation: EvaluationArguments,
+    publishing: PublishArguments,
+) -> None:
     if publishing.push_to_hub:
         check_access(None, publishing.push_to_hub)
     baseline = load_baseline(arguments.baseline)
     if arguments.ranks:
         baseline.check_ranks(arguments.ranks)
+    trunk = model_size(baseline.model)
+    require_space(Path(arguments.output_dir), trunk.bytes - trunk.vocabulary_bytes, "a compressed model")
     tokenizer = load_tokenizer(arguments.tokenizer or arguments.baseline)
     check_tokenizer(baseline.model, tokenizer)
     recipe = Recipe(arguments.method, arguments.tie_word_embeddings, arguments.refine, arguments.seed)

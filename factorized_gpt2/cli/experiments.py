@@ -186,7 +186,7 @@ class _Grid:
         ranks = sorted({e.compressed_rank for e in experiments if e.config.get("baseline") == str(start)} - {None})
         words = ["--baseline", str(start), "--output_dir", str(self.root), "--ranks", *map(str, ranks)]
         words += ["--overwrite", str(self.overwrite)]
-        subprocess.run([sys.executable, "-m", "factorized_gpt2.cli.compress", *words], check=False)
+        run_process([sys.executable, "-m", "factorized_gpt2.cli.compress", *words])
 
     def _train(self, experiment: Experiment) -> str:
         config = self.root / "configs" / f"{experiment.folder.name}.json"
@@ -195,8 +195,23 @@ class _Grid:
         words = ["-m", "factorized_gpt2.cli.train", "--config", str(config), *self.flags]
         if self.overwrite:
             words.append("--overwrite_output_dir=True")
-        code = subprocess.run([*self.launcher, *words], check=False).returncode
+        code = run_process([*self.launcher, *words])
         return DONE if code == 0 else f"failed: exit code {code}"
+
+
+def run_process(command: Sequence[str]) -> int:
+    """Run a command and return its exit code; told to stop, let it save first.
+
+    SIGTERM is passed on; Ctrl-C reaches it from the terminal, too.
+    """
+    with subprocess.Popen(command) as process:
+        try:
+            return process.wait()
+        except (KeyboardInterrupt, SystemExit) as stop:
+            if isinstance(stop, SystemExit):
+                process.terminate()
+            process.wait()
+            raise
 
 
 def _row(experiment: Experiment, state: str) -> dict[str, str]:

@@ -6,12 +6,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
+from transformers.utils import CONFIG_NAME
 
 from ..baseline import check_tokenizer
 from ..data import load_tokenizer
 from ..errors import UserError
 from ..evaluation import model_size
 from ..files import replacing_folder
+from ..folder_lock import compress_alone
 from ..modeling_factorized_gpt2 import FactorizedGPT2
 from ..old_checkpoints import load_old_checkpoint
 from ..parsing import ManualParser
@@ -54,14 +56,14 @@ def import_checkpoint(argv: list[str]) -> None:
     if arguments.cut_vocabulary and arguments.tokenizer is None:
         raise UserError("cut_vocabulary needs a tokenizer, whose size it cuts to.")
     folder = Path(arguments.output_dir)
-    if folder.exists() and not (folder.is_dir() and (arguments.overwrite or not any(folder.iterdir()))):
-        raise UserError(f"{folder} exists; remove it, or overwrite it if it is a folder.")
+    _check_place(folder, arguments.overwrite)
     tokenizer = None if arguments.tokenizer is None else load_tokenizer(arguments.tokenizer)
     logger.info("Reading %s", arguments.checkpoint)
     model = load_old_checkpoint(arguments.checkpoint, wte_npy=arguments.wte_npy, scale_npz=arguments.scale_npz)
     if tokenizer is not None:
         _fit(model, tokenizer, arguments.cut_vocabulary)
-    with replacing_folder(folder) as temporary:
+    with compress_alone(folder.parent, wait=True), replacing_folder(folder) as temporary:
+        _check_place(folder, arguments.overwrite)
         model.save_pretrained(temporary)
         verify_copy(model, temporary, name=folder)
         if tokenizer is not None:
@@ -77,6 +79,16 @@ def import_checkpoint(argv: list[str]) -> None:
         "tied" if config.tie_word_embeddings else "untied",
         f"{model_size(model).parameters:,}",
     )
+
+
+def _check_place(folder: Path, overwrite: bool) -> None:
+    """Refuse to write over anything but a folder that is empty or, with consent, a model's and nothing else."""
+    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+        return
+    if not folder.is_dir() or not overwrite:
+        raise UserError(f"{folder} exists; remove it, or overwrite it if it is a model's folder.")
+    if not (folder / CONFIG_NAME).is_file() or any(path.is_dir() for path in folder.iterdir()):
+        raise UserError(f"{folder} holds something else than a model: remove it, or choose another output_dir.")
 
 
 def _fit(model: FactorizedGPT2, tokenizer: PreTrainedTokenizerBase, cut: bool) -> None:

@@ -9,6 +9,8 @@ from typing import Any
 from tabulate import tabulate
 
 from ..errors import UserError, one_line
+from ..files import refusal
+from ..interruption import leaving_cleanly
 from ..progress import hide_bars_of_libraries
 
 
@@ -20,7 +22,11 @@ def run_command(command: Callable[[list[str]], None], argv: list[str] | None = N
         argv: Those words; by default the process's own.
 
     Returns:
-        0 when it ends well, 2 after a `UserError`, whose message goes to stderr as one line, 130 after Ctrl-C.
+        0 when it ends well; 2 after a `UserError`, whose message goes to stderr as one line, or when the system
+        refuses to read or write, as on a full disk; 130 after Ctrl-C.
+
+    Raises:
+        SystemExit: With 143, after SIGTERM.
     """
     words = sys.argv[1:] if argv is None else argv
     logging.basicConfig(format="%(message)s", stream=sys.stderr)
@@ -28,9 +34,17 @@ def run_command(command: Callable[[list[str]], None], argv: list[str] | None = N
     is_main = os.environ.get("LOCAL_RANK", "0") == "0"
     logging.getLogger("factorized_gpt2").setLevel(logging.INFO if is_main else logging.ERROR)
     try:
-        command(words)
+        with leaving_cleanly():
+            command(words)
     except UserError as error:
         print(f"error: {one_line(error)}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        reason = refusal(error)
+        if reason is None:
+            raise
+        where = f"{error.filename}: " if error.filename else ""
+        print(f"error: {where}{reason}. Mend that, and give the same command again.", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130

@@ -1,0 +1,219 @@
+"""Files and folders that are whole or absent: replaced, swept, and refused by a full disk in a line."""
+
+import errno
+import multiprocessing
+import os
+import re
+import signal
+import sys
+from pathlib import Path
+
+import pytest
+
+from factorized_gpt2 import files
+from factorized_gpt2.errors import UserError
+from factorized_gpt2.files import (
+    filling_folder,
+    put_in_place,
+    remove_folder,
+    replacing_file,
+    replacing_folder,
+    require_space,
+    sweep,
+    write_json,
+)
+
+
+def tree(folder: Path) -> dict[str, str]:
+    return {str(path.relative_to(folder)): path.read_text() for path in folder.rglob("*") if path.is_file()}
+
+
+def fill(folder: Path, **contents: str) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, content in contents.items():
+        (folder / name).write_text(content)
+    return folder
+
+
+def test_a_file_is_replaced_at_the_end(tmp_path):
+    path = fill(tmp_path, a="old") / "a"
+    with replacing_file(path) as temporary:
+        temporary.write_text("new")
+        assert path.read_text() == "old"
+    assert tree(tmp_path) == {"a": "new"}
+
+
+def test_a_folder_is_replaced_as_a_whole(tmp_path):
+    folder = fill(tmp_path / "a", one="old", two="old")
+    with replacing_folder(folder) as temporary:
+        fill(temporary, one="new")
+        assert tree(folder) == {"one": "old", "two": "old"}
+    assert tree(tmp_path) == {"a/one": "new"}
+
+
+def test_a_folder_is_filled_with_its_last_file_last(tmp_path, monkeypatch):
+    folder, moved, replace = fill(tmp_path / "a", notes="mine"), [], os.replace
+    monkeypatch.setattr(files.os, "replace", lambda source, to: (moved.append(Path(to).name), replace(source, to)))
+    with filling_folder(folder, last="config.json") as temporary:
+        fill(temporary, **{"config.json": "new", "model": "new", "a": "new"})
+    assert sorted(moved[:2]) == ["a", "model"]
+    assert moved[2:] == ["config.json"]
+    assert tree(folder) == {"notes": "mine", "config.json": "new", "model": "new", "a": "new"}
+
+
+def write(writer, name: str, error: BaseException) -> None:
+    with writer as temporary:
+        (temporary / name if name else temporary).write_text("new")
+        raise error
+
+
+@pytest.mark.parametrize("error", [ValueError("no"), KeyboardInterrupt(), SystemExit(143)])
+def test_what_ends_badly_leaves_nothing(tmp_path, error):
+    folder = fill(tmp_path / "a", one="old")
+    for writer, name in (
+        (replacing_file(folder / "one"), ""),
+        (replacing_folder(folder), "one"),
+        (filling_folder(folder, last="one"), "one"),
+    ):
+        with pytest.raises(type(error)):
+            write(writer, name, error)
+    assert tree(tmp_path) == {"a/one": "old"}
+    assert not list(tmp_path.rglob(".*"))
+
+
+def replace_until(folder: Path, moment: int) -> None:
+    """Replace a folder, and die of it at some change to files."""
+    left = moment
+
+    def count_down(event, args):
+        nonlocal left
+        if event in ("os.rename", "os.remove", "os.rmdir", "os.mkdir"):
+            left -= 1
+            if left == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(count_down)
+    with replacing_folder(folder) as temporary:
+        fill(temporary, one="new", two="new")
+
+
+def test_a_writer_killed_at_any_change_leaves_the_old_or_the_new(tmp_path):
+    found = []
+    for moment in range(1, 10):
+        root = tmp_path / str(moment)
+        fill(root / "a", one="old")
+        process = multiprocessing.get_context("fork").Process(target=replace_until, args=(root / "a", moment))
+        process.start()
+        process.join()
+        sweep(root)
+        assert tree(root) in ({"a/one": "old"}, {"a/one": "new", "a/two": "new"})
+        assert not list(root.glob(".*"))
+        found.append((process.exitcode, len(tree(root))))
+    assert found[0] == (-signal.SIGKILL, 1)
+    assert (-signal.SIGKILL, 2) in found
+    assert found[-1] == (0, 2)
+
+
+def test_a_sweep_leaves_what_is_not_ours(tmp_path):
+    names = [".git", ".a.partial", ".a.12345678.tmp", "a.12345678.partial", ".old", ".lock"]
+    for name in names:
+        fill(tmp_path / name, x="mine")
+    fill(tmp_path / ".a.1234abcd.partial", x="left")
+    (tmp_path / ".b.npy.1234abcd.partial.npy").write_text("left")
+    sweep(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(names)
+
+
+def test_a_sweep_puts_back_what_was_about_to_be_replaced(tmp_path):
+    fill(tmp_path / ".a.1234abcd.old", x="whole")
+    fill(tmp_path / ".b.1234abcd.old", x="old")
+    fill(tmp_path / "b", x="new")
+    sweep(tmp_path)
+    assert tree(tmp_path) == {"a/x": "whole", "b/x": "new"}
+
+
+def test_a_folder_that_cannot_take_its_place_leaves_the_old_one(tmp_path):
+    folder = fill(tmp_path / "a", x="old")
+    with pytest.raises(FileNotFoundError):
+        put_in_place(tmp_path / "nowhere", folder)
+    assert tree(tmp_path) == {"a/x": "old"}
+
+
+def test_a_removed_folder_is_gone_at_once(tmp_path, monkeypatch):
+    folder = fill(tmp_path / "a", x="x", y="y")
+    monkeypatch.setattr(files.shutil, "rmtree", lambda *args, **kwargs: None)  # killed before it begins
+    remove_folder(folder)
+    assert not folder.exists()
+    monkeypatch.undo()
+    sweep(tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def flushed(monkeypatch) -> list[str]:
+    """Collect the paths that are flushed, and the renames between."""
+    done, fsync, replace = [], os.fsync, os.replace
+    monkeypatch.setattr(files.os, "fsync", lambda fd: (done.append(os.readlink(f"/proc/self/fd/{fd}")), fsync(fd)))
+    monkeypatch.setattr(files.os, "replace", lambda source, to: (done.append("rename"), replace(source, to)))
+    return [] if done is None else done
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="needs /proc to see which file a descriptor is")
+def test_content_is_on_the_disk_before_it_has_its_name_and_the_name_after(tmp_path, monkeypatch):
+    done = flushed(monkeypatch)
+    write_json(tmp_path / "a.json", {})
+    content, rename, name = done
+    assert re.search(r"\.a\.json\..*\.partial\.json$", content)
+    assert rename == "rename"
+    assert name == str(tmp_path)
+    done.clear()
+    with replacing_folder(tmp_path / "b") as folder:
+        fill(folder / "deep", x="x")
+    before = done[: done.index("rename")]
+    assert [path.rpartition(".partial")[2] for path in before] == ["/deep", "/deep/x", ""]
+    assert done[-1] == str(tmp_path)
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EDQUOT])
+def test_a_refusal_of_the_system_is_a_line(tmp_path, number):
+    with (
+        pytest.raises(UserError, match=f"a cannot be written: {os.strerror(number)}. Mend"),
+        replacing_file(tmp_path / "a"),
+    ):
+        raise OSError(number, os.strerror(number))
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("error", "room"),
+    [
+        (RuntimeError("unexpected pos 576 vs 534"), 0),
+        (OSError("1000000 requested and 262112 written"), 0),
+        (ValueError("I/O error: No space left on device (os error 28)"), 10**9),
+    ],
+)
+def test_a_full_disk_is_recognised_whatever_a_library_says(tmp_path, monkeypatch, error, room):
+    monkeypatch.setattr(files, "_free_bytes", lambda folder: room)
+    with (
+        pytest.raises(UserError, match="a cannot be written: No space left on device"),
+        replacing_folder(tmp_path / "a"),
+    ):
+        raise error
+
+
+def test_other_errors_pass(tmp_path):
+    with pytest.raises(RuntimeError, match="a bug"), replacing_folder(tmp_path / "a"):
+        raise RuntimeError("a bug")
+    with pytest.raises(UserError, match="mine"), replacing_folder(tmp_path / "a"):
+        raise UserError("mine")
+
+
+def test_a_file_where_a_folder_should_be(tmp_path):
+    fill(tmp_path, a="a file")
+    with pytest.raises(OSError, match="a"), replacing_file(tmp_path / "a/b.json") as path:
+        path.write_text("")
+
+
+def test_too_little_room_is_said_before(tmp_path):
+    require_space(tmp_path / "not/there/yet", 1, "the run")
+    with pytest.raises(UserError, match=r"yet has [\d.]+ GB of room, and the run needs 1000000000.00 GB: make room"):
+        require_space(tmp_path / "not/there/yet", 10**18, "the run")
