@@ -36,19 +36,9 @@ def add_lora(
         The adapted model.
 
     Raises:
-        UserError: A name that no module has, or the head while it is tied.
+        UserError: As `lora_targets`.
     """
-    present = {name.rsplit(".", 1)[-1] for name, _ in model.named_modules()}
-    absent_by_design = () if model.config.is_factorized else ("scale_up", "scale_down")
-    targets = [name for name in target_modules if name not in absent_by_design]
-    for name in targets:
-        if name not in present:
-            raise UserError(f"lora_target_modules: the model has no module {name!r}.")
-    if "lm_head" in targets and model.config.tie_word_embeddings:
-        raise UserError(
-            "lora_target_modules: lm_head is tied to wte and follows its adapter; leave it out, or untie the head "
-            "with tie_word_embeddings=false."
-        )
+    targets = lora_targets(model, rank, target_modules)
     config = LoraConfig(
         task_type=TaskType.CAUSAL_LM, r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=targets
     )
@@ -60,6 +50,35 @@ def add_lora(
         if isinstance(module, LoraEmbedding):
             _start_like_linear(module)
     return adapted
+
+
+def lora_targets(model: FactorizedGPT2, rank: int, target_modules: Sequence[str]) -> list[str]:
+    """Name the modules that get adapters, if they all can have them.
+
+    Raises:
+        UserError: A name that no linear layer or embedding has, the head while it is tied, or a rank beyond the width.
+    """
+    if rank > model.config.n_embd:
+        raise UserError(f"lora_rank {rank} is larger than the model's width of {model.config.n_embd}.")
+    present = {
+        name.rsplit(".", 1)[-1]
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear | nn.Embedding)
+    }
+    absent_by_design = () if model.config.is_factorized else ("scale_up", "scale_down")
+    targets = [name for name in target_modules if name not in absent_by_design]
+    for name in targets:
+        if name not in present:
+            raise UserError(
+                f"lora_target_modules: the model has no linear layer or embedding {name!r}; it has "
+                f"{', '.join(sorted(present))}."
+            )
+    if "lm_head" in targets and model.config.tie_word_embeddings:
+        raise UserError(
+            "lora_target_modules: lm_head is tied to wte and follows its adapter; leave it out, or untie the head "
+            "with tie_word_embeddings=false."
+        )
+    return targets
 
 
 def merge(adapted: PeftModel) -> FactorizedGPT2:

@@ -1,17 +1,34 @@
 """Trained models whose vocabulary can be factorized, loaded with every weight accounted for."""
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
 
 import torch
-from transformers import AutoConfig, GPT2LMHeadModel, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers import logging as transformers_logging
 
 from .configuration_factorized_gpt2 import FactorizedGPT2Config
 from .conversion import fingerprint, from_gpt2
-from .errors import UserError, first_line
+from .data import vocabulary_size
+from .errors import UserError, blaming, silenced
+from .evaluation import least_parameters
 from .modeling_factorized_gpt2 import FactorizedGPT2
+
+logger = logging.getLogger(__name__)
+
+_PADDING = 128  # rows of a vocabulary without tokens, which many models have for the sake of speed
 
 
 @dataclass(frozen=True)
@@ -44,14 +61,16 @@ class Baseline:
 
 
 def check_tokenizer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Refuse a tokenizer with tokens that a trained model does not have.
+    """Refuse a tokenizer with tokens that a trained model does not have; warn of one that has far fewer.
 
     Raises:
         UserError: With both sizes.
     """
-    vocab_size = model.config.vocab_size
-    if len(tokenizer) > vocab_size:
-        raise UserError(f"The tokenizer has {len(tokenizer)} tokens, the baseline only {vocab_size}.")
+    vocab_size, tokens = model.config.vocab_size, vocabulary_size(tokenizer)
+    if tokens > vocab_size:
+        raise UserError(f"The tokenizer has {tokens} tokens, the model only {vocab_size}; name the model's own.")
+    if vocab_size - tokens > _PADDING:
+        logger.warning("The tokenizer has %d tokens, the model %d: is it the model's own?", tokens, vocab_size)
 
 
 def load_baseline(name_or_path: str) -> Baseline:
@@ -64,10 +83,8 @@ def load_baseline(name_or_path: str) -> Baseline:
     model = load_complete(name_or_path)
     if isinstance(model, FactorizedGPT2) and model.config.is_factorized:
         raise UserError(f"{name_or_path} is factorized already (n_embd_wte={model.config.n_embd_wte}).")
-    try:
+    with blaming(f"The weights of {name_or_path} cannot be read"):
         converted = from_gpt2(model)
-    except ValueError as error:
-        raise UserError(f"The weights of {name_or_path} cannot be read: {first_line(error)}") from error
     return Baseline(converted, name_or_path, fingerprint(converted))
 
 
@@ -89,24 +106,59 @@ def load_complete(name_or_path: str) -> GPT2LMHeadModel | FactorizedGPT2:
     Raises:
         UserError: As `load_baseline`, but for what is factorized already.
     """
-    try:
-        config = AutoConfig.from_pretrained(name_or_path, trust_remote_code=False)
-    except Exception as error:  # a stranger's file can be wrong in every way
-        raise UserError(f"No model can be loaded from {name_or_path!r}: {first_line(error)}") from error
+    config = _load_config(name_or_path)
     if isinstance(config, FactorizedGPT2Config):
         model_class = FactorizedGPT2
     elif config.model_type == "gpt2":
         model_class = GPT2LMHeadModel
     else:
         raise UserError(f"{name_or_path} is a {config.model_type!r} model; the baseline must be a GPT-2.")
+    return _load(model_class, config, name_or_path, ("missing_keys", "mismatched_keys", "unexpected_keys"))
+
+
+def load_causal_lm(name_or_path: str) -> PreTrainedModel:
+    """Load a causal language model of any architecture, in evaluation mode; weights it has no use for may be there.
+
+    Raises:
+        UserError: It cannot be found or read, or has weights that are missing, misshapen, or NaN or infinite.
+    """
+    config = _load_config(name_or_path)
+    return _load(AutoModelForCausalLM, config, name_or_path, ("missing_keys", "mismatched_keys")).eval()
+
+
+def _load_config(name_or_path: str) -> PretrainedConfig:
+    with blaming(f"No model can be loaded from {name_or_path!r}"):
+        return AutoConfig.from_pretrained(name_or_path, trust_remote_code=False)
+
+
+def _load(
+    model_class: type, config: PretrainedConfig, name_or_path: str, refused: tuple[str, ...]
+) -> GPT2LMHeadModel | FactorizedGPT2:
+    stored = sum(path.stat().st_size for path in Path(name_or_path).glob("*.safetensors"))
+    if isinstance(config, GPT2Config) and 0 < stored < least_parameters(config):  # which would be made before it fails
+        raise UserError(
+            f"{name_or_path}: config.json describes at least {least_parameters(config):,} weights, and the files of "
+            f"weights have {stored:,} bytes; they do not belong together."
+        )
     model, loading = load_weights(model_class, name_or_path)
-    problems = [f"{kind.removesuffix('_keys')} {loading[kind]}" for kind in _LOADING_PROBLEMS if loading[kind]]
+    problems = [f"{kind.removesuffix('_keys')} {_listed(loading[kind])}" for kind in refused if loading[kind]]
     if problems:
         raise UserError(f"The weights of {name_or_path} do not make its model: {'; '.join(problems)}.")
     for name, weight in model.named_parameters():
+        if weight.dtype not in _DTYPES:
+            raise UserError(f"The weight {name!r} of {name_or_path} is of {weight.dtype}, not of plain floats.")
         if not torch.isfinite(weight).all():
             raise UserError(f"The weight {name!r} of {name_or_path} contains NaN or infinity.")
     return model
+
+
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def _listed(weights: Iterable) -> str:
+    """Name weights, which transformers lists with or without their shapes; of many the first."""
+    names = sorted(weight if isinstance(weight, str) else f"{weight[0]} {tuple(weight[1])}" for weight in weights)
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def load_weights(model_class: type, name_or_path: str) -> tuple[PreTrainedModel, dict[str, Any]]:
@@ -118,15 +170,12 @@ def load_weights(model_class: type, name_or_path: str) -> tuple[PreTrainedModel,
     Raises:
         UserError: It cannot be found or read, or only by running code.
     """
-    try:
-        return model_class.from_pretrained(name_or_path, output_loading_info=True, trust_remote_code=False)
-    except UnpicklingError as error:
-        raise UserError(
-            f"The weights of {name_or_path} are a pickle that holds more than weights, which is not loaded because it "
-            "could do anything; ask whoever made it for safetensors."
-        ) from error
-    except Exception as error:  # safetensors, torch and transformers each have their own kinds for a damaged file
-        raise UserError(f"The weights of {name_or_path} cannot be read: {first_line(error)}") from error
-
-
-_LOADING_PROBLEMS = ("missing_keys", "mismatched_keys", "unexpected_keys")
+    options = {"output_loading_info": True, "ignore_mismatched_sizes": True}  # rather than an error without names
+    with blaming(f"The weights of {name_or_path} cannot be read"), silenced(transformers_logging):
+        try:
+            return model_class.from_pretrained(name_or_path, trust_remote_code=False, **options)
+        except UnpicklingError as error:
+            raise UserError(
+                f"The weights of {name_or_path} are a pickle that holds more than weights, which is not loaded "
+                "because it could do anything; ask whoever made it for safetensors."
+            ) from error

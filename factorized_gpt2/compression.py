@@ -224,6 +224,8 @@ class Compressor:
             difference = f"was not made from {self.baseline.name}"
         else:
             changed = sorted(name for name in _WHAT_MAKES_A_MODEL if stored.get(name) != asked[name])
+            if not changed and not isinstance(stored.get("explained_variance_ratio"), float):
+                changed = ["explained_variance_ratio"]
             if not changed:
                 logger.info("%s was made in this way before and is reused.", folder)
                 return load_compressed(str(folder))

@@ -10,15 +10,17 @@ from typing import Any
 import numpy as np
 import torch
 from datasets import Dataset, Features, IterableDataset, List, Value, load_dataset
+from datasets import logging as datasets_logging
 from datasets.fingerprint import Hasher
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoTokenizer, GPT2Tokenizer, PreTrainedTokenizerBase
 
-from .errors import UserError, first_line
+from .errors import UserError, blaming, first_line, silenced
 
 IGNORED_LABEL = -100
 
 _BUILDERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet"}
+_TEXT_TYPES = (Value("string"), Value("large_string"))
 _TEXT_SUFFIXES = {".txt", ".text", ".tokens", ".raw", ".md"}
 
 
@@ -107,13 +109,17 @@ class TextSource:
     def _load(self, name: str, *args, **kwargs) -> Dataset | IterableDataset:
         column = "text" if args[0] == "text" else self.text_column
         try:
-            dataset = load_dataset(*args, **kwargs)
-            # A stream may know its columns from its rows alone.
-            columns = dataset.column_names or list(next(iter(dataset), {}))
+            with silenced(datasets_logging):
+                dataset = load_dataset(*args, **kwargs)
+                # A stream may know its columns from its rows alone.
+                columns = dataset.column_names or list(next(iter(dataset), {}))
         except Exception as error:  # of datasets, and of every reader of files below it
             raise UserError(f"{name or args[0]} cannot be read: {first_line(error.__cause__ or error)}") from error
         if column not in columns:
             raise UserError(f"{name or args[0]} has no column {column!r}; its columns are {', '.join(columns)}.")
+        kind = (dataset.features or {}).get(column, _TEXT_TYPES[0])
+        if kind not in _TEXT_TYPES:
+            raise UserError(f"{name or args[0]}: the column {column!r} does not hold text.")
         dataset = dataset.select_columns([column])
         return dataset if column == "text" else dataset.rename_column(column, "text")
 
@@ -125,13 +131,11 @@ def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
         UserError: There is none, it has no token that ends a text, or a chat template that would be saved elsewhere.
     """
     folder = Path(name_or_path)
-    try:
+    with blaming(f"No tokenizer can be loaded from {name_or_path!r}"):
         if (folder / "vocab.json").is_file() and not (folder / "tokenizer.json").is_file():
             tokenizer = GPT2Tokenizer.from_pretrained(name_or_path, trust_remote_code=False)
         else:
             tokenizer = AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=False)
-    except Exception as error:  # a stranger's file can be wrong in every way
-        raise UserError(f"No tokenizer can be loaded from {name_or_path!r}: {first_line(error)}") from error
     if tokenizer.eos_token_id is None:
         raise UserError(f"The tokenizer {name_or_path!r} has no eos_token, which marks where a document ends.")
     templates = tokenizer.chat_template if isinstance(tokenizer.chat_template, dict) else {}
@@ -141,6 +145,11 @@ def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
                 f"The tokenizer {name_or_path!r} has a chat template {name!r}, which is no name of a file."
             )
     return tokenizer
+
+
+def vocabulary_size(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Count the rows that a model needs for a tokenizer: up to its largest token id, gaps included."""
+    return max(tokenizer.get_vocab().values(), default=-1) + 1
 
 
 def load_blocks(
@@ -181,9 +190,13 @@ def load_blocks(
             )
         )
     settings = {"block_size": block_size, "eos_token_id": tokenizer.eos_token_id, "keep_tail": keep_tail}
-    if not any(_pack(tokenized, **settings)):
+    is_empty = not any(len(row) for dataset in tokenized for row in dataset["input_ids"])
+    if is_empty or not any(_pack(tokenized, **settings)):
         tokens = sum(len(row) for dataset in tokenized for row in dataset["input_ids"])
-        raise UserError(f"The text has {tokens} tokens, too few for one block of {block_size}.")
+        raise UserError(
+            f"{source.name} has {tokens} tokens of text, too few for one block of {block_size}: give more text, or a "
+            "smaller block_size."
+        )
     # A list among the arguments would be split into shards, each packed for itself; a tuple stays whole.
     blocks = Dataset.from_generator(
         _pack,
@@ -252,13 +265,16 @@ def _tokenize(
 ) -> dict[str, list]:
     texts, starts = _parts_of_documents(rows["text"], document_start)
     # Rows are tokenized whole and packed afterwards: that one is longer than a block is nothing to warn of.
-    encoded = tokenizer(texts, add_special_tokens=False, verbose=False)
+    with blaming("The text cannot be tokenized"):
+        encoded = tokenizer(texts, add_special_tokens=False, verbose=False)
     return {"input_ids": encoded["input_ids"], "starts_document": starts}
 
 
 def _parts_of_documents(rows: Sequence[str | None], document_start: re.Pattern | None) -> tuple[list[str], list[bool]]:
     """Return the text of rows, and which of them start a document."""
     texts = [text or "" for text in rows]
+    if not all(isinstance(text, str) for text in texts):  # a stream does not know before
+        raise UserError("The column of text does not hold text alone.")
     starts = [document_start is not None and bool(document_start.match(text)) for text in texts]
     if document_start is not None and document_start.pattern:
         texts = [text if text.endswith("\n") else text + "\n" for text in texts]  # rows are parts of one text

@@ -9,6 +9,7 @@ import torch
 from datasets import Dataset
 from torch import nn
 from torch.utils.data import DataLoader
+from transformers import GPT2Config
 
 from .data import IGNORED_LABEL, collate_blocks
 from .progress import Progress
@@ -151,3 +152,11 @@ def model_size(model: nn.Module) -> ModelSize:
         bytes=sum(weight.numel() * weight.element_size() for weight in weights),
         vocabulary_bytes=sum(weight.numel() * weight.element_size() for weight in vocabulary),
     )
+
+
+def least_parameters(config: GPT2Config) -> int:
+    """Count the parameters that a configuration asks for, biases and norms left out, without making the model."""
+    width = config.n_embd
+    vocabulary_width = getattr(config, "embedding_size", width)
+    per_layer = 4 * width**2 + 2 * width * (config.n_inner or 4 * width)
+    return config.vocab_size * vocabulary_width + config.n_positions * width + config.n_layer * per_layer

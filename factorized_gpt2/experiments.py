@@ -1,15 +1,25 @@
 """A grid of runs: which there are, what each starts from, and the same grid at another scale. No run happens here."""
 
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from graphlib import CycleError, TopologicalSorter
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from .errors import UserError
 from .parsing import as_flags, load_config
+from .setting_values import check_values
+
+_SCALED = {  # settings by the factor of `Scale` that multiplies them
+    "layers": ("n_layer",),
+    "width": ("n_head", "n_embd_wte", "lora_rank"),
+    "block": ("block_size",),
+    "steps": ("max_steps", "warmup_steps", "eval_steps", "save_steps", "logging_steps"),
+}
 
 
 @dataclass(frozen=True)
@@ -38,12 +48,8 @@ class Scale:
     def apply(self, config: dict[str, Any]) -> dict[str, Any]:
         """Scale the quantities that a config sets; heads keep their width, alpha / rank stays as it is."""
         scaled = dict(config)
-        for names, factor in (
-            (("n_layer",), self.layers),
-            (("n_head", "n_embd_wte", "lora_rank"), self.width),
-            (("block_size",), self.block),
-            (("max_steps", "warmup_steps", "eval_steps", "save_steps", "logging_steps"), self.steps),
-        ):
+        for quantity, names in _SCALED.items():
+            factor = getattr(self, quantity)
             # Below 1 stand those that are off, and intervals that are shares of the steps.
             given = [name for name in names if (config.get(name) or 0) >= 1]
             scaled |= {name: max(1, round(config[name] * factor)) for name in given}
@@ -112,11 +118,11 @@ def load_grid(name: str, scale: Scale | None = None, root: Path | None = None) -
         raise UserError(f"{name} lists no experiments.")
     folder = Path(name).parent
     scale = scale or Scale()
-    configs = {entry.removesuffix(".json"): load_config(str(folder / entry)) for entry in listed}
+    configs = {entry.removesuffix(".json"): _typed(entry, load_config(str(folder / entry))) for entry in listed}
     for entry, config in configs.items():
         if not config.get("output_dir"):
             raise UserError(f"{entry} of {name} has no output_dir, by which others could start from it.")
-        if Path(str(config["output_dir"])).name in ("", ".."):  # the run would work outside of the grid's folder
+        if Path(config["output_dir"]).name in ("", ".."):  # the run would work outside of the grid's folder
             raise UserError(f"{entry} of {name}: output_dir {config['output_dir']!r} does not name a folder.")
     owners = {Path(config["output_dir"]): entry for entry, config in configs.items()}
     scaled = {entry: _moved(scale.apply(config), root) for entry, config in configs.items()}
@@ -157,6 +163,32 @@ def select(experiments: Sequence[Experiment], patterns: Sequence[str]) -> list[E
                 chosen.add(name)
                 name = by_name[name].needs
     return [experiment for experiment in experiments if experiment.name in chosen]
+
+
+def _typed(entry: str, config: dict[str, Any]) -> dict[str, Any]:
+    """Give a config's quantities as numbers, which may stand there as text, and see that its names are text."""
+    typed = dict(config)
+    for name in ("output_dir", "run_name", "baseline", "compressed"):
+        if not isinstance(config.get(name), str | None):
+            raise UserError(f"{entry}: {name} must be text, got {config[name]!r}.")
+    for name in (*chain(*_SCALED.values()), "n_embd", "lora_alpha", "learning_rate"):
+        if config.get(name) is not None:
+            typed[name] = _number(entry, name, config[name])
+    schedule = config.get("lr_scheduler_kwargs")
+    if not isinstance(schedule, dict | None):
+        raise UserError(f"{entry}: lr_scheduler_kwargs must be a JSON object, got {schedule!r}.")
+    if schedule and "min_lr" in schedule:
+        typed["lr_scheduler_kwargs"] = schedule | {"min_lr": _number(entry, "min_lr", schedule["min_lr"])}
+    return typed
+
+
+def _number(entry: str, name: str, value: Any) -> float:
+    try:
+        number = math.nan if isinstance(value, bool) else float(value)
+        check_values({name: number})
+    except (TypeError, ValueError, OverflowError, UserError) as error:
+        raise UserError(f"{entry}: {name}={value!r} is no number that it can be.") from error
+    return int(number) if number.is_integer() else number
 
 
 def _renamed(scaled: dict[str, Any], config: dict[str, Any]) -> dict[str, Any]:

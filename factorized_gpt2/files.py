@@ -6,6 +6,7 @@ killed leaves at most such a temporary name, which `sweep` clears away.
 
 import errno
 import json
+import math
 import os
 import re
 import secrets
@@ -173,7 +174,13 @@ def read_json(path: Path) -> dict[str, Any]:
         UserError: The file cannot be read, or is not a JSON object.
     """
     try:
-        content = json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse_constant)
+        content = json.loads(
+            path.read_text(encoding="utf-8"),
+            parse_constant=_refuse_constant,
+            parse_float=_finite,
+            object_pairs_hook=_without_repetition,
+        )
+        json.dumps(content, ensure_ascii=False).encode()  # which half a surrogate pair does not survive
     except (OSError, ValueError, RecursionError) as error:  # the last of brackets in brackets in brackets
         raise UserError(f"{path} cannot be read as JSON: {error}") from error
     if not isinstance(content, dict):
@@ -183,6 +190,21 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def _refuse_constant(name: str) -> None:
     raise ValueError(f"{name} is not a number that JSON knows.")
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    if not math.isfinite(number):
+        raise ValueError(f"{text} is too large a number.")
+    return number
+
+
+def _without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    content = dict(pairs)
+    if len(content) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"{next(name for name in names if names.count(name) > 1)!r} is there twice.")
+    return content
 
 
 def _beside(path: Path, kind: str, suffix: str = "") -> Path:

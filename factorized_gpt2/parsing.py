@@ -1,16 +1,19 @@
 """Command-line words and JSON configs, and a parser of both that complains in one line."""
 
+import argparse
 import difflib
 import json
+import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from transformers import HfArgumentParser
 
-from .errors import UserError
+from .errors import UserError, blaming
 from .files import read_json
 from .help_pages import HelpPage, epilog, hide_negations
+from .setting_values import check_values
 
 CONFIG_FOLDERS = (Path("configs"), Path(__file__).resolve().parents[1] / "configs")
 
@@ -27,7 +30,7 @@ def load_config(name: str, heirs: tuple[Path, ...] = ()) -> dict[str, Any]:
     """
     candidates = [Path(name), *(folder / name for folder in CONFIG_FOLDERS)]
     candidates += [path.with_name(path.name + ".json") for path in candidates]
-    found = next((path for path in candidates if path.is_file()), None)
+    found = next((path for path in candidates if os.path.isfile(path)), None)
     if found is None:
         known = sorted({path.name for folder in CONFIG_FOLDERS for path in folder.glob("*.json")})
         near = difflib.get_close_matches(name, known, n=1)
@@ -44,6 +47,10 @@ def load_config(name: str, heirs: tuple[Path, ...] = ()) -> dict[str, Any]:
     if found.resolve() in heirs:
         raise UserError(f"{found} extends itself.")
     return load_config(str(found.parent / parent), (*heirs, found.resolve())) | config
+
+
+DEBUG = "--debug"
+_DEBUG_HELP = "Show where an error comes from, with its traceback."
 
 
 class ManualParser(HfArgumentParser):
@@ -68,6 +75,11 @@ class ManualParser(HfArgumentParser):
         page = {"formatter_class": HelpPage, "usage": usage, "epilog": epilog(examples, remark)}
         super().__init__(dataclass_types, allow_abbrev=False, **page, **kwargs)
         hide_negations(self)
+        taken = next((action for action in self._actions if action.dest == "debug"), None)
+        if taken is None:
+            self.add_argument(DEBUG, action="store_true", default=argparse.SUPPRESS, help=_DEBUG_HELP)
+        else:  # Trainer's own debugging, which needs a value
+            taken.nargs, taken.help = "*", f"{_DEBUG_HELP} With a value: {taken.help}"
 
     def error(self, message: str) -> None:
         """Complain of one argument."""
@@ -79,14 +91,18 @@ class ManualParser(HfArgumentParser):
         Raises:
             UserError: A word that is unknown, mistyped or refused by a dataclass, by name.
         """
-        try:
+        with blaming("The settings cannot be used"):
             *parts, rest = self.parse_args_into_dataclasses(
                 words, return_remaining_strings=True, look_for_args_file=False
             )
-        except (ValueError, TypeError, ImportError) as error:
-            raise UserError(str(error)) from error
         self.refuse_unknown((word.split("=")[0] for word in rest), "argument")
         return tuple(parts)
+
+    def parse_known_args(self, args: list[str] | None = None, namespace: Any = None) -> tuple[Any, list[str]]:
+        """Parse what is known, and judge every value by its setting's name."""
+        namespace, rest = super().parse_known_args(args, namespace)
+        check_values(vars(namespace))
+        return namespace, rest
 
     def refuse_unknown(self, names: Iterable[str], kind: str) -> None:
         """Refuse names that are no argument, and say which known one is nearest."""
@@ -97,11 +113,33 @@ class ManualParser(HfArgumentParser):
                 raise UserError(f"Unknown {kind} {name!r}." + (f" Did you mean {near[0]!r}?" if near else ""))
 
 
+def take_debug(words: Sequence[str]) -> tuple[bool, list[str]]:
+    """Take `--debug` out of a command's own words, those before a `--`; with a value it is Trainer's, and stays.
+
+    Returns:
+        Whether it was there, and the other words.
+    """
+    end = words.index("--") if "--" in words else len(words)
+    places = {
+        place
+        for place, word in enumerate(words[:end])
+        if word == DEBUG and (place + 1 == len(words) or words[place + 1].startswith("-"))
+    }
+    return bool(places), [word for place, word in enumerate(words) if place not in places]
+
+
 def as_flags(config: dict[str, Any]) -> list[str]:
-    """Spell a config as command-line words, so that one parser types and checks both."""
+    """Spell a config as command-line words, so that one parser types and checks both.
+
+    Raises:
+        UserError: A list holds what is no word.
+    """
     words = []
     for name, value in config.items():
         if isinstance(value, list):
+            for item in value:
+                if not isinstance(item, str | int | float) or str(item).startswith("--"):
+                    raise UserError(f"{name} holds {item!r}, which is no value of it.")
             words += [f"--{name}", *map(str, value)]
         elif isinstance(value, dict):
             words.append(f"--{name}={json.dumps(value)}")

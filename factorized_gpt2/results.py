@@ -119,9 +119,16 @@ class Results:
 
 
 def _is_of(value: Any, kind: Any) -> bool:
-    """Tell whether a value is of a field's type, as far as that can be seen from outside."""
-    kinds = [get_origin(one) or one for one in (get_args(kind) if isinstance(kind, UnionType) else [kind])]
-    return isinstance(value, (*kinds, int) if float in kinds else tuple(kinds))
+    """Tell whether a value, read from JSON, is of a field's type; a whole number is a float too."""
+    if isinstance(kind, UnionType):
+        return any(_is_of(value, one) for one in get_args(kind))
+    origin, inner = get_origin(kind) or kind, get_args(kind)
+    if origin is Any:
+        return True
+    if isinstance(value, bool) or not isinstance(value, (int, float) if origin is float else origin):
+        return isinstance(value, bool) and origin is bool
+    items = value.values() if origin is dict else value if origin is list else ()
+    return all(_is_of(item, inner[-1]) for item in items)
 
 
 def _without_nan(value: Any) -> Any:

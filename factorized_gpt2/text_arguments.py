@@ -1,5 +1,6 @@
 """Which text a command reads: the settings that several of them share."""
 
+import re
 from dataclasses import dataclass, field
 
 from .data import TextSource
@@ -17,6 +18,12 @@ class TextArguments:
         default=None,
         metadata={"help": "Regular expression; a row that it matches starts a document. None: every row is one."},
     )
+
+    def __post_init__(self) -> None:
+        try:
+            re.compile(self.document_start or "")
+        except re.error as error:
+            raise UserError(f"document_start={self.document_start!r} is no regular expression: {error}.") from error
 
     def source_of(self, files: list[str] | None, split: str) -> TextSource:
         """Text of local files, or where there are none of a split of the dataset."""

@@ -6,25 +6,27 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import psutil
 from datasets import Dataset, IterableDataset
 from peft import PeftModel
 from transformers import PreTrainedTokenizerBase, PrinterCallback, set_seed
 
-from .adapters import DROPOUTS, add_lora, merge, set_dropout, untie_head
+from .adapters import DROPOUTS, add_lora, lora_targets, merge, set_dropout, untie_head
 from .arguments import ModelArguments, Run
 from .baseline import check_tokenizer, load_baseline, load_compressed
 from .compression import RECORD_NAME, Compressor, Recipe
 from .configuration_factorized_gpt2 import FactorizedGPT2Config
-from .data import collate_blocks, load_blocks, load_tokenizer, stream_blocks
+from .data import collate_blocks, load_blocks, load_tokenizer, stream_blocks, vocabulary_size
 from .distillation import Distillation
-from .errors import UserError
-from .evaluation import model_size, perplexity
+from .errors import UserError, blaming
+from .evaluation import least_parameters, model_size, perplexity
 from .files import read_json, replacing_folder, require_space
 from .folder_lock import compress_alone, run_alone
 from .interruption import PostponedStop, StopWhenSaved
 from .modeling_factorized_gpt2 import FactorizedGPT2
 from .progress import LogLines
 from .provenance import device_name, git_commit, peak_memory_bytes, versions
+from .rehearsal import rehearse
 from .results import Results
 from .run_folder import ADAPTER_NAME, BASE_NAME, claim, finish, least_bytes, mark, weights_fingerprint
 from .tracking import finish_tracking, start_tracking
@@ -69,6 +71,7 @@ def _run_alone(run: Run) -> Results:
     with run.training.main_process_first(desc="preparing model and data"):
         tokenizer = load_tokenizer(run.data.tokenizer or run.model.compressed or run.model.baseline)
         model = build_model(run, tokenizer)
+        rehearse(run.training, model)
         train_blocks = _training_blocks(run, tokenizer) if run.training.do_train else None
         validation_blocks = _validation_blocks(run, tokenizer)
         distillation = _distillation(run, model.config.vocab_size)
@@ -77,24 +80,27 @@ def _run_alone(run: Run) -> Results:
     spectrum = _spectrum(model.name_or_path)
     if run.adapter.lora_rank:
         lora = run.adapter
+        lora_targets(model, lora.lora_rank, lora.lora_target_modules)  # before anything is written
         _keep_base(run, model)
         model = add_lora(model, lora.lora_rank, lora.lora_alpha, lora.lora_dropout, lora.lora_target_modules)
     if run.training.should_save:
-        mark(run)
         require_space(output_dir, least_bytes(model, run.training), "the run")
-    start_tracking(run.training)
-    trainer = FactorizedTrainer(
-        distillation=distillation,
-        model=model,
-        args=run.training,
-        train_dataset=train_blocks,
-        eval_dataset=validation_blocks,
-        data_collator=collate_blocks,
-        processing_class=tokenizer,
-    )
+    with blaming("The Trainer cannot use these settings"):
+        trainer = FactorizedTrainer(
+            distillation=distillation,
+            model=model,
+            args=run.training,
+            train_dataset=train_blocks,
+            eval_dataset=validation_blocks,
+            data_collator=collate_blocks,
+            processing_class=tokenizer,
+        )
     if run.training.disable_tqdm:
         trainer.remove_callback(PrinterCallback)
         trainer.add_callback(LogLines)
+    if run.training.should_save:
+        mark(run)
+    start_tracking(run.training)
     trainer.accelerator.wait_for_everyone()  # all look for the same checkpoint in the same folder
     outcome = _train(trainer, output_dir, run.data.block_size) if run.training.do_train else {}
     eval_loss = trainer.state.best_metric if trainer.has_best else trainer.evaluate()["eval_loss"]
@@ -199,8 +205,8 @@ def _scratch_config(
     shape = {name: getattr(arguments, name) for name in ("n_layer", "n_head", "n_embd", "activation_function")}
     dropouts = dict.fromkeys(DROPOUTS, arguments.dropout)
     try:
-        return FactorizedGPT2Config(
-            vocab_size=len(tokenizer),
+        config = FactorizedGPT2Config(
+            vocab_size=vocabulary_size(tokenizer),
             n_positions=block_size,
             n_embd_wte=arguments.n_embd_wte,
             tie_word_embeddings=arguments.tie_word_embeddings,
@@ -211,6 +217,13 @@ def _scratch_config(
         )
     except Exception as error:  # the validation errors of strict dataclasses have no public common base here
         raise UserError(str(error).strip().splitlines()[-1].strip()) from error
+    needed, there = 4 * least_parameters(config), psutil.virtual_memory().total
+    if needed > there:
+        raise UserError(
+            f"A model with n_layer={config.n_layer}, n_embd={config.n_embd}, block_size={block_size} and "
+            f"{config.vocab_size} tokens takes {needed / 1e9:,.1f} GB, more than this machine's {there / 1e9:.1f} GB."
+        )
+    return config
 
 
 def _distillation(run: Run, vocab_size: int) -> Distillation | None:
@@ -229,14 +242,17 @@ def _distillation(run: Run, vocab_size: int) -> Distillation | None:
 def _compressed_from(folder: str) -> str:
     """Read from a compressed model's record which baseline it was made from."""
     name = _compression_record(folder).get("baseline")
-    if not name:
+    if not isinstance(name, str):
         raise UserError(f"{folder} does not say what it was compressed from: name a teacher.")
     return name
 
 
 def _spectrum(folder: str) -> list[float] | None:
     """Read from the record of the compressed model that a run starts from what each rank keeps."""
-    return _compression_record(folder).get("spectrum")
+    spectrum = _compression_record(folder).get("spectrum")
+    if not (spectrum is None or (isinstance(spectrum, list) and all(isinstance(share, float) for share in spectrum))):
+        raise UserError(f"The spectrum in {Path(folder) / RECORD_NAME} is no list of shares; compress once more.")
+    return spectrum
 
 
 def _compression_record(folder: str) -> dict[str, Any]:

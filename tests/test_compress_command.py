@@ -164,7 +164,11 @@ def test_the_rank_for_a_share(words, tmp_path, method):
         (["--ranks", 4, "--refine", -1], (), "refine must not be negative"),
         (["--ranks", 4], ("calibration",), "calibration_file does nothing"),
         (["--ranks", 4, "--method", "svd"], (), "method.*invalid choice: 'svd'"),
-        (["--ranks", 4, "--method", "joint", "--calibration_tokens", 0], ("calibration",), "must be positive, got 0"),
+        (
+            ["--ranks", 4, "--method", "joint", "--calibration_tokens", 0],
+            ("calibration",),
+            "must be at least 1, got 0",
+        ),
     ],
 )
 def test_bad_requests(words, tmp_path, rest, texts, complaint):

@@ -180,16 +180,8 @@ def check(arguments: CompressArguments, calibration: CalibrationArguments, evalu
         raise UserError("Set one of ranks, target_loss_increase and explained_variance.")
     if ranks is not None and len(set(ranks)) != len(ranks):
         raise UserError(f"ranks: a rank is given twice in {' '.join(map(str, ranks))}.")
-    if loss is not None and not loss > 0:
-        raise UserError(f"target_loss_increase must be positive, in nats a token, got {loss}.")
     if loss is not None and not evaluation.is_asked_for:
         raise UserError("target_loss_increase needs text to measure on: set eval_file or dataset_name.")
-    if share is not None and not 0 < share <= 1:
-        raise UserError(f"explained_variance must lie in (0, 1], got {share}.")
-    if arguments.refine < 0:
-        raise UserError(f"refine must not be negative, got {arguments.refine}.")
-    if calibration.calibration_tokens < 1:
-        raise UserError(f"calibration_tokens must be positive, got {calibration.calibration_tokens}.")
     if calibration.calibration_file and arguments.method == "pca" and not arguments.refine:
         raise UserError("calibration_file does nothing for method pca without refine; tokenwise makes the most of it.")
 

@@ -4,9 +4,8 @@ import sys
 from dataclasses import dataclass, field
 
 import torch
-from transformers import AutoModelForCausalLM
 
-from ..baseline import load_weights
+from ..baseline import check_tokenizer, load_causal_lm
 from ..bits_per_byte import measure_bits_per_byte
 from ..data import load_blocks, load_tokenizer
 from ..errors import UserError
@@ -48,8 +47,9 @@ def evaluate(argv: list[str]) -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     rows = []
     for name in arguments.models:
-        model = load_weights(AutoModelForCausalLM, name)[0].eval().to(device)
+        model = load_causal_lm(name).to(device)
         tokenizer = load_tokenizer(arguments.tokenizer or name)
+        check_tokenizer(model, tokenizer)
         block_size = evaluation.block_size_for(model.config.max_position_embeddings)
         blocks = load_blocks(evaluation.source(), tokenizer, block_size, keep_tail=True)
         measured = sum_loss(model, blocks, evaluation.eval_batch_size, device, desc=f"Evaluating {name}")

@@ -7,8 +7,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from accelerate.commands.config.config_args import load_config_from_file
+
 from ..arguments import check_words, launched_processes
-from ..errors import UserError
+from ..errors import UserError, blaming
 from ..experiments import Experiment, Scale, load_grid, select
 from ..files import replacing_file
 from ..parsing import ManualParser
@@ -92,6 +94,11 @@ def run_experiments(argv: list[str]) -> None:
     root = Path(arguments.output_dir or "model_weights")
     experiments = load_grid(arguments.grid, scale, root)
     experiments = select(experiments, arguments.only or ["*"])
+    for experiment in experiments:
+        try:
+            check_words(experiment.words)
+        except UserError as error:
+            raise UserError(f"{experiment.name}: {error}") from error
     grid = _Grid(root, arguments, flags)
     if arguments.dry_run:
         print_table([_row(experiment, grid.state(experiment)) for experiment in experiments])
@@ -123,8 +130,11 @@ def check(arguments: GridArguments, scale: Scale, flags: Sequence[str]) -> None:
             "run_experiments.py launches every run itself: start it with python, and name the launcher's config, as "
             "in --accelerate_config configs/accelerate/two_gpus.yaml."
         )
-    if arguments.accelerate_config and not Path(arguments.accelerate_config).is_file():
-        raise UserError(f"There is no accelerate config {arguments.accelerate_config!r}.")
+    if arguments.accelerate_config:
+        if not Path(arguments.accelerate_config).is_file():
+            raise UserError(f"There is no accelerate config {arguments.accelerate_config!r}.")
+        with blaming(f"{arguments.accelerate_config} is no config of accelerate"):
+            load_config_from_file(arguments.accelerate_config)
     if scale != Scale() and not arguments.output_dir:
         raise UserError("A grid at another scale needs a folder of its own: name one with --output_dir.")
     taken = {"config", "print_config", "output_dir", "run_name", "overwrite_output_dir", "baseline", "compressed"}

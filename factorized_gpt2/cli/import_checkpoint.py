@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils import CONFIG_NAME
 
 from ..baseline import check_tokenizer
-from ..data import load_tokenizer
+from ..data import load_tokenizer, vocabulary_size
 from ..errors import UserError
 from ..evaluation import model_size
 from ..files import replacing_folder
@@ -94,9 +94,9 @@ def _check_place(folder: Path, overwrite: bool) -> None:
 def _fit(model: FactorizedGPT2, tokenizer: PreTrainedTokenizerBase, cut: bool) -> None:
     """Make a model's vocabulary and special tokens those of a tokenizer."""
     check_tokenizer(model, tokenizer)
-    surplus = model.config.vocab_size - len(tokenizer)
+    surplus = model.config.vocab_size - vocabulary_size(tokenizer)
     if surplus and cut:
-        model.resize_token_embeddings(len(tokenizer))
+        model.resize_token_embeddings(vocabulary_size(tokenizer))
         logger.info("The last %d rows of the vocabulary, which have no tokens, are left out", surplus)
     elif surplus:
         logger.info("The last %d rows of the vocabulary have no tokens; --cut_vocabulary leaves them out", surplus)

@@ -3,6 +3,7 @@
 import logging
 import os
 import sys
+import traceback
 from collections.abc import Callable
 from typing import Any
 
@@ -11,7 +12,10 @@ from tabulate import tabulate
 from ..errors import UserError, one_line
 from ..files import refusal
 from ..interruption import leaving_cleanly
+from ..parsing import take_debug
 from ..progress import hide_bars_of_libraries
+
+MESSAGE_LENGTH = 1000  # characters of an error that quotes what was given
 
 
 def run_command(command: Callable[[list[str]], None], argv: list[str] | None = None) -> int:
@@ -22,13 +26,14 @@ def run_command(command: Callable[[list[str]], None], argv: list[str] | None = N
         argv: Those words; by default the process's own.
 
     Returns:
-        0 when it ends well; 2 after a `UserError`, whose message goes to stderr as one line, or when the system
-        refuses to read or write, as on a full disk; 130 after Ctrl-C.
+        0 when it ends well; 2 after a `UserError`, or when the system refuses to read or write, as on a full disk; 130
+        after Ctrl-C. The error's message goes to stderr as one line, of launched processes from the first alone; with
+        `--debug` from each, after the traceback. Other errors are defects, and pass as they are.
 
     Raises:
         SystemExit: With 143, after SIGTERM.
     """
-    words = sys.argv[1:] if argv is None else argv
+    debug, words = take_debug(sys.argv[1:] if argv is None else argv)
     logging.basicConfig(format="%(message)s", stream=sys.stderr)
     hide_bars_of_libraries()
     is_main = os.environ.get("LOCAL_RANK", "0") == "0"
@@ -37,11 +42,14 @@ def run_command(command: Callable[[list[str]], None], argv: list[str] | None = N
         with leaving_cleanly():
             command(words)
     except UserError as error:
-        print(f"error: {one_line(error)}", file=sys.stderr)
+        if debug:
+            traceback.print_exception(error)
+        if is_main or debug:
+            print(f"error: {one_line(error)[:MESSAGE_LENGTH]}", file=sys.stderr)
         return 2
     except OSError as error:
         reason = refusal(error)
-        if reason is None:
+        if reason is None or debug:
             raise
         where = f"{error.filename}: " if error.filename else ""
         print(f"error: {where}{reason}. Mend that, and give the same command again.", file=sys.stderr)
