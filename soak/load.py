@@ -14,11 +14,10 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-import psutil
 import torch
 from datasets import Dataset
+from memory import Memory, growth
 from same_seed import TINY, tiny_model
-from tqdm.auto import tqdm
 from transformers import LogitsProcessor, LogitsProcessorList, PrinterCallback, TrainerCallback
 
 from factorized_gpt2 import FactorizedGPT2
@@ -28,10 +27,10 @@ from factorized_gpt2.cli.shell import print_table, run_command
 from factorized_gpt2.data import collate_blocks
 from factorized_gpt2.files import read_json
 from factorized_gpt2.parsing import ManualParser
+from factorized_gpt2.progress import Progress, StepProgress
 from factorized_gpt2.trainer import FactorizedTrainer
 
 BLOCK_SIZE = 32
-BYTES_A_STEP = 1024  # that memory may grow by; a step's batch or a call's tokens and cache are more
 LOSS_TOLERANCE = 1e-6  # relative, of a sum that threads may split in another way
 
 
@@ -43,8 +42,11 @@ class LoadArguments:
     calls: int = field(default=2000, metadata={"help": "Calls of generate."})
     threads: int = field(default=8, metadata={"help": "Threads that use one model at once."})
     twice: bool = field(default=True, metadata={"help": "Do what has a seed in two processes."})
-    bytes_a_step: float = field(
-        default=BYTES_A_STEP, metadata={"help": "Bytes a step, or a call, by which memory may grow."}
+    resident: float = field(
+        default=4096, metadata={"help": "Bytes a step, or a call, by which resident memory may grow."}
+    )
+    allocated: float = field(
+        default=256, metadata={"help": "Bytes a step, or a call, by which memory in use by malloc may grow."}
     )
 
 
@@ -62,37 +64,13 @@ class Check:
         return {"figure": self.figure, "bar": self.bar, "": "holds" if self.holds else "MISSED", "what": self.name}
 
 
-class Memory:
-    """Resident memory of this process, looked at after every step; the first half is for warming up."""
-
-    def __init__(self):
-        self._process, self.samples = psutil.Process(), []
-
-    def look(self) -> None:
-        """Take a sample."""
-        self.samples.append(self._process.memory_info().rss)
-
-    def check(self, name: str, allowed: float) -> Check:
-        """Fit a line to the second half of the samples.
-
-        Args:
-            name: Of what was done.
-            allowed: Bytes a step by which the line may rise.
-        """
-        half = np.array(self.samples[len(self.samples) // 2 :], np.float64)
-        slope = np.polynomial.Polynomial.fit(np.arange(len(half)), half, 1).convert().coef[1]
-        figure = f"{slope:+.0f} B a step, {(half[-1] - half[0]) / 1e6:+.2f} MB, {half[-1] / 1e6:.0f} MB in all"
-        return Check(f"{name}: memory in the second half", figure, f"< {allowed:.0f} B a step", slope < allowed)
-
-
 def main(argv: list[str]) -> None:
     """Do all of it, print a table, end with code 1 where a bar is missed."""
     arguments = ManualParser(LoadArguments, prog="load.py", description=__doc__).parse(argv)[0]
     checks = []
     for name, is_lora in (("scratch", False), ("LoRA", True)):
-        memory = train(arguments.steps, is_lora)
-        checks.append(memory.check(f"{arguments.steps} steps, {name}", arguments.bytes_a_step))
-    checks.append(generate(arguments.calls).check(f"{arguments.calls} generate calls", arguments.bytes_a_step))
+        checks += flat(train(arguments.steps, is_lora), f"{arguments.steps} steps, {name}", arguments)
+    checks += flat(generate(arguments.calls), f"{arguments.calls} generate calls", arguments)
     checks += use_in_threads(arguments.threads)
     if arguments.twice:
         checks += do_twice()
@@ -102,13 +80,22 @@ def main(argv: list[str]) -> None:
         sys.exit(f"missed: {'; '.join(missed)}")
 
 
+def flat(memory: Memory, name: str, arguments: LoadArguments) -> Iterator[Check]:
+    """Compare the growth of memory with its bars."""
+    for kind in ("resident", "allocated"):
+        samples, bar = getattr(memory, kind), getattr(arguments, kind)
+        if samples:
+            slope = growth(samples)
+            figure = f"{slope:+.0f} B a step, {(samples[-1] - samples[len(samples) // 2]) / 1e6:+.2f} MB"
+            yield Check(f"{name}: {kind} memory, second half", figure, f"< {bar:.0f} B a step", slope < bar)
+
+
 class _Watch(TrainerCallback):
-    def __init__(self, memory: Memory, bar: tqdm):
-        self.memory, self.bar = memory, bar
+    def __init__(self, memory: Memory):
+        self.memory = memory
 
     def on_step_end(self, *args, **kwargs) -> None:
         self.memory.look()
-        self.bar.update()
 
 
 def train(steps: int, is_lora: bool) -> Memory:
@@ -118,8 +105,8 @@ def train(steps: int, is_lora: bool) -> Memory:
         model = add_lora(model, 4, 8, 0.1, LORA_TARGETS)
     ids = np.random.default_rng(0).integers(TINY["vocab_size"], size=(400, BLOCK_SIZE), dtype=np.int32)
     blocks = Dataset.from_dict({"input_ids": ids}).with_format("numpy")
-    often = max(1, steps // 40)
-    with tempfile.TemporaryDirectory() as folder, tqdm(total=steps, desc="Training", leave=False) as bar:
+    often = max(10, steps // 40)
+    with tempfile.TemporaryDirectory() as folder:
         trainer = FactorizedTrainer(
             model=model,
             args=RunArguments(
@@ -141,7 +128,7 @@ def train(steps: int, is_lora: bool) -> Memory:
             train_dataset=blocks,
             eval_dataset=blocks.select(range(20)),
             data_collator=collate_blocks,
-            callbacks=[_Watch(memory, bar)],
+            callbacks=[_Watch(memory), StepProgress("Training")],
         )
         trainer.remove_callback(PrinterCallback)
         trainer.train()
@@ -175,7 +162,7 @@ def _request(model: FactorizedGPT2, number: int) -> torch.Tensor:
 def generate(calls: int) -> Memory:
     """Call `generate` again and again."""
     model, memory = tiny_model().eval(), Memory()
-    for number in tqdm(range(calls), desc="Generating", leave=False):
+    for number in Progress(range(calls), desc="Generating"):
         _request(model, number)
         memory.look()
     return memory
@@ -206,7 +193,7 @@ def use_in_threads(threads: int) -> Iterator[Check]:
         numbers = range(6 * threads)
         expected = [function(number) for number in numbers]
         with ThreadPoolExecutor(threads) as pool:
-            found = list(tqdm(pool.map(function, numbers), desc=f"{threads} threads", total=len(numbers), leave=False))
+            found = list(Progress(pool.map(function, numbers), desc=f"{threads} threads", total=len(numbers)))
         if is_training or name == "loss":
             pairs = zip(found, expected, strict=True)
             worst = max(((one - other).abs() / other.abs().clamp(min=1e-3)).max().item() for one, other in pairs)
@@ -222,7 +209,7 @@ def do_twice() -> Iterator[Check]:
     with tempfile.TemporaryDirectory() as folder:
         outputs = [Path(folder) / f"{number}.json" for number in (1, 2)]
         with ThreadPoolExecutor() as pool:
-            made = list(tqdm(pool.map(_make, outputs), desc="The same seed twice", total=2, leave=False))
+            made = list(Progress(pool.map(_make, outputs), desc="The same seed twice", total=2))
     one, other = made
     for name, digest in one.items():
         yield Check(f"two processes: {name}", f"{digest[:12]} {other[name][:12]}", "equal", digest == other[name])

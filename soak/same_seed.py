@@ -27,8 +27,8 @@ TINY = {"vocab_size": 512, "n_positions": 64, "n_embd": 64, "n_layer": 2, "n_hea
 
 RUN = {
     **{"train_file": ["train.jsonl"], "validation_file": ["validation.jsonl"], "tokenizer": "tokenizer"},
-    **{"block_size": 32, "per_device_train_batch_size": 4, "max_steps": 20, "learning_rate": 1e-3, "do_train": True},
-    **{"eval_strategy": "steps", "eval_steps": 10, "save_strategy": "steps", "save_steps": 10},
+    **{"block_size": 32, "per_device_train_batch_size": 4, "max_steps": 10, "learning_rate": 1e-3, "do_train": True},
+    **{"eval_strategy": "steps", "eval_steps": 5, "save_strategy": "steps", "save_steps": 5},
     **{"load_best_model_at_end": True, "metric_for_best_model": "eval_loss"},
     **{"report_to": ["none"], "disable_tqdm": True, "use_cpu": True},
 }
@@ -90,7 +90,7 @@ def main(output: Path) -> None:
             "LoRA": train("lora", baseline="baseline", n_embd_wte=RANK, lora_rank=4, lora_alpha=8),
             "compressed, pca": compress_by("pca"),
             "compressed, joint": compress_by("joint"),
-            "compressed, tokenwise, refined": compress_by("tokenwise", "--refine", "5"),
+            "compressed, tokenwise, refined": compress_by("tokenwise", "--refine", "3"),
             "sampled text": sample(),
         }
         os.chdir(output.parent)

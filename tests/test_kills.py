@@ -5,8 +5,9 @@ import signal
 from pathlib import Path
 
 import pytest
-from soak.doomed import Doom
-from soak.kills import FLOWS, Workshop
+from doomed import Doom
+from kills import trial
+from workshop import FLOWS, Workshop
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +25,7 @@ KILLS = {
 @pytest.mark.parametrize("kill", KILLS)
 def test_a_killed_command_ends_as_one_that_was_not(workshop, kill):
     name, change, number, code, went_on_from = KILLS[kill]
-    row = workshop.trial(name, Doom(number, change))
+    row = trial(workshop, name, Doom(number, change))
     assert (row["same"], row["ended with"], row["went on from"]) == ("yes", code, went_on_from)
 
 
@@ -34,7 +35,7 @@ def test_what_is_lost_or_left_is_told(workshop):
         weights = run_folder.parent.parent / "baseline/model.safetensors"
         weights.write_bytes(weights.read_bytes()[:-4] + b"\0\0\0\0")
 
-    row = workshop.trial("compress", Doom(signal.SIGKILL, "scale_mats_pca_k4"), spoil)
+    row = trial(workshop, "compress", Doom(signal.SIGKILL, "scale_mats_pca_k4"), spoil)
     assert "models/.left is left" in row["same"]
     assert "gpt_pca_nofinetune_k4/model.safetensors differs" in row["same"]
 

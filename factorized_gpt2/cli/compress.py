@@ -263,8 +263,8 @@ def _choose(arguments: CompressArguments, compressor: Compressor, measure: _Meas
 def _plot(compressor: Compressor, ranks: list[int], measure: _Measure, with_spectrum: bool) -> None:
     """Draw the spectrum, and loss against bytes where there are losses, beside the model folders."""
     label, root = compressor.label, compressor.root
-    if with_spectrum:
-        path = root / f"spectrum_{label}.png"
+    path = root / f"spectrum_{label}.png"
+    if with_spectrum or not path.with_suffix(".svg").exists():
         plot_spectrum(compressor.shares, ranks, compressor.recipe.method, path)
         logger.info("Spectrum: %s", path)
     if measure.losses:

@@ -67,8 +67,8 @@ class Ended:
 
 
 def run(command: str, words: list[str], folder: Path, doom: Doom | None = None) -> Ended:
-    """Run a command in a folder, where it also caches texts, to its end."""
-    log, changes = folder / "log.txt", folder / "changes.txt"
+    """Run a command to its end in a folder, where it caches texts too; what it says and does is taken down beside."""
+    log, changes = _beside(folder)
     for path in (log, changes):
         path.unlink(missing_ok=True)
     with mock.patch.dict(os.environ, PYTHONPATH=os.pathsep.join(filter(None, sys.path))):
@@ -86,10 +86,14 @@ def run(command: str, words: list[str], folder: Path, doom: Doom | None = None) 
     return Ended(process.exitcode, said, done, time.perf_counter() - began)
 
 
+def _beside(folder: Path) -> tuple[Path, Path]:
+    return folder.with_name(f"{folder.name}.log"), folder.with_name(f"{folder.name}.changes")
+
+
 def _live(command: str, words: list[str], folder: Path, doom: Doom | None) -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)  # which whoever runs this in the background ignores
     os.chdir(folder)
-    log = os.open("log.txt", os.O_WRONLY | os.O_CREAT)
+    log = os.open(_beside(folder)[0], os.O_WRONLY | os.O_CREAT)
     for stream in (1, 2):
         os.dup2(log, stream)
     datasets.config.HF_DATASETS_CACHE = folder / "cache"
@@ -105,7 +109,7 @@ class Witness:
 
     def __init__(self, folder: Path, doom: Doom | None):
         self._folder, self._doom, self._left = f"{folder}/", doom, doom.count if doom else 0
-        self._log = (folder / "changes.txt").open("w", encoding="utf-8", buffering=1)  # as long as the process
+        self._log = _beside(folder)[1].open("w", encoding="utf-8", buffering=1)  # as long as the process
 
     def __call__(self, event: str, args: tuple) -> None:
         if event not in _CHANGES or (event == "open" and not args[2] & _WRITING):
