@@ -11,7 +11,7 @@ FAST := arguments blockwise_loss calibration classification compress_command com
 	distillation evaluation experiments factorization forward generation modeling peft progress refinement reporting \
 	results run_folder training
 
-.PHONY: demo test test-oldest lint format clean conformance
+.PHONY: demo test test-oldest soak lint format clean conformance
 
 demo: $(INSTALLED)  ## train, compress, heal and compare a small GPT-2 on text that every Python carries
 	$(BIN)/factorized-gpt2-demo --output_dir demo_output
@@ -21,6 +21,13 @@ test: lint  ## lint, format check and every test, offline
 
 test-oldest: .venv-oldest/.installed  ## the fast tests with the oldest libraries that setup.cfg allows
 	$(OFFLINE) $(OLDEST)/pytest -n 2 $(FAST:%=tests/test_%.py)
+
+soak: $(TOOLS)  ## kills, a full disk, bad inputs and load, at full length: an hour or two
+	$(OFFLINE) $(BIN)/python soak/kills.py --kills 20
+	$(OFFLINE) $(BIN)/python soak/launched.py
+	$(OFFLINE) $(BIN)/python soak/disk.py
+	$(OFFLINE) $(BIN)/python soak/bad_inputs.py --cases 2000
+	$(OFFLINE) $(BIN)/python soak/load.py
 
 lint: $(TOOLS)
 	$(BIN)/ruff check .
