@@ -149,6 +149,8 @@ def _load(
             raise UserError(f"The weight {name!r} of {name_or_path} is of {weight.dtype}, not of plain floats.")
         if not torch.isfinite(weight).all():
             raise UserError(f"The weight {name!r} of {name_or_path} contains NaN or infinity.")
+    for name in CODE_KEYS:
+        vars(model.config).pop(name, None)
     return model
 
 
@@ -179,3 +181,8 @@ def load_weights(model_class: type, name_or_path: str) -> tuple[PreTrainedModel,
                 f"The weights of {name_or_path} are a pickle that holds more than weights, which is not loaded "
                 "because it could do anything; ask whoever made it for safetensors."
             ) from error
+
+
+# Where configs of models and tokenizers name code, for those who trust the folder they stand in. What is made of a
+# stranger's model must not pass his code on.
+CODE_KEYS = ("auto_map", "custom_pipelines")

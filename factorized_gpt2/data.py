@@ -139,6 +139,7 @@ def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
     if tokenizer.eos_token_id is None:
         raise UserError(f"The tokenizer {name_or_path!r} has no eos_token, which marks where a document ends.")
     templates = tokenizer.chat_template if isinstance(tokenizer.chat_template, dict) else {}
+    tokenizer.init_kwargs.pop("auto_map", None)  # names code, and what is saved must not pass a stranger's on
     for name in templates:  # each becomes a file wherever the tokenizer is saved
         if Path(name).name != name:
             raise UserError(

@@ -41,7 +41,7 @@ from transformers.tokenization_utils_base import (
 )
 from transformers.utils import CHAT_TEMPLATE_DIR, CHAT_TEMPLATE_FILE, CONFIG_NAME, GENERATION_CONFIG_NAME
 
-from .baseline import load_complete
+from .baseline import CODE_KEYS, load_complete
 from .classification_factorized_gpt2 import FactorizedGPT2ForSequenceClassification
 from .compression import RECORD_NAME
 from .configuration_factorized_gpt2 import FactorizedGPT2Config
@@ -178,13 +178,13 @@ def _model_files(folder: Path) -> dict[str, Path | bytes]:
     """Collect weights, configuration, tokenizer and records by their names in the repository."""
     auto_map = {auto: f"{Path(inspect.getfile(made)).stem}.{made.__name__}" for auto, made in AUTO_CLASSES.items()}
     files: dict[str, Path | bytes] = {path.name: path for path in sorted(folder.glob("model*.safetensors*"))}
-    files[CONFIG_NAME] = _as_json(read_json(folder / CONFIG_NAME) | {"auto_map": auto_map})
+    files[CONFIG_NAME] = _as_json(_without_code(read_json(folder / CONFIG_NAME)) | {"auto_map": auto_map})
     for name in (GENERATION_CONFIG_NAME, *_TOKENIZER_FILES):
         if (folder / name).is_file():
             files[name] = folder / name
     files |= {f"{CHAT_TEMPLATE_DIR}/{path.name}": path for path in (folder / CHAT_TEMPLATE_DIR).glob("*.jinja")}
     if TOKENIZER_CONFIG_FILE in files:
-        files[TOKENIZER_CONFIG_FILE] = _as_json(read_json(folder / TOKENIZER_CONFIG_FILE))
+        files[TOKENIZER_CONFIG_FILE] = _as_json(_without_code(read_json(folder / TOKENIZER_CONFIG_FILE)))
     for name in (RECORD_NAME, RESULTS_NAME):
         if (folder / name).is_file():
             files[name] = _as_json(_without_paths(read_json(folder / name)))
@@ -196,6 +196,10 @@ def _plots(folder: Path) -> list[Path]:
     label = re.fullmatch(r"gpt_(\w+?)(_nofinetune)?_k\d+", folder.name)
     beside = [folder.parent / f"{kind}_{label[1]}.png" for kind in ("loss_against_bytes", "spectrum")] if label else []
     return [*sorted(folder.glob("*.png")), *(path for path in beside if path.is_file())]
+
+
+def _without_code(config: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in config.items() if name not in CODE_KEYS}
 
 
 def _as_json(content: dict[str, Any]) -> bytes:

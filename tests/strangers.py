@@ -56,3 +56,9 @@ def outcome(command: Callable[[list[str]], None], words: list, capsys) -> tuple[
 
 def tree(folder: Path) -> set[Path]:
     return set(folder.rglob("*"))
+
+
+def holding(folder: Path, text: str) -> list[Path]:
+    """List the files that hold a text, byte for byte, in their content or in their name; git's own left out."""
+    files = [path for path in tree(folder) if path.is_file() and ".git" not in path.parts]
+    return [path for path in files if text.encode() in path.read_bytes() or text in path.name]

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 from hub_server import HubServer
-from strangers import outcome, tree
+from strangers import holding, outcome, tree
 
 from factorized_gpt2.cli.experiments import run_experiments
 from factorized_gpt2.cli.train import train
@@ -90,12 +90,6 @@ def traces(tmp_path_factory, corpus):
             said.append(done.stdout + done.stderr)
             assert done.returncode == 0, said[-1].decode()[-4000:]
     return SimpleNamespace(folder=folder, hub=hub, said=b"".join(said), command_lines=command_lines)
-
-
-def holding(folder: Path, secret: str) -> list[Path]:
-    """List the files that hold a text, byte for byte, in their content or in their name; git's own left out."""
-    files = [path for path in tree(folder) if path.is_file() and ".git" not in path.parts]
-    return [path for path in files if secret.encode() in path.read_bytes() or secret in path.name]
 
 
 def test_the_commands_did_what_a_token_is_needed_for(traces):

@@ -11,9 +11,22 @@ import numpy as np
 import pytest
 import torch
 from conftest import cut_off_at
+from hub_client import TOKEN, reach
+from hub_server import HubServer
 from jinja2.exceptions import SecurityError
 from old_networks import DESCENDANT, OldNet, checkpoint
-from strangers import DEEP, HUGE, Touch, change_json, code_that_touches, outcome, save_pickle, save_torch, tree
+from strangers import (
+    DEEP,
+    HUGE,
+    Touch,
+    change_json,
+    code_that_touches,
+    holding,
+    outcome,
+    save_pickle,
+    save_torch,
+    tree,
+)
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from factorized_gpt2.cli.compress import compress
@@ -22,6 +35,7 @@ from factorized_gpt2.cli.import_checkpoint import import_checkpoint
 from factorized_gpt2.cli.report import report
 from factorized_gpt2.cli.train import train
 from factorized_gpt2.data import load_tokenizer
+from factorized_gpt2.hub import publish
 
 
 @pytest.fixture
@@ -176,6 +190,34 @@ def test_a_foreign_model_that_does_without_its_code_is_taken_without(strange, fo
     for command, words in (commands[name] for name in ("compress", "evaluate", "train")):
         assert outcome(command, words, capsys)[0] == 0
         assert not marker.exists()
+
+
+def test_a_strangers_code_is_not_passed_on(folder, marker, commands, corpus, tmp_path, capsys, monkeypatch):
+    """Whoever trusts a folder that was made here, or a repository, trusts no one else."""
+    foreign = dict.fromkeys(("AutoConfig", "AutoModel", "AutoModelForCausalLM", "AutoModelForX"), "evil/repo--own.C")
+    for name in ("config.json", "tokenizer_config.json"):
+        change_json(folder / name, auto_map=foreign | {"AutoTokenizer": ["evil/repo--own.C", None]})
+    pipelines = {"text-generation": {"impl": "evil/repo--own.C"}}
+    change_json(folder / "config.json", custom_pipelines=pipelines)
+    assert outcome(*commands["compress"], capsys)[0] == 0
+    made = tmp_path / "out/gpt_pca_nofinetune_k4"
+    assert not holding(tmp_path / "out", "evil")
+    for name in ("config.json", "tokenizer_config.json"):  # as of a stranger's compressed model
+        own = json.loads((made / name).read_text()).get("auto_map", {})
+        change_json(made / name, auto_map=foreign | own | {"AutoTokenizer": ["evil/repo--own.C", None]})
+    command, words = commands["teach"]
+    shutil.copytree(made, tmp_path / "compressed")
+    change_json(
+        tmp_path / "compressed/config.json", custom_pipelines={"text-generation": {"impl": "evil/repo--own.C"}}
+    )
+    assert outcome(command, [*words, "--save_strategy", "steps", "--save_steps", 1], capsys)[0] == 0
+    assert (tmp_path / "taught/checkpoint-1/config.json").exists()
+    assert not holding(tmp_path / "taught", "evil")
+    with HubServer({TOKEN: "me"}) as hub:
+        reach(hub, monkeypatch)
+        publish(tmp_path / "compressed", "me/healed", token=TOKEN)
+        assert {"config.json", "tokenizer_config.json"} <= hub.repos["me/healed"].files().keys()
+        assert not [name for name, content in hub.repos["me/healed"].files().items() if b"evil" in content]
 
 
 def test_a_chat_template_has_no_way_out_of_its_sandbox(folder, marker):
