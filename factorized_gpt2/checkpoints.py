@@ -24,7 +24,7 @@ STAGING_NAME = ".checkpoint.00000000.partial"  # the same for all processes that
 
 def seal(folder: Path) -> None:
     """Write down of every file in a checkpoint how long it is and its CRC-32."""
-    files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file() and path != folder / SEAL_NAME]
     listed = {path.relative_to(folder).as_posix(): [path.stat().st_size, _checksum(path)] for path in files}
     write_json(folder / SEAL_NAME, {"files": listed})
 

@@ -29,6 +29,7 @@ from strangers import (
 )
 from transformers import GPT2Config, GPT2LMHeadModel
 
+from factorized_gpt2.checkpoints import seal
 from factorized_gpt2.cli.compress import compress
 from factorized_gpt2.cli.evaluate import evaluate
 from factorized_gpt2.cli.import_checkpoint import import_checkpoint
@@ -303,6 +304,7 @@ def test_a_checkpoint_with_a_hostile_pickle(name, save, begun, marker, tmp_path,
     if name == "pytorch_model.bin":
         (folder / "model.safetensors").unlink()
     save(folder / name, marker)
+    seal(folder)  # without that it passes for damaged, and is not looked at
     code, line = outcome(train, begun, capsys)
     assert (code, marker.exists()) == (2, False)
     assert f"{folder} holds what no run has written" in line
@@ -310,6 +312,7 @@ def test_a_checkpoint_with_a_hostile_pickle(name, save, begun, marker, tmp_path,
 
 def test_a_checkpoint_with_a_deep_record(begun, tmp_path, capsys):
     (tmp_path / "run/checkpoint-1/trainer_state.json").write_text(f'{{"a": {DEEP}}}')
+    seal(tmp_path / "run/checkpoint-1")
     code, line = outcome(train, begun, capsys)
     assert code == 2
     assert "checkpoint-1 holds what no run has written" in line
@@ -317,6 +320,7 @@ def test_a_checkpoint_with_a_deep_record(begun, tmp_path, capsys):
 
 def test_the_settings_in_a_checkpoint_are_not_looked_at(begun, marker, tmp_path, capsys):
     save_torch(tmp_path / "run/checkpoint-1/training_args.bin", marker)
+    seal(tmp_path / "run/checkpoint-1")
     assert outcome(train, begun, capsys)[0] == 0
     assert not marker.exists()
 
