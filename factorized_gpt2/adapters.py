@@ -56,10 +56,11 @@ def lora_targets(model: FactorizedGPT2, rank: int, target_modules: Sequence[str]
     """Name the modules that get adapters, if they all can have them.
 
     Raises:
-        UserError: A name that no linear layer or embedding has, the head while it is tied, or a rank beyond the width.
+        UserError: A name that no linear layer or embedding has, the head while it is tied, or a rank beyond the widest layer.
     """
-    if rank > model.config.n_embd:
-        raise UserError(f"lora_rank {rank} is larger than the model's width of {model.config.n_embd}.")
+    widest = model.config.n_inner or 4 * model.config.n_embd
+    if rank > widest:
+        raise UserError(f"lora_rank {rank} is larger than the model's widest layer, of {widest}.")
     present = {
         name.rsplit(".", 1)[-1]
         for name, module in model.named_modules()

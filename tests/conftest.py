@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import signal
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -105,6 +106,13 @@ def cut_off_at(step: int):
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _interruptible():
+    """Take Ctrl-C as at a keyboard, where whoever started the tests in the background has it ignored."""
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(params=VARIANTS)

@@ -222,8 +222,8 @@ def test_a_folder_of_something_else_is_left_alone(stock_folder, tmp_path):
 @pytest.mark.parametrize(
     ("ranks", "complaint"),
     [
-        (["0"], "Rank 0 is out of range"),
-        (["-3"], "Rank -3 is out of range"),
+        (["0"], "ranks must be at least 1, got 0"),
+        (["-3"], "ranks must be at least 1, got -3"),
         ([str(WIDTH)], f"Rank {WIDTH} is out of range.*between 1 and {WIDTH - 1}"),
         (["4", "4"], "a rank is given twice"),
         (["four"], "ranks.*invalid int value: 'four'"),
@@ -237,7 +237,7 @@ def test_bad_ranks(stock_folder, tmp_path, ranks, complaint):
 
 def test_a_tokenizer_larger_than_the_vocabulary(tmp_path, stock_folder):
     to_gpt2(tiny_model(n_embd_wte=None, vocab_size=200)).save_pretrained(tmp_path / "small")
-    with pytest.raises(UserError, match=r"The tokenizer has \d+ tokens, the baseline only 200"):
+    with pytest.raises(UserError, match=r"The tokenizer has \d+ tokens, the model only 200"):
         compress(arguments(tmp_path / "small", tmp_path / "out", "--ranks", 4, "--tokenizer", stock_folder))
     assert not (tmp_path / "out").exists()
 

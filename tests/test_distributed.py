@@ -130,7 +130,7 @@ def test_a_loss_that_is_nan_in_one_process_stops_all(folder):
     """Without a launcher, which would end the other process itself."""
     common = {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "WORLD_SIZE": "2"}
     common |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    processes = []
+    processes, told = [], []
     for rank in "01":
         environment = os.environ | common | {"RANK": rank, "LOCAL_RANK": rank}
         command = [sys.executable, str(REPOSITORY / "tests/run_configs.py"), "--spoil", "scratch-spoilt.json"]
@@ -138,7 +138,8 @@ def test_a_loss_that_is_nan_in_one_process_stops_all(folder):
     for process in processes:
         _, errors = process.communicate(timeout=300)
         assert process.returncode == 2, errors[-3000:]
-        assert "at step 3: the training loss is NaN or infinite. There is no checkpoint." in errors
+        told.append("at step 3: the training loss is NaN or infinite. There is no checkpoint." in errors)
+    assert told == [True, False]  # the first speaks for all
     assert not list((folder / "scratch-spoilt").glob("checkpoint-*"))
     assert not (folder / "scratch-spoilt/results.json").exists()
 

@@ -53,7 +53,7 @@ def test_the_command_with_factors(tmp_path, ids):
         ([], "the following arguments are required"),
         (["--checkpoint", "nowhere.pt", "--output_dir", "model"], "nowhere.pt cannot be read as a checkpoint"),
         (["--checkpoint", "x", "--output_dir", "full"], "full exists"),
-        (["--checkpoint", "x", "--output_dir", "full/file", "--overwrite", "True"], "full/file exists"),
+        (["--checkpoint", "x", "--output_dir", "full/file", "--overwrite", "True"], "output_dir=full/file is a file"),
         (
             ["--checkpoint", "x", "--output_dir", "full", "--overwrite", "True"],
             "full holds something else than a model",

@@ -14,6 +14,7 @@ from strangers import outcome, tree
 from test_model_card import RECIPE, RESULTS
 
 from factorized_gpt2 import reporting
+from factorized_gpt2.arguments import parse_run
 from factorized_gpt2.cli.compress import compress
 from factorized_gpt2.cli.experiments import run_experiments
 from factorized_gpt2.cli.report import report
@@ -23,6 +24,7 @@ from factorized_gpt2.errors import one_line
 from factorized_gpt2.markdown import code, escaped
 from factorized_gpt2.model_card import Figures, History, Measurement, adapter_card, model_card
 from factorized_gpt2.reporting import write_report
+from factorized_gpt2.run_folder import mark
 
 MARKUP = [
     "<script>alert(1)</script>",
@@ -229,6 +231,7 @@ def test_names_that_wandb_does_not_take(kept, tracked, tmp_path, capsys):
     if kept is not None:  # as the id of a run that was cut off
         (tmp_path / "inside/run/wandb").mkdir(parents=True)
         (tmp_path / "inside/run/wandb/wandb-resume.json").write_text(json.dumps({"run_id": kept}))
+        mark(parse_run([str(word) for word in tracked]))
     before = tree(tmp_path)
     code, line = outcome(train, [*tracked, *(["--project", "../../x"] if kept is None else [])], capsys)
     assert code == 2

@@ -133,11 +133,14 @@ def test_a_report_draws_only_what_there_is(tmp_path, monkeypatch, results, pictu
 
     def lay_out(self, path, **kwargs):
         self.draw_without_rendering()
-        saved.append(Path(path).name)
+        saved.append(Path(path))
+        saved[-1].touch()  # to be put in its place
 
     monkeypatch.setattr(Figure, "savefig", lay_out)
     text = write_report(results, tmp_path).read_text(encoding="utf-8")
-    assert saved == [f"{name}.{kind}" for name in pictures for kind in ("png", "svg")]
+    pairs = [(name, kind) for name in pictures for kind in ("png", "svg")]
+    assert [path.suffix for path in saved] == [f".{kind}" for _, kind in pairs]
+    assert all((tmp_path / f"{name}.{kind}").exists() for name, kind in pairs)
     assert re.findall(r"\((\w+)\.png\)", text) == list(pictures)
 
 
@@ -145,8 +148,13 @@ def test_a_report_draws_only_what_there_is(tmp_path, monkeypatch, results, pictu
 def drawn(tmp_path_factory):
     """Draw the protocol's pictures; return the axes of each by file name."""
     axes = {}
+
+    def keep(self, path, **_):
+        axes[Path(path).name.split(".")[1]] = self.axes  # of a temporary name such as .spectrum.png.12ab.partial.png
+        Path(path).touch()
+
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Figure, "savefig", lambda self, path, **_: axes.update({Path(path).stem: self.axes}))
+        patch.setattr(Figure, "savefig", keep)
         write_report(PROTOCOL, tmp_path_factory.mktemp("drawn"))
     return axes
 

@@ -20,7 +20,8 @@ from factorized_gpt2 import FactorizedGPT2
 from factorized_gpt2.cli.compress import compress
 from factorized_gpt2.data import load_tokenizer
 from factorized_gpt2.hub import publish
-from factorized_gpt2.run_folder import finish, probe_logits
+from factorized_gpt2.run_folder import finish
+from factorized_gpt2.verification import probe_logits
 
 TEMPLATE = (
     "{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}\n{% endfor %}"
