@@ -56,7 +56,8 @@ def lora_targets(model: FactorizedGPT2, rank: int, target_modules: Sequence[str]
     """Name the modules that get adapters, if they all can have them.
 
     Raises:
-        UserError: A name that no linear layer or embedding has, the head while it is tied, or a rank beyond the widest layer.
+        UserError: A name that no linear layer or embedding has, the head while it is tied, or a rank beyond the widest
+            layer.
     """
     widest = model.config.n_inner or 4 * model.config.n_embd
     if rank > widest:

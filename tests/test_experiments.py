@@ -326,5 +326,5 @@ def test_settings_that_contradict_the_baseline(workshop, settings, complaint):
 
 @pytest.mark.parametrize("rank", [0, -1, 25])
 def test_a_rank_that_no_network_has(fresh, rank):
-    with pytest.raises(UserError, match="n_embd_wte must (be at least 1|lie between 1 and n_embd)"):
+    with pytest.raises(UserError, match=r"n_embd_wte must (be at least 1|lie between 1 and n_embd)"):
         fresh.run("refused", **TINY, n_embd_wte=rank)
