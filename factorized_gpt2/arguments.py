@@ -372,5 +372,5 @@ def _check_training(training: RunArguments) -> None:
     if training.auto_find_batch_size and training.effective_batch_size is not None:
         raise UserError("auto_find_batch_size contradicts effective_batch_size, which it would change.")
     for name in ("dataloader_persistent_workers", "dataloader_multiprocessing_context"):
-        if getattr(training, name) and not training.dataloader_num_workers:
+        if getattr(training, name, None) and not training.dataloader_num_workers:
             raise UserError(f"{name} needs dataloader_num_workers.")
