@@ -342,8 +342,6 @@ def _check(run: Run) -> None:
         raise UserError("label_smoothing_factor does nothing beside distillation_weight: set one of them to 0.")
     if distillation.teacher and not distillation.distillation_weight:
         raise UserError("teacher does nothing while distillation_weight is 0.")
-    if distillation.distillation_weight and training.label_smoothing_factor:
-        raise UserError("label_smoothing_factor contradicts distillation_weight: a teacher is not smoothed.")
     _check_training(training)
     on_cuda, half = training.device.type == "cuda", training.fp16 or training.bf16
     if training.loss_backend == "cut_cross_entropy" and not cut_cross_entropy_runs(on_cuda, half):

@@ -3,21 +3,8 @@
 A repository loads with transformers alone: the code of the network goes along, and `config.json` names it. All of it
 arrives in one commit, or nothing does.
 
-`compress.py --push_to_hub USER/NAME [--private]`, after everything else, plots included, and once for every rank:
-
-    name = arguments.push_to_hub if len(ranks) == 1 else f"{arguments.push_to_hub}-k{rank}"
-    measured = Measurement(loss, evaluation.source(), Figures("baseline", None, parameters, bytes, baseline_loss))
-    print(publish(folder, name, private=arguments.private, measured=measured))  # without text: measured=None
-
-`train_hf.py --push_to_hub --hub_model_id USER/NAME`, in the main process, once `run_experiment` has returned. The
-Trainer must not see `push_to_hub`, or it makes a repository of its own and pushes checkpoints to it. Before any work,
-`check_access(None, training.hub_model_id)` finds a mistyped name or a login that is missing:
-
-    rest = {"private": training.hub_private_repo, "revision": training.hub_revision}
-    print(publish(output_dir, training.hub_model_id, **rest))
-    print(publish_adapter(output_dir / ADAPTER_NAME, f"{training.hub_model_id}-lora", base, **rest))  # for LoRA
-
-`base` being the repository of the compressed model that the run started from.
+A command that publishes must not let the Trainer see `push_to_hub`, or it makes a repository of its own and pushes
+checkpoints to it. `check_access` finds a mistyped name or a login that is missing before any work.
 """
 
 import inspect

@@ -15,9 +15,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from workshop import FLOWS, Workshop
+from workshop import FLOWS, Workshop, conclude
 
-from factorized_gpt2.cli.shell import print_table, run_command
+from factorized_gpt2.cli.shell import run_command
 from factorized_gpt2.errors import UserError
 from factorized_gpt2.parsing import ManualParser
 
@@ -98,11 +98,7 @@ def soak(argv: list[str]) -> None:
         for pages_more in sizes:
             rows.append(trial(workshop, root, name, pages_more))
             sys.stderr.write(f"{' | '.join(rows[-1].values())}\n")
-    print_table(rows)
-    wrong = [row for row in rows if row["same"] != "yes"]
-    if wrong:
-        raise UserError(f"{len(wrong)} of {len(rows)} runs came to another end.")
-    shutil.rmtree(root)
+    conclude(rows, root)
 
 
 if __name__ == "__main__":

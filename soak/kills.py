@@ -16,9 +16,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from doomed import DOOMED, Doom
-from workshop import FLOWS, Workshop
+from workshop import FLOWS, Workshop, conclude
 
-from factorized_gpt2.cli.shell import print_table, run_command
+from factorized_gpt2.cli.shell import run_command
 from factorized_gpt2.errors import UserError
 from factorized_gpt2.parsing import ManualParser
 
@@ -156,11 +156,7 @@ def soak(argv: list[str]) -> None:
     for number, (name, doom, damage, moment) in enumerate(planned, 1):
         rows.append(trial(workshop, name, doom, damage, moment))
         sys.stderr.write(f"{number} of {len(planned)}: {' | '.join(rows[-1].values())}\n")
-    print_table(rows)
-    wrong = [row for row in rows if row["same"] != "yes"]
-    if wrong:
-        raise UserError(f"{len(wrong)} of {len(rows)} runs came to another end; see {root}.")
-    shutil.rmtree(root)
+    conclude(rows, root)
 
 
 if __name__ == "__main__":

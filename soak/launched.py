@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
-from workshop import FULL, outcome, prepare
+from workshop import FULL, conclude, outcome, prepare
 
-from factorized_gpt2.cli.shell import print_table, run_command
+from factorized_gpt2.cli.shell import run_command
 from factorized_gpt2.errors import UserError
 from factorized_gpt2.parsing import ManualParser, as_flags
 
@@ -96,10 +96,7 @@ def soak(argv: list[str]) -> None:
             }
         )
         sys.stderr.write(f"{' | '.join(rows[-1].values())}\n")
-    print_table(rows)
-    if any(row["same"] != "yes" for row in rows):
-        raise UserError(f"A training came to another end; see {root}.")
-    shutil.rmtree(root)
+    conclude(rows, root)
 
 
 if __name__ == "__main__":

@@ -10,20 +10,16 @@ os.environ.update(OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELIS
 
 import torch
 from doomed import Doom, Ended, run
+from texts import chapters
 
 from factorized_gpt2 import FactorizedGPT2, FactorizedGPT2Config
+from factorized_gpt2.cli.shell import print_table
 from factorized_gpt2.corpus import train_tokenizer
 from factorized_gpt2.errors import UserError
 from factorized_gpt2.parsing import as_flags
 from factorized_gpt2.results import Results
 
-DOCUMENTS = [
-    f"Chapter {number}. The {noun} of the {place} was {adjective}, and {number} people saw it.\nThen it went away."
-    for number in range(1, 13)
-    for noun in ("wife", "dog", "clock")
-    for place in ("mill", "harbour")
-    for adjective in ("old", "green")
-]
+DOCUMENTS = chapters(12)
 TEXTS = {
     **{"train_file": ["train.jsonl"], "validation_file": ["validation.jsonl"], "block_size": 16},
     **{"report_to": ["none"], "use_cpu": True},
@@ -144,3 +140,16 @@ def prepare(folder: Path) -> None:
     config = FactorizedGPT2Config(vocab_size=len(tokenizer), n_positions=16, n_embd=24, n_layer=2, n_head=2, **tokens)
     FactorizedGPT2(config).save_pretrained(folder / "baseline")
     tokenizer.save_pretrained(folder / "baseline")
+
+
+def conclude(rows: list[dict[str, str]], root: Path) -> None:
+    """Print what came of the runs, and remove the folder that they were in if all came to the same end.
+
+    Raises:
+        UserError: One did not.
+    """
+    print_table(rows)
+    wrong = [row for row in rows if row["same"] != "yes"]
+    if wrong:
+        raise UserError(f"{len(wrong)} of {len(rows)} runs came to another end; see {root}.")
+    shutil.rmtree(root)

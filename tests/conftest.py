@@ -12,6 +12,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import datasets
 import pytest
 import torch
+from texts import chapters
 from transformers import TrainerCallback
 
 from factorized_gpt2 import FactorizedGPT2, FactorizedGPT2Config
@@ -137,13 +138,7 @@ def _own_datasets_cache(tmp_path_factory):
         yield
 
 
-DOCUMENTS = [
-    f"Chapter {number}. The {noun} of the {place} was {adjective}, and {number} people saw it.\nThen it went away."
-    for number in range(1, 9)
-    for noun in ("wife", "dog", "clock")
-    for place in ("mill", "harbour")
-    for adjective in ("old", "green")
-]
+DOCUMENTS = chapters(8)
 
 
 @pytest.fixture(scope="session")
