@@ -3,6 +3,7 @@
 `python soak/bad_inputs.py --cases 2000`
 """
 
+import itertools
 import logging
 import os
 import resource
@@ -38,14 +39,16 @@ def try_cases(material: Path, count: int, each: Callable[[Case], None], random_s
         "phases": [Phase.generate],
         "suppress_health_check": list(HealthCheck),
     }
-    while len(seen) < count:
+    for draws in itertools.count():  # for one series of draws repeats itself
+        if len(seen) == count:
+            return
 
-        @seed(random_seed + len(seen))
-        @settings(max_examples=count - len(seen), **options)
+        @seed(random_seed + draws)
+        @settings(max_examples=count, **options)
         @given(cases(material))
         def try_one(case: Case) -> None:
             identity = (case.command, case.words, *sorted(case.files.items()))
-            if identity not in seen:
+            if identity not in seen and len(seen) < count:
                 seen.add(identity)
                 each(case)
 
