@@ -16,12 +16,15 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoTokenizer, GPT2Tokenizer, PreTrainedTokenizerBase
 
 from .errors import UserError, blaming, first_line, silenced
+from .json_rows import is_json_array, parse_json_lines, read_json_array
 
 IGNORED_LABEL = -100
 
-_BUILDERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet"}
 _TEXT_TYPES = (Value("string"), Value("large_string"))
 _TEXT_SUFFIXES = {".txt", ".text", ".tokens", ".raw", ".md"}
+_JSON_SUFFIXES = {".json", ".jsonl"}
+_TEXT = Features({"text": Value("large_string")})
+_SUFFIXES = sorted(_TEXT_SUFFIXES | _JSON_SUFFIXES | {".parquet"})
 
 
 @dataclass(frozen=True)
@@ -81,12 +84,12 @@ class TextSource:
             if path.suffix in _TEXT_SUFFIXES:
                 dataset = load(name, "text", data_files=str(path), keep_linebreaks=True, split="train")
                 loaded.append((dataset, pattern))
-            elif path.suffix in _BUILDERS:
-                dataset = load(name, _BUILDERS[path.suffix], data_files=str(path), split="train")
-                loaded.append((dataset, every_row))
+            elif path.suffix in _JSON_SUFFIXES:
+                loaded.append((self._load_json(path, streaming), every_row))
+            elif path.suffix == ".parquet":
+                loaded.append((load(name, "parquet", data_files=str(path), split="train"), every_row))
             else:
-                known = ", ".join(sorted(_TEXT_SUFFIXES | _BUILDERS.keys()))
-                raise UserError(f"{name}: unknown kind of file {path.suffix!r}; known are {known}.")
+                raise UserError(f"{name}: unknown kind of file {path.suffix!r}; known are {', '.join(_SUFFIXES)}.")
         return loaded
 
     def documents(self) -> Iterator[str]:
@@ -122,6 +125,22 @@ class TextSource:
             raise UserError(f"{name or args[0]}: the column {column!r} does not hold text.")
         dataset = dataset.select_columns([column])
         return dataset if column == "text" else dataset.rename_column(column, "text")
+
+    def _load_json(self, path: Path, streaming: bool) -> Dataset | IterableDataset:
+        with blaming(f"{path} cannot be read"):
+            if is_json_array(path):
+                rows = Dataset.from_dict({"text": read_json_array(path, self.text_column)}, features=_TEXT)
+                return rows.to_iterable_dataset() if streaming else rows
+            lines = self._load(str(path), "text", data_files=str(path), split="train", streaming=streaming)
+            settings = {"name": str(path), "column": self.text_column}
+            reading = {"function": _parse_json, "fn_kwargs": settings, "with_indices": True, "batched": True}
+            if streaming:
+                rows = lines.map(**reading, features=_TEXT)
+                next(iter(rows), None)  # what cannot be read is better known before a run begins
+                return rows
+            with silenced(datasets_logging):
+                fingerprint = Hasher.hash((lines._fingerprint, sorted(settings.items())))
+                return lines.map(**reading, features=_TEXT, new_fingerprint=fingerprint, desc=f"Reading {path.name}")
 
 
 def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
@@ -247,6 +266,10 @@ def collate_blocks(rows: list[dict]) -> dict[str, torch.Tensor]:
     }
 
 
+def _parse_json(rows: dict[str, list[str]], indices: list[int], **settings: str) -> dict[str, list[str | None]]:
+    return {"text": parse_json_lines(rows["text"], indices, **settings)}
+
+
 _TOKENIZED = Features({"input_ids": List(Value("int32")), "starts_document": Value("bool")})
 
 
@@ -268,7 +291,8 @@ def _tokenize(
     # Rows are tokenized whole and packed afterwards: that one is longer than a block is nothing to warn of.
     with blaming("The text cannot be tokenized"):
         encoded = tokenizer(texts, add_special_tokens=False, verbose=False)
-    return {"input_ids": encoded["input_ids"], "starts_document": starts}
+    # As arrays they keep their type where a stream joins rows without a token to others.
+    return {"input_ids": [np.array(ids, np.int32) for ids in encoded["input_ids"]], "starts_document": starts}
 
 
 def _parts_of_documents(rows: Sequence[str | None], document_start: re.Pattern | None) -> tuple[list[str], list[bool]]:

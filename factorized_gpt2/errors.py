@@ -4,6 +4,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import ModuleType
 
+_RUST_PANIC = "PanicException"  # of tokenizers, of a class that no module exports, and no Exception
+
 
 class UserError(Exception):
     """Something that the person at the keyboard can mend; its message names the culprit and the way out."""
@@ -28,8 +30,10 @@ def blaming(culprit: str) -> Iterator[None]:
         yield
     except UserError:
         raise
-    except Exception as error:  # libraries, and those below them, have too many kinds to list
-        raise UserError(f"{culprit}: {first_line(error)}") from error
+    except BaseException as error:  # libraries, and those below them, have too many kinds to list
+        if isinstance(error, Exception) or type(error).__name__ == _RUST_PANIC:
+            raise UserError(f"{culprit}: {first_line(error)}") from error
+        raise
 
 
 @contextmanager

@@ -164,7 +164,8 @@ def _read_npz(path: Path) -> dict[str, torch.Tensor]:
 def _tensor(array: np.ndarray, what: str) -> torch.Tensor:
     if array.dtype.kind != "f":
         raise UserError(f"{what} is of {array.dtype}, not of floats.")
-    return torch.from_numpy(np.ascontiguousarray(array, dtype=np.float32))
+    with np.errstate(over="ignore"):  # what becomes infinite is refused with the weights
+        return torch.from_numpy(np.ascontiguousarray(array, dtype=np.float32))
 
 
 def _oriented(scale: torch.Tensor, width: int, rank: int, what: str) -> torch.Tensor:

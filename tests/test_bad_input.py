@@ -47,6 +47,12 @@ def configured(material, name: str, **changes) -> bytes:
     return json.dumps(json.loads((material / name).read_text()) | changes).encode()
 
 
+def with_prefix(tokenizer: str) -> bytes:
+    content = json.loads(tokenizer)
+    content["model"]["continuing_subword_prefix"] = "long"
+    return json.dumps(content).encode()
+
+
 OUT = ("--output_dir", "out")
 # command, further words, files made of the material, what the line must hold
 TABLE = {
@@ -111,6 +117,12 @@ TABLE = {
     ),
     "compressed already": ("compress", ("--baseline", "weights/gpt_pca_nofinetune_k4", *OUT), None, "factorized"),
     "no such tokenizer": ("evaluate", ("--tokenizer", "larger"), None, "larger"),
+    "a tokenizer at which its library panics": (
+        "evaluate",
+        (),
+        lambda m: {"baseline/tokenizer.json": with_prefix((m / "baseline/tokenizer.json").read_text())},
+        "No tokenizer can be loaded from 'baseline'",
+    ),
     "blocks longer than positions": ("evaluate", ("--block_size", "4000"), None, "4000"),
     "empty text": ("train", (), lambda m: {"train.jsonl": b""}, "train.jsonl"),
     "text that is not UTF-8": (
@@ -118,6 +130,42 @@ TABLE = {
         ("--eval_file", "text.txt"),
         lambda m: {"text.txt": b"\xff\xfe\x00abc"},
         "text.txt",
+    ),
+    "a row that is null": (
+        "evaluate",
+        (),
+        lambda m: {"validation.jsonl": b" null\n" + (m / "validation.jsonl").read_bytes()},
+        "line 1 is no object",
+    ),
+    "a row that is null after rows of text": (
+        "train",
+        ("--streaming", "True"),
+        lambda m: {"train.jsonl": (m / "train.jsonl").read_bytes() + b"\n\tnull\n"},
+        "line 20 is no object",
+    ),
+    "a row without the column": (
+        "train",
+        (),
+        lambda m: {"train.jsonl": (m / "train.jsonl").read_bytes() + b'{"words": "a"}\n'},
+        "line 19 has no column 'text'; its columns are words",
+    ),
+    "a list where text was": (
+        "train",
+        (),
+        lambda m: {"train.jsonl": (m / "train.jsonl").read_bytes() * 1000 + b'{"text": ["a"]}\n'},
+        "line 18001: the column 'text' does not hold text",
+    ),
+    "half of a surrogate pair": (
+        "train",
+        (),
+        lambda m: {"train.jsonl": b'{"text": "\\ud800"}\n'},
+        "train.jsonl",
+    ),
+    "an element that is null": (
+        "evaluate",
+        ("--eval_file", "text.json"),
+        lambda m: {"text.json": b'[{"text": "a"}, null]'},
+        "text.json: element 2",
     ),
     "too little text for a block": (
         "train",

@@ -148,7 +148,7 @@ def make_bad_source(folder, kind: str) -> TextSource:
         ("suffix", "unknown kind of file '.doc'"),
         ("column", "no column 'body'; its columns are text"),
         ("not UTF-8", "text.txt cannot be read"),
-        ("not JSON", "rows.jsonl cannot be read"),
+        ("not JSON", "rows.jsonl: line 1 is not JSON"),
         ("short", "too few for one block of 50"),
         ("nothing", "No text given"),
     ],
@@ -157,6 +157,16 @@ def test_text_that_cannot_be_used(tmp_path, tokenizer, kind, complaint):
     with pytest.raises(UserError, match=complaint) as caught:
         load_blocks(make_bad_source(tmp_path, kind), tokenizer, 50, keep_tail=False)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_rows_of_json(tmp_path, streaming):
+    texts = ["null\nnull", None, "a\u2028b\x85c", "\N{DROMEDARY CAMEL}"]
+    rows = [json.dumps({"meta": None, "text": text}, ensure_ascii=False) for text in texts]
+    (tmp_path / "lines.jsonl").write_bytes(("\ufeff" + "\r\n\n  \n".join(rows)).encode())
+    (tmp_path / "array.json").write_bytes(f"\ufeff \n[{','.join(rows)}]".encode())
+    source = TextSource(files=(str(tmp_path / "lines.jsonl"), str(tmp_path / "array.json")))
+    assert [[row["text"] for row in dataset] for dataset, _ in source.load(streaming)] == [texts, texts]
 
 
 def test_a_tokenizer_from_vocabulary_and_merges(corpus, tmp_path, tokenizer):
@@ -189,6 +199,13 @@ def test_a_stream_gives_the_blocks_that_would_be_prepared(tmp_path, tokenizer, k
     streamed = [list(row["input_ids"]) for row in stream_blocks(source, tokenizer, 16, shuffle_buffer=1, seed=0)]
     assert streamed == prepared
     assert len(streamed) > 100
+
+
+def test_a_stream_with_many_rows_of_no_text(tmp_path, tokenizer):
+    texts = [DOCUMENTS[0]] * 300 + [""] * 1000 + [None] * 1000 + [DOCUMENTS[0]]
+    source = TextSource(files=(write_rows(tmp_path / "text.jsonl", texts),))
+    prepared = [row.tolist() for row in load_blocks(source, tokenizer, 16, keep_tail=False)["input_ids"]]
+    assert [list(row["input_ids"]) for row in stream_blocks(source, tokenizer, 16, 1, 0)] == prepared
 
 
 def test_a_stream_is_shuffled_within_its_buffer_by_its_seed(corpus, tokenizer):
