@@ -1,6 +1,7 @@
 """A sample of `soak/load.py`: memory, threads, the same seed twice; and its bars, which can be missed."""
 
 import json
+import mmap
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -41,7 +42,9 @@ def test_memory_that_grows_misses_its_bar(monkeypatch):
     request, kept = load._request, []
 
     def leak(model, number):
-        kept.append(np.ones(500_000))
+        pages = mmap.mmap(-1, 1 << 20)  # new to the process, where an array may lie in what it had and gave up
+        pages.write(b"x" * len(pages))
+        kept.append((pages, np.ones(100_000)))
         return request(model, number)
 
     monkeypatch.setattr(load, "_request", leak)
