@@ -19,7 +19,7 @@ from factorized_gpt2.cli.shell import run_command
 from factorized_gpt2.errors import UserError
 from factorized_gpt2.parsing import ManualParser, as_flags
 
-REPOSITORY = Path(__file__).resolve().parents[2]
+REPOSITORY = Path(__file__).resolve().parents[1]
 LAUNCH = ["accelerate.commands.launch", "--config_file", REPOSITORY / "configs/accelerate/two_cpu_processes.yaml"]
 WORDS = as_flags(FULL | {"max_steps": 300, "eval_steps": 100, "save_steps": 100})
 
