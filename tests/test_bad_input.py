@@ -11,7 +11,7 @@ import pytest
 import torch
 from attempts import Case, attempt, judge
 from bad_inputs import try_cases
-from material import COMMANDS, make_material
+from material import COMMANDS, RANK, make_material
 from safetensors.torch import load_file, save
 
 from factorized_gpt2.cli.shell import run_command
@@ -50,6 +50,13 @@ def configured(material, name: str, **changes) -> bytes:
 def with_prefix(tokenizer: str) -> bytes:
     content = json.loads(tokenizer)
     content["model"]["continuing_subword_prefix"] = "long"
+    return json.dumps(content).encode()
+
+
+def with_token(material, number: int) -> bytes:
+    content = json.loads((material / "tokenizer/tokenizer.json").read_text())
+    content["added_tokens"].append(content["added_tokens"][0] | {"id": number, "content": "<new>"})
+    content["model"]["vocab"]["<new>"] = number
     return json.dumps(content).encode()
 
 
@@ -122,6 +129,18 @@ TABLE = {
         (),
         lambda m: {"baseline/tokenizer.json": with_prefix((m / "baseline/tokenizer.json").read_text())},
         "No tokenizer can be loaded from 'baseline'",
+    ),
+    "a tokenizer larger than the vocabulary": (
+        "evaluate",
+        ("--tokenizer", "tokenizer"),
+        lambda m: {"tokenizer/tokenizer.json": with_token(m, 270)},
+        "271",
+    ),
+    "a token beyond the vocabulary": (
+        "lora",
+        (),
+        lambda m: {f"weights/gpt_pca_nofinetune_k{RANK}/tokenizer.json": with_token(m, 5000)},
+        "5001",
     ),
     "blocks longer than positions": ("evaluate", ("--block_size", "4000"), None, "4000"),
     "empty text": ("train", (), lambda m: {"train.jsonl": b""}, "train.jsonl"),
