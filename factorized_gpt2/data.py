@@ -310,12 +310,13 @@ def _pack(
     tokenized: Sequence[Dataset | IterableDataset], block_size: int, eos_token_id: int, keep_tail: bool
 ) -> Iterator[dict]:
     rest = np.empty(0, np.int32)
-    for stream in _token_stream(tokenized, eos_token_id):
-        tokens = np.concatenate([rest, stream])
-        whole = len(tokens) - len(tokens) % block_size
-        for start in range(0, whole, block_size):
-            yield {"input_ids": tokens[start : start + block_size]}
-        rest = tokens[whole:]
+    with blaming("The text cannot be read to its end"):  # which a stream finds out while it trains
+        for stream in _token_stream(tokenized, eos_token_id):
+            tokens = np.concatenate([rest, stream])
+            whole = len(tokens) - len(tokens) % block_size
+            for start in range(0, whole, block_size):
+                yield {"input_ids": tokens[start : start + block_size]}
+            rest = tokens[whole:]
     if keep_tail and len(rest) >= 2:
         yield {"input_ids": rest}
 

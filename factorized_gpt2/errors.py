@@ -11,6 +11,11 @@ class UserError(Exception):
     """Something that the person at the keyboard can mend; its message names the culprit and the way out."""
 
 
+def own_message(error: UserError) -> str:
+    """Return an error's message; without the traceback that a worker of a `DataLoader` puts before it."""
+    return str(error).rpartition(f"\n{UserError.__module__}.{UserError.__name__}: ")[2]
+
+
 def one_line(text: object) -> str:
     """Put text on one line, with spaces for what a terminal would obey."""
     return "".join(letter if letter.isprintable() else " " for letter in str(text)).strip()

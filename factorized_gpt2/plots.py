@@ -97,7 +97,7 @@ def plot_training_curves(results: Sequence[Results], path: Path) -> None:
         results: Runs with curves; those without are left out.
         path: Image to write; `.png` and `.svg` both come of it.
     """
-    trained = [row for row in results if row.training_curve or row.validation_curve]
+    trained = [row for row in results if row.has_curve]
     panels = {"from a random start": [row for row in trained if row.family in ("baseline", "lowrank-scratch")]}
     for family in _STYLES:
         if family != "lowrank-scratch":
@@ -111,7 +111,7 @@ def plot_training_curves(results: Sequence[Results], path: Path) -> None:
                 rank = row.n_embd_wte
                 color = shades[rank] if rank else "black"
                 marker = _RANK_MARKERS[ranks.index(rank) % len(_RANK_MARKERS)] if rank else "x"
-                tokens = row.best_tokens / row.best_step / 1e6
+                tokens = row.tokens_per_step / 1e6
                 label = f"k = {rank}" if rank else "not factorized"
                 if row.training_curve:
                     steps, losses = zip(*row.training_curve, strict=True)

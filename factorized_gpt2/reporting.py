@@ -122,7 +122,7 @@ def _draw(results: Sequence[Results], folder: Path) -> dict[str, str]:
         plot_loss_against_rank(results, folder / "loss_against_rank")
         pictures["loss_against_size"] = "Validation loss against megabytes"
         plot_loss_against_size(results, folder / "loss_against_size")
-    if any(row.validation_curve or row.training_curve for row in results):
+    if any(row.has_curve for row in results):
         pictures["training_curves"] = "Training and validation loss against tokens"
         plot_training_curves(results, folder / "training_curves")
     spectra = [row for row in results if row.spectrum and row.family.startswith("pca")]

@@ -88,6 +88,16 @@ class Results:
             split=split,
         )
 
+    @property
+    def tokens_per_step(self) -> float | None:
+        """Tokens that an optimizer step sees; `None` where no step was kept that would tell."""
+        return self.best_tokens / self.best_step if self.best_step and self.best_tokens else None
+
+    @property
+    def has_curve(self) -> bool:
+        """Whether there is a loss to draw against tokens."""
+        return self.tokens_per_step is not None and bool(self.training_curve or self.validation_curve)
+
     def write(self, folder: Path) -> None:
         """Write `results.json` into a run's folder, by which the run counts as finished.
 

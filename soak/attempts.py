@@ -95,8 +95,9 @@ def complaints(outcome: Outcome, before: dict[str, str], after: dict[str, str]) 
     if outcome.code == 2:
         if len(lines) != 1 or not lines[0].startswith("error: ") or not lines[0].isprintable():
             wrong.append(f"not one line: {lines}")
+        has_begun = lines[0].startswith("error: Training went wrong") if lines else False
         changed = {name for name in before.keys() | after.keys() if before.get(name) != after.get(name)}
-        wrong += [f"{name} was left behind" for name in sorted(changed)]
+        wrong += [f"{name} was left behind" for name in sorted(changed) if not has_begun]
     wrong += [f"{name} is temporary" for name in sorted(after.keys() - before.keys()) if "/." in f"/{name}"]
     return wrong
 

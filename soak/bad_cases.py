@@ -114,7 +114,7 @@ def _checkpoints(draw: st.DrawFn, material: Path) -> Case:
     options = draw(bad_json(json.dumps(content["model_args"]).encode(), ("rotary", "n_embd_wte", "mlp_size")))
     try:
         content["model_args"] = json.loads(options)
-    except ValueError:
+    except (ValueError, RecursionError):
         content = options
     file = io.BytesIO()
     torch.save(content, file)

@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from factorized_gpt2 import FactorizedGPT2
 from factorized_gpt2.arguments import LORA_TARGETS, parse_run
+from factorized_gpt2.cli.shell import run_command
 from factorized_gpt2.errors import UserError
 from factorized_gpt2.training import FactorizedTrainer, Results, run_experiment
 
@@ -274,6 +275,23 @@ def test_a_stream_goes_on_where_it_was_cut(fresh):
     with cut_off_at(5):
         fresh.run("cut", **settings)
     assert fresh.run("cut", **settings).training_curve == whole.training_curve
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_text_that_vanishes_under_a_stream(fresh, monkeypatch, capsys, workers):
+    text = fresh.root / "text.jsonl"
+    text.write_bytes(Path(fresh.texts["train_file"][0]).read_bytes())
+    train = FactorizedTrainer.train
+
+    def vanish(*args, **kwargs):
+        text.unlink()
+        return train(*args, **kwargs)
+
+    monkeypatch.setattr(FactorizedTrainer, "train", vanish)
+    settings = TINY | {"streaming": True, "train_file": [str(text)], "dataloader_num_workers": workers}
+    assert run_command(lambda words: fresh.run("run", **settings), []) == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert line == f"error: The text cannot be read to its end: {text}"
 
 
 def test_only_the_first_blocks_are_evaluated_if_asked(workshop):

@@ -123,10 +123,18 @@ def test_the_page_escapes_names(tmp_path):
         ([bare(BASELINE)], ()),
         ([BASELINE], ("training_curves",)),
         ([replace(BASELINE, validation_curve=[])], ("training_curves",)),
+        ([replace(BASELINE, best_tokens=None)], ()),
         ([UNTRAINED], ("loss_against_rank", "loss_against_size", "spectrum")),
         ([bare(row) for row in PROTOCOL], ("loss_against_rank", "loss_against_size")),
     ],
-    ids=["baseline without curves", "baseline", "never evaluated", "one untrained", "all without curves and spectra"],
+    ids=[
+        "baseline without curves",
+        "baseline",
+        "never evaluated",
+        "tokens not counted",
+        "one untrained",
+        "all without curves and spectra",
+    ],
 )
 def test_a_report_draws_only_what_there_is(tmp_path, monkeypatch, results, pictures):
     saved = []

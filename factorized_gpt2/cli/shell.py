@@ -9,7 +9,7 @@ from typing import Any
 
 from tabulate import tabulate
 
-from ..errors import UserError, one_line
+from ..errors import UserError, one_line, own_message
 from ..files import refusal
 from ..interruption import leaving_cleanly
 from ..parsing import take_debug
@@ -45,7 +45,7 @@ def run_command(command: Callable[[list[str]], None], argv: list[str] | None = N
         if debug:
             traceback.print_exception(error)
         if is_main or debug:
-            print(f"error: {one_line(error)[:MESSAGE_LENGTH]}", file=sys.stderr)
+            print(f"error: {one_line(own_message(error))[:MESSAGE_LENGTH]}", file=sys.stderr)
         return 2
     except OSError as error:
         reason = refusal(error)
