@@ -233,6 +233,38 @@ def test_any_loss_of_rows(autocast, tolerance, of_a_module):
     assert worst_error(actual, truth) < tolerance
 
 
+@pytest.mark.parametrize("of_a_module", [False, True])
+def test_a_loss_of_rows_is_computed_in_float32_whatever_is_the_default(of_a_module):
+    hidden, weight, labels = problem(dtype=torch.bfloat16)
+    head = nn.Linear(5, 99, bias=False, dtype=torch.bfloat16)
+    head.weight.data = weight
+    seen = set()
+
+    def row_loss(logits, rows):
+        seen.add((logits.dtype, torch.is_autocast_enabled("cpu")))
+        return cross_entropy_rows(logits, rows, labels=labels)
+
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with torch.autocast("cpu"):
+            loss = sum_row_loss(hidden, head if of_a_module else weight, row_loss)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert seen == {(torch.float32, False)}
+    assert loss.dtype == torch.float32
+    assert loss.item() == pytest.approx(materialised(hidden, weight, labels).item(), rel=1e-4)
+
+
+@pytest.mark.parametrize("on_cuda", [False, True])
+@pytest.mark.parametrize("in_half_precision", [False, True])
+@pytest.mark.parametrize("is_installed", [False, True])
+def test_where_cut_cross_entropy_runs(monkeypatch, on_cuda, in_half_precision, is_installed):
+    installed = {"cut_cross_entropy"} if is_installed else set()
+    monkeypatch.setattr(blockwise_loss, "find_spec", lambda name: name if name in installed else None)
+    expected = on_cuda and in_half_precision and is_installed
+    assert blockwise_loss.cut_cross_entropy_runs(on_cuda, in_half_precision) == expected
+
+
 @wanted
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_no_tensor_as_large_as_the_logits(monkeypatch, dtype, wanted):
