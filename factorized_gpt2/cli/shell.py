@@ -45,18 +45,22 @@ def run_command(command: Callable[[list[str]], None], argv: list[str] | None = N
         if debug:
             traceback.print_exception(error)
         if is_main or debug:
-            print(f"error: {one_line(own_message(error))[:MESSAGE_LENGTH]}", file=sys.stderr)
+            _tell(own_message(error))
         return 2
     except OSError as error:
         reason = refusal(error)
         if reason is None or debug:
             raise
-        where = f"{error.filename}: " if error.filename else ""
-        print(f"error: {where}{reason}. Mend that, and give the same command again.", file=sys.stderr)
+        where = f"{error.filename}"[-MESSAGE_LENGTH // 2 :] + ": " if error.filename else ""
+        _tell(f"{where}{reason}. Mend that, and give the same command again.")
         return 2
     except KeyboardInterrupt:
         return 130
     return 0
+
+
+def _tell(message: str) -> None:
+    print(f"error: {one_line(message)[:MESSAGE_LENGTH]}", file=sys.stderr)
 
 
 def print_table(rows: list[dict[str, Any]]) -> None:
