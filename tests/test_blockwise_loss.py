@@ -4,7 +4,7 @@ import copy
 import pickle
 import sys
 from functools import partial
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
@@ -213,7 +213,7 @@ def test_a_second_derivative_is_refused():
 
 @pytest.mark.parametrize("labelled", [1, 246])
 def test_labels_that_do_not_fit(labelled):
-    with pytest.raises((ValueError, RuntimeError)):
+    with pytest.raises(ValueError, match=f"123 rows need as many labels.*{labelled}"):
         sum_cross_entropy(*problem()[:2], torch.zeros(labelled, dtype=torch.int64))
 
 
@@ -417,6 +417,34 @@ def test_backends(monkeypatch):
     total = sum_cross_entropy(*inputs, ignore_index=3)
     assert (total.dtype, total.item()) == (torch.float32, 20 * 1.0078125)
     assert given == [((*inputs, 3), {"reduction": "none", "filter_eps": None})]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("of_a_module", [False, True])
+@pytest.mark.parametrize("runs", [False, True])
+def test_the_choice_of_a_backend(monkeypatch, dtype, of_a_module, runs):
+    """As it is made on CUDA, where the package is installed or is not."""
+    monkeypatch.setattr(blockwise_loss, "cut_cross_entropy_runs", lambda on_cuda, half: on_cuda and half and runs)
+    hidden, head = SimpleNamespace(dtype=dtype, is_cuda=True), nn.Linear(2, 3)
+    head = head if of_a_module else head.weight
+    usable = runs and dtype != torch.float32 and not of_a_module
+    for backend, expected in (("blockwise", False), ("logits", False), ("auto", usable)):
+        assert blockwise_loss._uses_cut_cross_entropy(backend, hidden, head) is expected
+    if usable:
+        assert blockwise_loss._uses_cut_cross_entropy("cut_cross_entropy", hidden, head)
+    else:
+        with pytest.raises(ValueError, match="^The loss backend cut_cross_entropy needs"):
+            blockwise_loss._uses_cut_cross_entropy("cut_cross_entropy", hidden, head)
+
+
+@pytest.mark.parametrize("of_a_module", [False, True])
+def test_a_label_of_ones_own_is_ignored(of_a_module):
+    hidden, weight, labels = problem()
+    labels = labels.where(labels >= 0, 7)
+    head = nn.Linear(5, 99, bias=False)
+    head.weight.data = weight
+    expected = cross_entropy(linear(hidden, weight), labels, ignore_index=7, reduction="sum")
+    assert_same(sum_cross_entropy(hidden, head if of_a_module else weight, labels, ignore_index=7), expected)
 
 
 def test_a_trained_model_copies_and_pickles(model):
