@@ -433,7 +433,7 @@ def test_the_choice_of_a_backend(monkeypatch, dtype, of_a_module, runs):
     if usable:
         assert blockwise_loss._uses_cut_cross_entropy("cut_cross_entropy", hidden, head)
     else:
-        with pytest.raises(ValueError, match="^The loss backend cut_cross_entropy needs"):
+        with pytest.raises(ValueError, match=r"^The loss backend cut_cross_entropy needs"):
             blockwise_loss._uses_cut_cross_entropy("cut_cross_entropy", hidden, head)
 
 
