@@ -22,7 +22,7 @@ test: lint  ## lint, format check and every test, offline
 test-oldest: .venv-oldest/.installed  ## the fast tests with the oldest libraries that setup.cfg allows
 	$(OFFLINE) $(OLDEST)/pytest -n 2 $(FAST:%=tests/test_%.py)
 
-soak: $(TOOLS)  ## kills, a full disk, bad inputs and load, at full length: an hour or two
+soak: $(TOOLS)  ## kills, a full disk, bad inputs and load, at full length: half an hour
 	$(OFFLINE) $(BIN)/python soak/kills.py --kills 20
 	$(OFFLINE) $(BIN)/python soak/launched.py
 	$(OFFLINE) $(BIN)/python soak/bad_inputs.py --cases 2000
