@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -111,13 +112,10 @@ class TextSource:
 
     def _load(self, name: str, *args, **kwargs) -> Dataset | IterableDataset:
         column = "text" if args[0] == "text" else self.text_column
-        try:
-            with silenced(datasets_logging):
-                dataset = load_dataset(*args, **kwargs)
-                # A stream may know its columns from its rows alone.
-                columns = dataset.column_names or list(next(iter(dataset), {}))
-        except Exception as error:  # of datasets, and of every reader of files below it
-            raise UserError(f"{name or args[0]} cannot be read: {first_line(error.__cause__ or error)}") from error
+        with _reading(name or args[0]):
+            dataset = load_dataset(*args, **kwargs)
+            # A stream may know its columns from its rows alone.
+            columns = dataset.column_names or list(next(iter(dataset), {}))
         if column not in columns:
             raise UserError(f"{name or args[0]} has no column {column!r}; its columns are {', '.join(columns)}.")
         kind = (dataset.features or {}).get(column, _TEXT_TYPES[0])
@@ -127,20 +125,43 @@ class TextSource:
         return dataset if column == "text" else dataset.rename_column(column, "text")
 
     def _load_json(self, path: Path, streaming: bool) -> Dataset | IterableDataset:
-        with blaming(f"{path} cannot be read"):
-            if is_json_array(path):
-                rows = Dataset.from_dict({"text": read_json_array(path, self.text_column)}, features=_TEXT)
-                return rows.to_iterable_dataset() if streaming else rows
-            lines = self._load(str(path), "text", data_files=str(path), split="train", streaming=streaming)
-            settings = {"name": str(path), "column": self.text_column}
-            reading = {"function": _parse_json, "fn_kwargs": settings, "with_indices": True, "batched": True}
-            if streaming:
-                rows = lines.map(**reading, features=_TEXT)
-                next(iter(rows), None)  # what cannot be read is better known before a run begins
-                return rows
-            with silenced(datasets_logging):
-                fingerprint = Hasher.hash((lines._fingerprint, sorted(settings.items())))
-                return lines.map(**reading, features=_TEXT, new_fingerprint=fingerprint, desc=f"Reading {path.name}")
+        with _reading(str(path)):
+            rows = (self._load_array if is_json_array(path) else self._load_lines)(path, streaming)
+            next(iter(rows), None)  # what a stream cannot read is better known before a run begins
+        return rows
+
+    def _load_array(self, path: Path, streaming: bool) -> Dataset | IterableDataset:
+        settings = {"path": str(path), "column": self.text_column}
+        making = {"generator": _json_elements, "gen_kwargs": settings, "features": _TEXT}
+        if streaming:
+            return IterableDataset.from_generator(**making)
+        file = path.stat()
+        identity = (str(path.resolve()), file.st_mtime_ns, file.st_size, self.text_column)
+        return Dataset.from_generator(**making, fingerprint=Hasher.hash(identity))
+
+    def _load_lines(self, path: Path, streaming: bool) -> Dataset | IterableDataset:
+        lines = self._load(str(path), "text", data_files=str(path), split="train", streaming=streaming)
+        settings = {"path": str(path), "column": self.text_column}
+        parsing = {"function": _json_lines, "fn_kwargs": settings, "features": _TEXT}
+        parsing |= {"with_indices": True, "batched": True}
+        if streaming:
+            return lines.map(**parsing)
+        fingerprint = Hasher.hash((lines._fingerprint, sorted(settings.items())))
+        return lines.map(**parsing, new_fingerprint=fingerprint, desc=f"Reading {path.name}")
+
+
+@contextmanager
+def _reading(name: str) -> Iterator[None]:
+    """Turn errors of datasets, and of every reader of files below it, into one that names the text."""
+    try:
+        with silenced(datasets_logging):
+            yield
+    except UserError:
+        raise
+    except Exception as error:
+        cause = error.__cause__ or error  # datasets wraps what a builder or a generator raises
+        message = str(cause) if isinstance(cause, UserError) else f"{name} cannot be read: {first_line(cause)}"
+        raise UserError(message) from error
 
 
 def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
@@ -266,8 +287,13 @@ def collate_blocks(rows: list[dict]) -> dict[str, torch.Tensor]:
     }
 
 
-def _parse_json(rows: dict[str, list[str]], indices: list[int], **settings: str) -> dict[str, list[str | None]]:
-    return {"text": parse_json_lines(rows["text"], indices, **settings)}
+def _json_lines(rows: dict[str, list[str]], indices: list[int], path: str, column: str) -> dict[str, list[str | None]]:
+    return {"text": parse_json_lines(rows["text"], indices, path, column)}
+
+
+def _json_elements(path: str, column: str) -> Iterator[dict[str, str | None]]:
+    for text in read_json_array(Path(path), column):
+        yield {"text": text}
 
 
 _TOKENIZED = Features({"input_ids": List(Value("int32")), "starts_document": Value("bool")})

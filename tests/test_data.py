@@ -112,6 +112,17 @@ def test_packing_does_not_depend_on_batches_or_processes(tmp_path, tokenizer):
     assert list(chain(*blocks)) == tokens_of(tokenizer, texts)
 
 
+def test_an_array_is_cached_until_it_changes(tmp_path, tokenizer):
+    path = tmp_path / "array.json"
+    source = TextSource(files=(str(path),))
+    path.write_text(json.dumps([{"text": text} for text in DOCUMENTS]))
+    first, second = (source.load()[0][0] for _ in range(2))
+    assert first.cache_files
+    assert first.cache_files == second.cache_files
+    path.write_text(json.dumps([{"text": "another"}]))
+    assert [row["text"] for row in source.load()[0][0]] == ["another"]
+
+
 def test_a_second_load_reads_the_cache(corpus, tokenizer):
     source = TextSource(files=(str(corpus / "train.jsonl"),))
     first, second = (load_blocks(source, tokenizer, 16, keep_tail=False) for _ in range(2))
