@@ -7,12 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+import torch
 from datasets import Dataset, IterableDataset
 from peft import PeftModel
 from transformers import PreTrainedTokenizerBase, PrinterCallback, set_seed
 
 from .adapters import DROPOUTS, add_lora, lora_targets, merge, set_dropout, untie_head
 from .arguments import ModelArguments, Run
+from .attention_loss import LARGEST_WIDTH, attention_runs
 from .baseline import check_tokenizer, load_baseline, load_compressed
 from .compression import RECORD_NAME, Compressor, Recipe
 from .configuration_factorized_gpt2 import FactorizedGPT2Config
@@ -76,6 +78,7 @@ def _run_alone(run: Run) -> Results:
         validation_blocks = _validation_blocks(run, tokenizer)
         distillation = _distillation(run, model.config.vocab_size)
     model.loss_backend = run.training.loss_backend
+    _check_loss_backend(run, model)
     use_cache = model.config.use_cache  # which Trainer switches off for good
     spectrum = _spectrum(model.name_or_path)
     if run.adapter.lora_rank:
@@ -259,6 +262,16 @@ def _compression_record(folder: str) -> dict[str, Any]:
     """Read the record in a folder; empty where there is none, or no folder is named."""
     path = Path(folder) / RECORD_NAME
     return read_json(path) if folder and path.exists() else {}
+
+
+def _check_loss_backend(run: Run, model: FactorizedGPT2) -> None:
+    device, width = run.training.device.type, model.config.embedding_size
+    dtype = torch.float16 if run.training.fp16 or run.training.bf16 else torch.float32
+    if model.loss_backend == "attention" and not attention_runs(device, dtype, width):
+        raise UserError(
+            f"loss_backend=attention needs fp16 or bf16 on CUDA, and a head at most {LARGEST_WIDTH} wide; this one is "
+            f"{width} wide, in {str(dtype).removeprefix('torch.')}."
+        )
 
 
 def _keep_base(run: Run, model: FactorizedGPT2) -> None:
