@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from datasets import Dataset
+from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from .baseline import Baseline, load_compressed
@@ -36,7 +36,7 @@ class CalibrationText:
     """Text that tells how a baseline uses its vocabulary.
 
     Attributes:
-        blocks: All of it, column `input_ids`: tokens are counted in all, and refinement draws from all.
+        blocks: All of it, rows of `input_ids`: tokens are counted in all, and refinement draws from all.
         tokens: How many of them the model is run over.
         name: Files or dataset it was read from.
     """
@@ -53,7 +53,7 @@ class CalibrationText:
     @cached_property
     def record(self) -> dict[str, Any]:
         """What a compressed model's record says of it; the fingerprint is of the sampled tokens."""
-        ids = self.sample.with_format("numpy")["input_ids"]
+        ids = [row["input_ids"] for row in self.sample]
         digest = hashlib.sha256()
         for row in ids:
             digest.update(np.ascontiguousarray(row, dtype=np.int32).data)

@@ -1,4 +1,9 @@
-"""Text to packed blocks of token ids, through `datasets`: cached on disk and flat in memory, or streamed."""
+"""Text to packed blocks of token ids, through `datasets`: cached on disk and flat in memory, or streamed.
+
+Files of token ids need neither, and so `datasets` is imported only where text is read.
+"""
+
+from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
@@ -6,25 +11,27 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from datasets import Dataset, Features, IterableDataset, List, Value, load_dataset
-from datasets import logging as datasets_logging
-from datasets.fingerprint import Hasher
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoTokenizer, GPT2Tokenizer, PreTrainedTokenizerBase
 
 from .errors import UserError, blaming, first_line, silenced
 from .json_rows import is_json_array, parse_json_lines, read_json_array
+from .token_file import SUFFIX as TOKEN_SUFFIX
+from .token_file import TokenBlocks, is_token_file, load_token_blocks
+
+if TYPE_CHECKING:
+    import datasets
+    from datasets import Dataset, IterableDataset
 
 IGNORED_LABEL = -100
 
-_TEXT_TYPES = (Value("string"), Value("large_string"))
 _TEXT_SUFFIXES = {".txt", ".text", ".tokens", ".raw", ".md"}
 _JSON_SUFFIXES = {".json", ".jsonl"}
-_TEXT = Features({"text": Value("large_string")})
 _SUFFIXES = sorted(_TEXT_SUFFIXES | _JSON_SUFFIXES | {".parquet"})
 
 
@@ -33,8 +40,8 @@ class TextSource:
     """Where text comes from: a dataset of the Hub, or local files.
 
     Attributes:
-        files: Local text (.txt, .tokens, .raw, .text, .md), JSON lines (.json, .jsonl) or .parquet files; when there
-            are none, `dataset_name` is read.
+        files: Local text (.txt, .tokens, .raw, .text, .md), JSON lines (.json, .jsonl) or .parquet files, or files of
+            token ids (.bin); when there are none, `dataset_name` is read.
         dataset_name: Hub id.
         dataset_config_name: Configuration of that dataset.
         split: Split of that dataset.
@@ -56,6 +63,21 @@ class TextSource:
         if self.files:
             return ", ".join(self.files)
         return " ".join(filter(None, (self.dataset_name, self.dataset_config_name, self.split)))
+
+    @property
+    def is_tokenized(self) -> bool:
+        """Whether it is files of token ids, rather than text.
+
+        Raises:
+            UserError: It is both, or has a `document_start` that token ids cannot match.
+        """
+        names = [name for name in self.files if is_token_file(name)]
+        if names and len(names) < len(self.files):
+            other = next(name for name in self.files if not is_token_file(name))
+            raise UserError(f"{names[0]} holds token ids, {other} text: give files of one kind.")
+        if names and self.document_start:
+            raise UserError(f"{names[0]} holds documents joined already: document_start is for text.")
+        return bool(names)
 
     def load(self, streaming: bool = False) -> list[tuple[Dataset | IterableDataset, re.Pattern | None]]:
         """Load the text.
@@ -87,6 +109,8 @@ class TextSource:
                 loaded.append((dataset, pattern))
             elif path.suffix in _JSON_SUFFIXES:
                 loaded.append((self._load_json(path, streaming), every_row))
+            elif path.suffix == TOKEN_SUFFIX:
+                raise UserError(f"{name} holds token ids: this needs text.")
             elif path.suffix == ".parquet":
                 loaded.append((load(name, "parquet", data_files=str(path), split="train"), every_row))
             else:
@@ -113,13 +137,13 @@ class TextSource:
     def _load(self, name: str, *args, **kwargs) -> Dataset | IterableDataset:
         column = "text" if args[0] == "text" else self.text_column
         with _reading(name or args[0]):
-            dataset = load_dataset(*args, **kwargs)
+            dataset = _datasets().load_dataset(*args, **kwargs)
             # A stream may know its columns from its rows alone.
             columns = dataset.column_names or list(next(iter(dataset), {}))
         if column not in columns:
             raise UserError(f"{name or args[0]} has no column {column!r}; its columns are {', '.join(columns)}.")
-        kind = (dataset.features or {}).get(column, _TEXT_TYPES[0])
-        if kind not in _TEXT_TYPES:
+        text_types = [_datasets().Value(kind) for kind in ("string", "large_string")]
+        if (dataset.features or {}).get(column, text_types[0]) not in text_types:
             raise UserError(f"{name or args[0]}: the column {column!r} does not hold text.")
         dataset = dataset.select_columns([column])
         return dataset if column == "text" else dataset.rename_column(column, "text")
@@ -132,29 +156,39 @@ class TextSource:
 
     def _load_array(self, path: Path, streaming: bool) -> Dataset | IterableDataset:
         settings = {"path": str(path), "column": self.text_column}
-        making = {"generator": _json_elements, "gen_kwargs": settings, "features": _TEXT}
+        making = {"generator": _json_elements, "gen_kwargs": settings, "features": _text_features()}
         if streaming:
-            return IterableDataset.from_generator(**making)
+            return _datasets().IterableDataset.from_generator(**making)
         file = path.stat()
         identity = (str(path.resolve()), file.st_mtime_ns, file.st_size, self.text_column)
-        return Dataset.from_generator(**making, fingerprint=Hasher.hash(identity))
+        return _datasets().Dataset.from_generator(**making, fingerprint=_hash(identity))
 
     def _load_lines(self, path: Path, streaming: bool) -> Dataset | IterableDataset:
         lines = self._load(str(path), "text", data_files=str(path), split="train", streaming=streaming)
         settings = {"path": str(path), "column": self.text_column}
-        parsing = {"function": _json_lines, "fn_kwargs": settings, "features": _TEXT}
+        parsing = {"function": _json_lines, "fn_kwargs": settings, "features": _text_features()}
         parsing |= {"with_indices": True, "batched": True}
         if streaming:
             return lines.map(**parsing)
-        fingerprint = Hasher.hash((lines._fingerprint, sorted(settings.items())))
+        fingerprint = _hash((lines._fingerprint, sorted(settings.items())))
         return lines.map(**parsing, new_fingerprint=fingerprint, desc=f"Reading {path.name}")
+
+
+def _datasets() -> ModuleType:
+    with blaming(f"Text is read with the package datasets, which files of token ids ({TOKEN_SUFFIX}) do without"):
+        import datasets
+    return datasets
+
+
+def _hash(value: Any) -> str:
+    return _datasets().fingerprint.Hasher.hash(value)
 
 
 @contextmanager
 def _reading(name: str) -> Iterator[None]:
     """Turn errors of datasets, and of every reader of files below it, into one that names the text."""
     try:
-        with silenced(datasets_logging):
+        with silenced(_datasets().logging):
             yield
     except UserError:
         raise
@@ -199,11 +233,11 @@ def load_blocks(
     block_size: int,
     keep_tail: bool,
     num_proc: int | None = None,
-) -> Dataset:
+) -> Dataset | TokenBlocks:
     """Tokenize text and pack it into blocks, in order, without overlap or padding.
 
     Documents follow each other with the tokenizer's end-of-text token after each. Both steps are cached on disk, keyed
-    by the text, the tokenizer and the arguments.
+    by the text, the tokenizer and the arguments. Of files of token ids, blocks are read where they lie.
 
     Args:
         source: The text.
@@ -213,23 +247,14 @@ def load_blocks(
         num_proc: Processes that tokenize; `None` for one.
 
     Returns:
-        Dataset with the column `input_ids`, int32 arrays of `block_size`.
+        Rows of `input_ids`, int64 arrays of `block_size`.
 
     Raises:
         UserError: The text cannot be read or gives no block.
     """
-    tokenizer_hash = Hasher.hash((tokenizer.backend_tokenizer.to_str(), tokenizer.eos_token_id))
-    tokenized = []
-    for text, document_start in source.load():
-        text_hash = text._fingerprint
-        tokenized.append(
-            text.map(
-                **_tokenizing(tokenizer, document_start),
-                num_proc=num_proc if num_proc and len(text) > 10_000 else None,
-                new_fingerprint=Hasher.hash((text_hash, tokenizer_hash, document_start and document_start.pattern)),
-                desc="Tokenizing",
-            )
-        )
+    if source.is_tokenized:
+        return load_token_blocks(source.files, vocabulary_size(tokenizer), block_size, keep_tail)
+    tokenized = _tokenized(source, tokenizer, num_proc)
     settings = {"block_size": block_size, "eos_token_id": tokenizer.eos_token_id, "keep_tail": keep_tail}
     is_empty = not any(len(row) for dataset in tokenized for row in dataset["input_ids"])
     if is_empty or not any(_pack(tokenized, **settings)):
@@ -239,11 +264,11 @@ def load_blocks(
             "smaller block_size."
         )
     # A list among the arguments would be split into shards, each packed for itself; a tuple stays whole.
-    blocks = Dataset.from_generator(
+    blocks = _datasets().Dataset.from_generator(
         _pack,
-        features=Features({"input_ids": List(Value("int32"))}),
+        features=_block_features(),
         gen_kwargs={"tokenized": tuple(tokenized), **settings},
-        fingerprint=Hasher.hash(([dataset._fingerprint for dataset in tokenized], sorted(settings.items()))),
+        fingerprint=_hash(([dataset._fingerprint for dataset in tokenized], sorted(settings.items()))),
     )
     return blocks.with_format("numpy")  # as Python lists, tokens would load four times slower
 
@@ -266,13 +291,24 @@ def stream_blocks(
     Raises:
         UserError: The text cannot be read.
     """
+    if source.is_tokenized:
+        raise UserError(f"streaming does nothing for {source.name}: token ids are read while training anyway.")
     loaded = source.load(streaming=True)
     tokenized = tuple(text.map(**_tokenizing(tokenizer, document_start)) for text, document_start in loaded)
     settings = {"block_size": block_size, "eos_token_id": tokenizer.eos_token_id, "keep_tail": False}
-    blocks = IterableDataset.from_generator(
-        _pack, features=Features({"input_ids": List(Value("int32"))}), gen_kwargs={"tokenized": tokenized, **settings}
+    blocks = _datasets().IterableDataset.from_generator(
+        _pack, features=_block_features(), gen_kwargs={"tokenized": tokenized, **settings}
     )
     return blocks.shuffle(seed=seed, buffer_size=shuffle_buffer)
+
+
+def token_stream(source: TextSource, tokenizer: PreTrainedTokenizerBase) -> Iterator[np.ndarray]:
+    """Tokenize text and join its documents as `load_blocks` does, in pieces (n,) int32.
+
+    Raises:
+        UserError: The text cannot be read.
+    """
+    return _token_stream(_tokenized(source, tokenizer), tokenizer.eos_token_id)
 
 
 def collate_blocks(rows: list[dict]) -> dict[str, torch.Tensor]:
@@ -296,7 +332,32 @@ def _json_elements(path: str, column: str) -> Iterator[dict[str, str | None]]:
         yield {"text": text}
 
 
-_TOKENIZED = Features({"input_ids": List(Value("int32")), "starts_document": Value("bool")})
+def _text_features() -> datasets.Features:
+    return _datasets().Features({"text": _datasets().Value("large_string")})
+
+
+def _block_features(**more: str) -> datasets.Features:
+    """Types of the column `input_ids`, and of more by name."""
+    datasets = _datasets()
+    types = {name: datasets.Value(kind) for name, kind in more.items()}
+    return datasets.Features({"input_ids": datasets.List(datasets.Value("int32"))} | types)
+
+
+def _tokenized(source: TextSource, tokenizer: PreTrainedTokenizerBase, num_proc: int | None = None) -> list[Dataset]:
+    """Tokenize what `source.load` returns, cached on disk."""
+    tokenizer_hash = _hash((tokenizer.backend_tokenizer.to_str(), tokenizer.eos_token_id))
+    tokenized = []
+    for text, document_start in source.load():
+        text_hash = text._fingerprint
+        tokenized.append(
+            text.map(
+                **_tokenizing(tokenizer, document_start),
+                num_proc=num_proc if num_proc and len(text) > 10_000 else None,
+                new_fingerprint=_hash((text_hash, tokenizer_hash, document_start and document_start.pattern)),
+                desc="Tokenizing",
+            )
+        )
+    return tokenized
 
 
 def _tokenizing(tokenizer: PreTrainedTokenizerBase, document_start: re.Pattern | None) -> dict[str, Any]:
@@ -306,7 +367,7 @@ def _tokenizing(tokenizer: PreTrainedTokenizerBase, document_start: re.Pattern |
         "fn_kwargs": {"tokenizer": tokenizer, "document_start": document_start},
         "batched": True,
         "remove_columns": ["text"],
-        "features": _TOKENIZED,
+        "features": _block_features(starts_document="bool"),
     }
 
 

@@ -6,9 +6,8 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
-from datasets import Dataset
 from torch import nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 from transformers import GPT2Config
 
 from .data import IGNORED_LABEL, collate_blocks
@@ -54,7 +53,7 @@ def sum_loss(
     Args:
         model: Takes `input_ids`, `labels` (B, T), `num_items_in_batch` and `skip_logits`, returns `loss`. Its mode is
             restored.
-        blocks: Column `input_ids`.
+        blocks: Rows of `input_ids`.
         batch_size: Blocks a forward pass.
         device: Where the model is.
         context: Makes the context manager around every forward pass, such as autocast.

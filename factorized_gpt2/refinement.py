@@ -6,7 +6,7 @@ import math
 import tempfile
 
 import torch
-from datasets import Dataset
+from torch.utils.data import Dataset
 from transformers import PrinterCallback, TrainingArguments
 
 from .adapters import set_dropout
@@ -40,7 +40,7 @@ def refine(
     Args:
         model: Factorized. It is not changed.
         baseline: The model that it was made of.
-        blocks: Text to match on, column `input_ids`; used more than once if it is too short.
+        blocks: Text to match on, rows of `input_ids`; used more than once if it is too short.
         steps: How many steps.
         seed: Of the order of the blocks.
         progress: Whether to show a bar.
@@ -100,7 +100,7 @@ def refine(
         logger.warning(
             "Refinement for %d steps led away from the baseline: from %.4f nats a token to %.4f, over %d tokens of "
             "its text. Give it more text, or other steps.",
-            *(steps, divergence, reached, sum(len(row) for row in measured["input_ids"])),
+            *(steps, divergence, reached, sum(len(row["input_ids"]) for row in measured)),
         )
     refined = copy.deepcopy(model)
     refined.load_state_dict(student.state_dict())

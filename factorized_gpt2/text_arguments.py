@@ -44,7 +44,8 @@ class DataArguments(TextArguments):
     _argument_group_name = "Text"
 
     train_file: list[str] | None = field(
-        default=None, metadata={"help": "Local .txt, .jsonl or .parquet files instead of the dataset's train split."}
+        default=None,
+        metadata={"help": "Local .txt, .jsonl, .parquet files, or .bin of token ids, instead of the dataset's split."},
     )
     validation_file: list[str] | None = field(
         default=None, metadata={"help": "Local files instead of the dataset's validation split."}
@@ -80,7 +81,7 @@ class EvaluationArguments(TextArguments):
     _argument_group_name = "Text to evaluate on"
 
     eval_file: list[str] | None = field(
-        default=None, metadata={"help": "Local .txt, .jsonl or .parquet files instead of a dataset."}
+        default=None, metadata={"help": "Local .txt, .jsonl, .parquet or .bin files instead of a dataset."}
     )
     split: str = field(default="validation", metadata={"help": "Split of the dataset."})
     block_size: int | None = field(default=None, metadata={"help": "Tokens a block. None: the model's positions."})

@@ -9,10 +9,9 @@ from typing import Any
 
 import torch
 from accelerate.utils import TorchDynamoPlugin
-from datasets import Dataset
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset, Subset
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
 from .checkpoints import CheckpointingTrainer
@@ -140,7 +139,7 @@ class FactorizedTrainer(CheckpointingTrainer):
         missing = math.ceil(len(blocks) / world_size) - len(own)
         local = sum_loss(
             self.model,
-            blocks.select([*own, *[0] * missing]),
+            Subset(blocks, [*own, *[0] * missing]),
             self.args.eval_batch_size,
             device=self.args.device,
             context=self.compute_loss_context_manager,

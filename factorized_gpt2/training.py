@@ -8,8 +8,10 @@ from typing import Any
 
 import psutil
 import torch
-from datasets import Dataset, IterableDataset
 from peft import PeftModel
+from torch.utils.data import Dataset, Subset
+from peft import PeftModel
+from torch.utils.data import Dataset, Subset
 from transformers import PreTrainedTokenizerBase, PrinterCallback, set_seed
 
 from .adapters import DROPOUTS, add_lora, lora_targets, merge, set_dropout, untie_head
@@ -315,7 +317,7 @@ def _train(trainer: FactorizedTrainer, output_dir: Path, block_size: int) -> dic
     }
 
 
-def _training_blocks(run: Run, tokenizer: PreTrainedTokenizerBase) -> Dataset | IterableDataset:
+def _training_blocks(run: Run, tokenizer: PreTrainedTokenizerBase) -> Dataset:
     source, block_size = run.data.source("train"), run.data.block_size
     if run.data.streaming:
         return stream_blocks(source, tokenizer, block_size, run.data.shuffle_buffer, run.training.seed)
@@ -325,4 +327,4 @@ def _training_blocks(run: Run, tokenizer: PreTrainedTokenizerBase) -> Dataset | 
 def _validation_blocks(run: Run, tokenizer: PreTrainedTokenizerBase) -> Dataset:
     source, block_size, limit = run.data.source("validation"), run.data.block_size, run.data.max_eval_samples
     blocks = load_blocks(source, tokenizer, block_size, keep_tail=True, num_proc=run.data.preprocessing_num_workers)
-    return blocks.select(range(min(limit, len(blocks)))) if limit else blocks
+    return Subset(blocks, range(min(limit, len(blocks)))) if limit else blocks

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import Dataset
+from torch.utils.data import Dataset
 
 from ..baseline import check_tokenizer, load_baseline
 from ..compression import METHODS, RECORD_NAME, CalibrationText, Compressor, Recipe
@@ -76,7 +76,7 @@ class CalibrationArguments:
     _argument_group_name = "Text to learn from"
 
     calibration_file: list[str] | None = field(
-        default=None, metadata={"help": "Local .txt, .jsonl or .parquet files instead of the dataset's split."}
+        default=None, metadata={"help": "Local .txt, .jsonl, .parquet or .bin files instead of the dataset's split."}
     )
     calibration_split: str = field(default="train", metadata={"help": "Split of the dataset."})
     calibration_tokens: int = field(

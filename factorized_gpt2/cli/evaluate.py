@@ -44,6 +44,8 @@ def evaluate(argv: list[str]) -> None:
     ).parse(argv)
     if not evaluation.is_asked_for:
         raise UserError("No text to evaluate on: set eval_file or dataset_name.")
+    if arguments.bits_per_byte and evaluation.source().is_tokenized:
+        raise UserError("bits_per_byte needs text, and eval_file holds token ids.")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     rows = []
     for name in arguments.models:
