@@ -10,8 +10,6 @@ import psutil
 import torch
 from peft import PeftModel
 from torch.utils.data import Dataset, Subset
-from peft import PeftModel
-from torch.utils.data import Dataset, Subset
 from transformers import PreTrainedTokenizerBase, PrinterCallback, set_seed
 
 from .adapters import DROPOUTS, add_lora, lora_targets, merge, set_dropout, untie_head

@@ -46,9 +46,9 @@ def test_commands_are_understood(command):
         parts = (CompressArguments, CalibrationArguments, EvaluationArguments, PublishArguments)
         *settings, _ = ManualParser(parts).parse(words[words.index("compress.py") + 1 :])
         check(*settings)
-    elif "evaluate.py" in words:
+    elif "evaluate_models.py" in words:
         parser = ManualParser((EvaluateArguments, EvaluationArguments))
-        assert parser.parse(words[words.index("evaluate.py") + 1 :])[0].models
+        assert parser.parse(words[words.index("evaluate_models.py") + 1 :])[0].models
     elif "import_checkpoint.py" in words:
         assert ManualParser(ImportArguments).parse(words[words.index("import_checkpoint.py") + 1 :])[0].output_dir
     elif "run_experiments.py" in words:

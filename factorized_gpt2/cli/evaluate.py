@@ -1,4 +1,4 @@
-"""`evaluate.py`: loss and size of models that are already there, on one text."""
+"""`evaluate_models.py`: loss and size of models that are already there, on one text."""
 
 import sys
 from dataclasses import dataclass, field
@@ -35,12 +35,10 @@ def evaluate(argv: list[str]) -> None:
     """Measure every model on the whole text and print a table."""
     arguments, evaluation = ManualParser(
         (EvaluateArguments, EvaluationArguments),
-        prog="evaluate.py",
+        prog="evaluate_models.py",
         description="Measure the loss of causal language models over a whole text, in nats a token.",
         usage="%(prog)s --models FOLDER [FOLDER ...] --eval_file FILE [option ...]",
-        examples=(
-            "evaluate.py --models openai-community/gpt2 model_weights/gpt_pca_nofinetune_k64 --eval_file held_out.txt",
-        ),
+        examples=("evaluate_models.py --models gpt2 model_weights/gpt_pca_nofinetune_k64 --eval_file held_out.txt",),
     ).parse(argv)
     if not evaluation.is_asked_for:
         raise UserError("No text to evaluate on: set eval_file or dataset_name.")
@@ -74,5 +72,5 @@ def evaluate(argv: list[str]) -> None:
 
 
 def main() -> None:
-    """Entry point of the console command and of `evaluate.py`."""
+    """Entry point of the console command and of `evaluate_models.py`."""
     sys.exit(run_command(evaluate))
