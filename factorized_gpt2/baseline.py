@@ -156,7 +156,7 @@ def _refuse_adapter(name_or_path: str) -> None:
 def _load(
     model_class: type, config: PretrainedConfig, name_or_path: str, refused: tuple[str, ...]
 ) -> GPT2LMHeadModel | FactorizedGPT2:
-    stored = sum(path.stat().st_size for path in weight_files(Path(name_or_path)))
+    stored = sum(path.stat().st_size for path in Path(name_or_path).glob("*.safetensors"))
     if isinstance(config, GPT2Config) and 0 < stored < least_parameters(config):  # which would be made before it fails
         raise UserError(
             f"{name_or_path}: config.json describes at least {least_parameters(config):,} weights, and the files of "

@@ -142,7 +142,10 @@ def _split_vocabulary(
 
 def _is_tied(model: GPT2LMHeadModel | FactorizedGPT2, wte: torch.Tensor, lm_head: torch.Tensor) -> bool:
     """Tell whether a head is the embedding in truth: a config may say so of a model with a head of its own."""
-    return model.config.tie_word_embeddings and (lm_head.is_set_to(wte) or torch.equal(lm_head, wte))
+    if not model.config.tie_word_embeddings:
+        return False
+    is_shared = model.lm_head.weight is model.transformer.wte.weight
+    return is_shared or lm_head.is_meta or torch.equal(lm_head, wte)
 
 
 def _trunk_names(n_layer: int) -> Iterator[tuple[str | tuple[str], str | list[str]]]:
