@@ -16,6 +16,7 @@ from .files import filling_folder, read_json, remove_folder, write_json
 from .modeling_factorized_gpt2 import FactorizedGPT2
 from .results import RESULTS_NAME, Results
 from .verification import verify_saved
+from .weight_files import weight_files
 
 logger = logging.getLogger(__name__)
 
@@ -35,9 +36,10 @@ def weights_fingerprint(name_or_path: str | None) -> str | None:
     """Identify the weights in a model's folder.
 
     Returns:
-        SHA-256 over its safetensors files, as 64 hexadecimal digits; `None` where there is no such local folder.
+        SHA-256 over the files they are loaded from, as 64 hexadecimal digits; `None` where there is no such local
+        folder.
     """
-    files = _weight_files(Path(name_or_path)) if name_or_path else []
+    files = weight_files(Path(name_or_path)) if name_or_path else []
     if not files:
         return None
     digest = hashlib.sha256()
@@ -160,8 +162,4 @@ def finish(
         tokenizer.save_pretrained(temporary)
         difference = verify_saved(Path(temporary), probe, expected, model.device, name=output_dir)
     logger.info("Saved and reloaded %s: logits differ by at most %.1e", output_dir, difference)
-    return sum(path.stat().st_size for path in _weight_files(output_dir))
-
-
-def _weight_files(folder: Path) -> list[Path]:
-    return sorted(folder.glob("*.safetensors"))
+    return sum(path.stat().st_size for path in weight_files(output_dir))
