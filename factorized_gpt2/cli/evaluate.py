@@ -3,11 +3,10 @@
 import sys
 from dataclasses import dataclass, field
 
-import torch
-
 from ..baseline import check_tokenizer, load_causal_lm
 from ..bits_per_byte import measure_bits_per_byte
 from ..data import load_blocks, load_tokenizer
+from ..devices import DeviceArguments
 from ..errors import UserError
 from ..evaluation import model_size, perplexity, sum_loss
 from ..parsing import ManualParser
@@ -33,8 +32,8 @@ class EvaluateArguments:
 
 def evaluate(argv: list[str]) -> None:
     """Measure every model on the whole text and print a table."""
-    arguments, evaluation = ManualParser(
-        (EvaluateArguments, EvaluationArguments),
+    arguments, evaluation, computing = ManualParser(
+        (EvaluateArguments, EvaluationArguments, DeviceArguments),
         prog="evaluate_models.py",
         description="Measure the loss of causal language models over a whole text, in nats a token.",
         usage="%(prog)s --models FOLDER [FOLDER ...] --eval_file FILE [option ...]",
@@ -44,7 +43,7 @@ def evaluate(argv: list[str]) -> None:
         raise UserError("No text to evaluate on: set eval_file or dataset_name.")
     if arguments.bits_per_byte and evaluation.source().is_tokenized:
         raise UserError("bits_per_byte needs text, and eval_file holds token ids.")
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = computing.found
     rows = []
     for name in arguments.models:
         model = load_causal_lm(name).to(device)
