@@ -2,6 +2,7 @@
 
 import hashlib
 import logging
+import re
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ logger = logging.getLogger(__name__)
 SETTINGS_NAME = "run.json"
 ADAPTER_NAME = "adapter"
 BASE_NAME = "base_model"
+_CHECKPOINT = re.compile(r"(damaged-)?checkpoint-\d+")
 
 # What changes neither the model that comes of a run nor its loss.
 _IMMATERIAL = (
@@ -97,8 +99,9 @@ def _clear(output_dir: Path) -> None:
     (output_dir / RESULTS_NAME).unlink(missing_ok=True)
     if not (output_dir / RECORD_NAME).exists():
         (output_dir / CONFIG_NAME).unlink(missing_ok=True)
-    for path in [*output_dir.glob("checkpoint-*"), *output_dir.glob("damaged-checkpoint-*")]:
-        remove_folder(path)
+    for path in list(output_dir.iterdir()):
+        if path.is_dir() and _CHECKPOINT.fullmatch(path.name):
+            remove_folder(path)
 
 
 def least_bytes(model: torch.nn.Module, training: RunArguments) -> int:

@@ -25,6 +25,7 @@ from .evaluation import least_parameters, model_size, perplexity
 from .files import read_json, replacing_folder, require_space
 from .folder_lock import compress_alone, run_alone
 from .interruption import PostponedStop, StopWhenSaved
+from .leftovers import sweep
 from .modeling_factorized_gpt2 import FactorizedGPT2
 from .progress import LogLines
 from .provenance import device_name, git_commit, peak_memory_bytes, versions
@@ -58,14 +59,16 @@ def run_experiment(run: Run) -> Results:
     """
     if run.training.process_index != 0:  # the first process holds the folder for all
         return _run_alone(run)
-    with run_alone(Path(run.training.output_dir)):
-        return _run_alone(run)
+    with run_alone(Path(run.training.output_dir)) as is_alone:
+        return _run_alone(run, is_alone)
 
 
-def _run_alone(run: Run) -> Results:
+def _run_alone(run: Run, may_sweep: bool = False) -> Results:
     began = time.perf_counter()
     output_dir = Path(run.training.output_dir)
     finished = claim(run)
+    if may_sweep:  # now that the folder is known to be the run's
+        sweep(output_dir)
     if finished is not None:
         logger.info("%s is finished already; --overwrite_output_dir runs it again.", output_dir)
         return finished

@@ -1,5 +1,6 @@
 """`import_checkpoint.py`: a checkpoint of nanoGPT, or of its factorized descendant, to a model folder."""
 
+import glob
 import logging
 import sys
 from dataclasses import dataclass, field
@@ -75,7 +76,8 @@ def import_checkpoint(argv: list[str]) -> None:
     )
     if tokenizer is not None:
         _fit(model, tokenizer, arguments.cut_vocabulary)
-    with compress_alone(folder.parent, wait=True), replacing_folder(folder) as temporary:
+    alone = compress_alone(folder.parent, wait=True, names=(glob.escape(folder.name),))
+    with alone, replacing_folder(folder) as temporary:
         _check_place(folder, arguments.overwrite)
         model.save_pretrained(temporary)
         verify_copy(model, temporary, name=folder)
