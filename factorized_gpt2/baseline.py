@@ -65,7 +65,7 @@ class Baseline:
 
 
 def check_tokenizer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Refuse a tokenizer with tokens that a trained model does not have; warn of one that has far fewer.
+    """Refuse a tokenizer with tokens that a trained model does not have; warn of one that hardly belongs to it.
 
     Raises:
         UserError: With both sizes.
@@ -75,6 +75,14 @@ def check_tokenizer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) 
         raise UserError(f"The tokenizer has {tokens} tokens, the model only {vocab_size}; name the model's own.")
     if vocab_size - tokens > _PADDING:
         logger.warning("The tokenizer has %d tokens, the model %d: is it the model's own?", tokens, vocab_size)
+    ours, named = tokenizer.eos_token_id, model.config.eos_token_id
+    if ours is not None and named is not None and ours not in (named if isinstance(named, list) else [named]):
+        logger.warning(
+            "The tokenizer's end of text is token %d, the model's config has eos_token_id %s: documents end with the "
+            "first, generated text with the second.",
+            ours,
+            named,
+        )
 
 
 def load_baseline(name_or_path: str) -> Baseline:

@@ -101,7 +101,7 @@ class Compressor:
         baseline: The trained model.
         recipe: How to compress it.
         root: Folder of the model folders and of the protocol's factor files.
-        tokenizer: Goes into the model folders.
+        tokenizer: Goes into the model folders; `None` where there is none.
         text: Calibration text, where the recipe needs it.
         overwrite: Whether what was made otherwise, or from another baseline, may be replaced.
         device: Where calibration and refinement run.
@@ -116,7 +116,7 @@ class Compressor:
         baseline: Baseline,
         recipe: Recipe,
         root: Path,
-        tokenizer: PreTrainedTokenizerBase,
+        tokenizer: PreTrainedTokenizerBase | None,
         text: CalibrationText | None = None,
         overwrite: bool = False,
         device: torch.device | str = "cpu",
@@ -196,7 +196,8 @@ class Compressor:
         with replacing_folder(self.folder(rank)) as temporary:
             model.save_pretrained(temporary)
             verify_copy(model, temporary, name=self.folder(rank))
-            self.tokenizer.save_pretrained(temporary)
+            if self.tokenizer is not None:
+                self.tokenizer.save_pretrained(temporary)
             kept = {"explained_variance_ratio": share, "spectrum": [round(float(share), 6) for share in self.shares]}
             write_json(temporary / RECORD_NAME, self._record(rank) | kept)
 

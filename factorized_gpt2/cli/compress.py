@@ -24,6 +24,7 @@ from ..parsing import ManualParser
 from ..plots import plot_loss_against_bytes, plot_spectrum
 from ..rank_choice import smallest_rank_by_loss, smallest_rank_by_share
 from ..text_arguments import EvaluationArguments
+from ..tokenization import has_tokenizer
 from .shell import print_table, run_command
 
 logger = logging.getLogger(__name__)
@@ -134,9 +135,13 @@ def _compress(
         baseline.check_ranks(arguments.ranks)
     trunk = model_size(baseline.model)
     require_space(Path(arguments.output_dir), trunk.bytes - trunk.vocabulary_bytes, "a compressed model")
-    tokenizer = load_tokenizer(arguments.tokenizer or arguments.baseline)
-    check_tokenizer(baseline.model, tokenizer)
     recipe = Recipe(arguments.method, arguments.tie_word_embeddings, arguments.refine, arguments.seed)
+    tokenizer = None
+    if arguments.tokenizer or recipe.needs_text or evaluation.is_asked_for or has_tokenizer(arguments.baseline):
+        tokenizer = load_tokenizer(arguments.tokenizer or arguments.baseline)
+        check_tokenizer(baseline.model, tokenizer)
+    else:
+        logger.warning("%s has no tokenizer, so what is made of it has none.", arguments.baseline)
     block_size = evaluation.block_size_for(baseline.model.config.n_positions)
     text = None
     if recipe.needs_text and (calibration.calibration_file or evaluation.dataset_name):
