@@ -134,9 +134,9 @@ class RunArguments(TrainingArguments):
     loss_backend: str = field(
         default="blockwise",
         metadata={
-            "help": "How the loss does without logits. blockwise: plain PyTorch. cut_cross_entropy: that package's "
-            "kernels, on CUDA in half precision. auto: these where they are installed and can run. logits: it does "
-            "not do without.",
+            "help": "How the loss does without logits. blockwise: anywhere. attention: an attention kernel, of a head "
+            "that is not trained. cut_cross_entropy: that package's kernels, on CUDA in half precision. auto: "
+            "attention where it can run and pays, else blockwise. logits: it does not do without.",
             "choices": list(BACKENDS),
         },
     )
@@ -346,6 +346,12 @@ def _check(run: Run) -> None:
     on_cuda, half = training.device.type == "cuda", training.fp16 or training.bf16
     if training.loss_backend == "cut_cross_entropy" and not cut_cross_entropy_runs(on_cuda, half):
         raise UserError("loss_backend=cut_cross_entropy needs CUDA, fp16 or bf16, and the package cut-cross-entropy.")
+    head_is_trained = not adapter.lora_rank or {"wte", "lm_head"} & set(adapter.lora_target_modules)
+    if training.loss_backend == "attention" and training.do_train and head_is_trained:
+        raise UserError(
+            "loss_backend=attention needs a head that is not trained: LoRA whose lora_target_modules leave out wte "
+            "and lm_head. loss_backend=auto takes it where it can."
+        )
     if data.streaming and training.max_steps < 1:
         raise UserError("streaming needs max_steps: a stream does not say where it ends.")
     if training.do_train and training.max_steps < 1 and training.num_train_epochs <= 0:

@@ -5,17 +5,43 @@ import difflib
 import json
 import os
 from collections.abc import Iterable, Sequence
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
 from transformers import HfArgumentParser
 
+from .command_names import as_called
 from .errors import UserError, blaming
 from .files import read_json
 from .help_pages import HelpPage, epilog, hide_negations
 from .setting_values import check_values
 
-CONFIG_FOLDERS = (Path("configs"), Path(__file__).resolve().parents[1] / "configs")
+
+def _shipped_configs() -> Path:
+    """Find the configs that come with this package: an installed one holds them, in a checkout they lie beside it."""
+    package = Path(str(resources.files(__package__)))
+    installed = package / "configs"
+    return installed if installed.is_dir() else package.parent / "configs"
+
+
+CONFIG_FOLDERS = (Path("configs"), _shipped_configs())
+
+
+def find_config(name: str) -> Path | None:
+    """Find a config's file by its path, or by its name under `configs/`, here or as it was shipped.
+
+    Args:
+        name: The path or name, as in `baseline.json`, `baseline` or `configs/accelerate/two_gpus.yaml`.
+
+    Returns:
+        The first that there is, `None` where there is none.
+    """
+    folders = [Path(), *CONFIG_FOLDERS]
+    if Path(name).parts[:1] == (CONFIG_FOLDERS[0].name,):
+        folders.append(CONFIG_FOLDERS[1].parent)
+    candidates = [str(folder / (name + suffix)) for suffix in ("", ".json") for folder in folders]
+    return next((Path(path) for path in candidates if os.path.isfile(path)), None)
 
 
 def load_config(name: str, heirs: tuple[Path, ...] = ()) -> dict[str, Any]:
@@ -28,9 +54,7 @@ def load_config(name: str, heirs: tuple[Path, ...] = ()) -> dict[str, Any]:
     Raises:
         UserError: There is no such config (the message lists those there are), or it extends itself.
     """
-    candidates = [Path(name), *(folder / name for folder in CONFIG_FOLDERS)]
-    candidates += [path.with_name(path.name + ".json") for path in candidates]
-    found = next((path for path in candidates if os.path.isfile(path)), None)
+    found = find_config(name)
     if found is None:
         known = sorted({path.name for folder in CONFIG_FOLDERS for path in folder.glob("*.json")})
         near = difflib.get_close_matches(name, known, n=1)
@@ -80,6 +104,10 @@ class ManualParser(HfArgumentParser):
             self.add_argument(DEBUG, action="store_true", default=argparse.SUPPRESS, help=_DEBUG_HELP)
         else:  # Trainer's own debugging, which needs a value
             taken.nargs, taken.help = "*", f"{_DEBUG_HELP} With a value: {taken.help}"
+
+    def format_help(self) -> str:
+        """Write the page, with the commands' names as this one was called."""
+        return as_called(super().format_help())
 
     def error(self, message: str) -> None:
         """Complain of one argument."""

@@ -7,12 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+import torch
 from peft import PeftModel
 from torch.utils.data import Dataset, Subset
 from transformers import PreTrainedTokenizerBase, PrinterCallback, set_seed
 
 from .adapters import DROPOUTS, add_lora, lora_targets, merge, set_dropout, untie_head
 from .arguments import ModelArguments, Run
+from .attention_loss import LARGEST_WIDTH, attention_runs
 from .baseline import check_tokenizer, load_baseline, load_compressed
 from .compression import RECORD_NAME, Compressor, Recipe
 from .configuration_factorized_gpt2 import FactorizedGPT2Config
@@ -23,6 +25,7 @@ from .evaluation import least_parameters, model_size, perplexity
 from .files import read_json, replacing_folder, require_space
 from .folder_lock import compress_alone, run_alone
 from .interruption import PostponedStop, StopWhenSaved
+from .leftovers import sweep
 from .modeling_factorized_gpt2 import FactorizedGPT2
 from .progress import LogLines
 from .provenance import device_name, git_commit, peak_memory_bytes, versions
@@ -56,14 +59,16 @@ def run_experiment(run: Run) -> Results:
     """
     if run.training.process_index != 0:  # the first process holds the folder for all
         return _run_alone(run)
-    with run_alone(Path(run.training.output_dir)):
-        return _run_alone(run)
+    with run_alone(Path(run.training.output_dir)) as is_alone:
+        return _run_alone(run, is_alone)
 
 
-def _run_alone(run: Run) -> Results:
+def _run_alone(run: Run, may_sweep: bool = False) -> Results:
     began = time.perf_counter()
     output_dir = Path(run.training.output_dir)
     finished = claim(run)
+    if may_sweep:  # now that the folder is known to be the run's
+        sweep(output_dir)
     if finished is not None:
         logger.info("%s is finished already; --overwrite_output_dir runs it again.", output_dir)
         return finished
@@ -76,6 +81,7 @@ def _run_alone(run: Run) -> Results:
         validation_blocks = _validation_blocks(run, tokenizer)
         distillation = _distillation(run, model.config.vocab_size)
     model.loss_backend = run.training.loss_backend
+    _check_loss_backend(run, model)
     use_cache = model.config.use_cache  # which Trainer switches off for good
     spectrum = _spectrum(model.name_or_path)
     if run.adapter.lora_rank:
@@ -259,6 +265,16 @@ def _compression_record(folder: str) -> dict[str, Any]:
     """Read the record in a folder; empty where there is none, or no folder is named."""
     path = Path(folder) / RECORD_NAME
     return read_json(path) if folder and path.exists() else {}
+
+
+def _check_loss_backend(run: Run, model: FactorizedGPT2) -> None:
+    device, width = run.training.device.type, model.config.embedding_size
+    dtype = torch.float16 if run.training.fp16 or run.training.bf16 else torch.float32
+    if model.loss_backend == "attention" and not attention_runs(device, dtype, width):
+        raise UserError(
+            f"loss_backend=attention needs fp16 or bf16 on CUDA, and a head at most {LARGEST_WIDTH} wide; this one is "
+            f"{width} wide, in {str(dtype).removeprefix('torch.')}."
+        )
 
 
 def _keep_base(run: Run, model: FactorizedGPT2) -> None:

@@ -180,6 +180,7 @@ def test_half_precision_falls_back_without_cuda(monkeypatch, caplog):
         ({"streaming": True, "max_steps": -1, "num_train_epochs": 1}, "streaming needs max_steps"),
         ({"shuffle_buffer": 0}, "shuffle_buffer must be at least 1"),
         ({"loss_backend": "cut_cross_entropy"}, "needs CUDA, fp16 or bf16, and the package"),
+        ({"loss_backend": "attention"}, "loss_backend=attention needs a head that is not trained"),
         ({"loss_backend": "none"}, "loss_backend.*invalid choice"),
         ({"effective_batch_size": 6}, "effective_batch_size=6 cannot be had"),
         ({"dataset_name": None, "train_file": ["x"]}, "No validation text"),

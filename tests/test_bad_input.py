@@ -205,7 +205,12 @@ TABLE = {
     "a model of another baseline": ("compress", ("--baseline", "other"), None, "was not made from other"),
     "a checkpoint cut off": ("import", (), lambda m: {"ckpt.pt": (m / "ckpt.pt").read_bytes()[:300]}, "ckpt.pt"),
     "results that are none": ("report", (), lambda m: {"runs/baseline/results.json": b"[]"}, "results.json"),
-    "a path that no file can have": ("experiments", ("--accelerate_config", 5000 * "x"), None, "too long"),
+    "a path that no file can have": (
+        "experiments",
+        ("--accelerate_config", 5000 * "x"),
+        None,
+        "There is no accelerate config",
+    ),
     "a grid without runs": ("experiments", (), lambda m: {"experiments.json": b"{}"}, "experiments"),
 }
 

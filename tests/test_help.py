@@ -8,7 +8,7 @@ from factorized_gpt2.cli import compress, demo, evaluate, experiments, import_ch
 
 COMMANDS = {
     "compress.py": compress,
-    "evaluate.py": evaluate,
+    "evaluate_models.py": evaluate,
     "factorized-gpt2-demo": demo,
     "import_checkpoint.py": import_checkpoint,
     "report.py": report,

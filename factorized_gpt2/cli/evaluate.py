@@ -1,13 +1,12 @@
-"""`evaluate.py`: loss and size of models that are already there, on one text."""
+"""`evaluate_models.py`: loss and size of models that are already there, on one text."""
 
 import sys
 from dataclasses import dataclass, field
 
-import torch
-
 from ..baseline import check_tokenizer, load_causal_lm
 from ..bits_per_byte import measure_bits_per_byte
 from ..data import load_blocks, load_tokenizer
+from ..devices import DeviceArguments
 from ..errors import UserError
 from ..evaluation import model_size, perplexity, sum_loss
 from ..parsing import ManualParser
@@ -33,20 +32,18 @@ class EvaluateArguments:
 
 def evaluate(argv: list[str]) -> None:
     """Measure every model on the whole text and print a table."""
-    arguments, evaluation = ManualParser(
-        (EvaluateArguments, EvaluationArguments),
-        prog="evaluate.py",
+    arguments, evaluation, computing = ManualParser(
+        (EvaluateArguments, EvaluationArguments, DeviceArguments),
+        prog="evaluate_models.py",
         description="Measure the loss of causal language models over a whole text, in nats a token.",
         usage="%(prog)s --models FOLDER [FOLDER ...] --eval_file FILE [option ...]",
-        examples=(
-            "evaluate.py --models openai-community/gpt2 model_weights/gpt_pca_nofinetune_k64 --eval_file held_out.txt",
-        ),
+        examples=("evaluate_models.py --models gpt2 model_weights/gpt_pca_nofinetune_k64 --eval_file held_out.txt",),
     ).parse(argv)
     if not evaluation.is_asked_for:
         raise UserError("No text to evaluate on: set eval_file or dataset_name.")
     if arguments.bits_per_byte and evaluation.source().is_tokenized:
         raise UserError("bits_per_byte needs text, and eval_file holds token ids.")
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = computing.found
     rows = []
     for name in arguments.models:
         model = load_causal_lm(name).to(device)
@@ -74,5 +71,5 @@ def evaluate(argv: list[str]) -> None:
 
 
 def main() -> None:
-    """Entry point of the console command and of `evaluate.py`."""
+    """Entry point of the console command and of `evaluate_models.py`."""
     sys.exit(run_command(evaluate))

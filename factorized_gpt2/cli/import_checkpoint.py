@@ -1,5 +1,6 @@
 """`import_checkpoint.py`: a checkpoint of nanoGPT, or of its factorized descendant, to a model folder."""
 
+import glob
 import logging
 import sys
 from dataclasses import dataclass, field
@@ -33,6 +34,14 @@ class ImportArguments:
     scale_npz: str | None = field(
         default=None, metadata={"help": "scale_up and scale_down instead of the checkpoint's, either way round, .npz."}
     )
+    activation_function: str | None = field(
+        default=None,
+        metadata={
+            "help": "Where the checkpoint does not name it: gelu, nanoGPT's since May 2023, or gelu_new, the tanh "
+            "approximation before. None: gelu.",
+            "choices": ["gelu", "gelu_new"],
+        },
+    )
     tokenizer: str | None = field(
         default=None, metadata={"help": "Folder or Hub id of the tokenizer to put beside the model."}
     )
@@ -59,10 +68,16 @@ def import_checkpoint(argv: list[str]) -> None:
     _check_place(folder, arguments.overwrite)
     tokenizer = None if arguments.tokenizer is None else load_tokenizer(arguments.tokenizer)
     logger.info("Reading %s", arguments.checkpoint)
-    model = load_old_checkpoint(arguments.checkpoint, wte_npy=arguments.wte_npy, scale_npz=arguments.scale_npz)
+    model = load_old_checkpoint(
+        arguments.checkpoint,
+        wte_npy=arguments.wte_npy,
+        scale_npz=arguments.scale_npz,
+        activation_function=arguments.activation_function,
+    )
     if tokenizer is not None:
         _fit(model, tokenizer, arguments.cut_vocabulary)
-    with compress_alone(folder.parent, wait=True), replacing_folder(folder) as temporary:
+    alone = compress_alone(folder.parent, wait=True, names=(glob.escape(folder.name),))
+    with alone, replacing_folder(folder) as temporary:
         _check_place(folder, arguments.overwrite)
         model.save_pretrained(temporary)
         verify_copy(model, temporary, name=folder)
