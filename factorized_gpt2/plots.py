@@ -1,18 +1,22 @@
-"""Results to pictures, for print: axes labelled, told apart in grey, as PNG and as SVG."""
+"""Results to pictures, for print: axes labelled, told apart in grey, as PNG and as SVG.
+
+Only what draws imports matplotlib.
+"""
+
+from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import matplotlib
-
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt
-from matplotlib.axes import Axes
-
+from .errors import blaming
 from .files import replacing_file
 from .results import Results
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 FAMILIES = {
     "baseline": "baseline",
@@ -104,8 +108,10 @@ def plot_training_curves(results: Sequence[Results], path: Path) -> None:
             panels[FAMILIES[family]] = [row for row in trained if row.family == family]
     panels = {title: rows for title, rows in panels.items() if rows}
     ranks = sorted({row.n_embd_wte for row in trained if row.n_embd_wte})
-    shades = {rank: plt.get_cmap("viridis")(index / len(ranks)) for index, rank in enumerate(ranks)}
     with _saved_axes(path, panels=max(1, len(panels))) as all_axes:
+        from matplotlib import colormaps
+
+        shades = {rank: colormaps["viridis"](index / len(ranks)) for index, rank in enumerate(ranks)}
         for axes, (title, rows) in zip(all_axes, panels.items(), strict=False):
             for row in rows:
                 rank = row.n_embd_wte
@@ -205,18 +211,18 @@ def _pareto_front(points: Sequence[tuple[float, float]]) -> list[tuple[float, fl
 
 @contextmanager
 def _saved_axes(path: Path, panels: int = 1) -> Iterator[list[Axes]]:
-    """Yield axes to draw on; save their figure when the block ends well, close it in any case."""
-    figure, grid = plt.subplots(
-        ncols=panels, figsize=(6.4 if panels == 1 else 4.8 * panels, 4.2), layout="constrained", squeeze=False
-    )
-    for axes in grid[0]:
+    """Yield axes to draw on; save their figure when the block ends well."""
+    with blaming("Plots are drawn with the package matplotlib"):
+        from matplotlib import rc_context
+        from matplotlib.figure import Figure
+    # Not through pyplot, which has a backend and figures that are to be closed.
+    figure = Figure(figsize=(6.4 if panels == 1 else 4.8 * panels, 4.2), layout="constrained")
+    (row,) = figure.subplots(ncols=panels, squeeze=False)
+    for axes in row:
         axes.grid(alpha=0.3)
-    try:
-        yield list(grid[0])
-        with replacing_file(path.with_suffix(".png")) as temporary:
-            figure.savefig(temporary, dpi=150)
-        # Without a date and random names, the same results give the same file.
-        with replacing_file(path.with_suffix(".svg")) as temporary, matplotlib.rc_context({"svg.hashsalt": path.stem}):
-            figure.savefig(temporary, metadata={"Date": None})
-    finally:
-        plt.close(figure)
+    yield list(row)
+    with replacing_file(path.with_suffix(".png")) as temporary:
+        figure.savefig(temporary, dpi=150)
+    # Without a date and random names, the same results give the same file.
+    with replacing_file(path.with_suffix(".svg")) as temporary, rc_context({"svg.hashsalt": path.stem}):
+        figure.savefig(temporary, metadata={"Date": None})

@@ -145,12 +145,13 @@ def _run_alone(run: Run, may_sweep: bool = False) -> Results:
     if run.training.should_save:
         results.write(output_dir)
     finish_tracking(
+        run.training,
         {
             "best_iteration": results.best_step,
             "best_tokens": results.best_tokens,
             "validation_loss": results.eval_loss,
             "training_loss": results.train_loss,
-        }
+        },
     )
     trainer.accelerator.wait_for_everyone()
     return results

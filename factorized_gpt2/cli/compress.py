@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch.utils.data import Dataset
+from transformers.utils import is_matplotlib_available
 
 from ..baseline import check_tokenizer, load_baseline
 from ..compression import METHODS, RECORD_NAME, CalibrationText, Compressor, Recipe
@@ -268,6 +269,9 @@ def _choose(arguments: CompressArguments, compressor: Compressor, measure: _Meas
 
 def _plot(compressor: Compressor, ranks: list[int], measure: _Measure, with_spectrum: bool) -> None:
     """Draw the spectrum, and loss against bytes where there are losses, beside the model folders."""
+    if not is_matplotlib_available():
+        logger.warning("No plots: the package matplotlib is not installed.")
+        return
     label, root = compressor.label, compressor.root
     path = root / f"spectrum_{label}.png"
     if with_spectrum or not path.with_suffix(".svg").exists():
