@@ -14,6 +14,7 @@ from transformers.activations import ACT2FN
 
 from .blockwise_loss import BACKENDS, cut_cross_entropy_runs
 from .errors import UserError
+from .families import UNKNOWN_METHOD, family_of
 from .parsing import ManualParser, as_flags, load_config, setting_name, without_flags
 from .setting_values import check_values
 from .text_arguments import DataArguments
@@ -199,18 +200,20 @@ class Run:
         """Folder or Hub id of the weights that the run starts from; `None` for a random start."""
         return self.model.compressed or self.model.baseline
 
-    @property
-    def family(self) -> str:
-        """The protocol's name for this kind of run, or one like it for a start that the protocol does not have."""
-        if self.model.compressed is not None:
-            if not self.training.do_train:
-                return "compressed"
-            return "compressed-lora" if self.adapter.lora_rank else "compressed-finetune"
+    def family(self, is_factorized: bool, method: str | None = None) -> str:
+        """Name what this run does: the protocol's word for it, or one like it.
+
+        Args:
+            is_factorized: Whether its model is.
+            method: How the compressed model that it starts from was made, as far as its folder says.
+
+        Returns:
+            A key of `FAMILIES`.
+        """
         if self.is_from_scratch:
-            return "baseline" if self.model.n_embd_wte is None else "lowrank-scratch"
-        if not self.training.do_train:
-            return "pca-nofinetune"
-        return "pca-lora" if self.adapter.lora_rank else "pca-finetune"
+            return "lowrank-scratch" if is_factorized else "baseline"
+        made_by = (method or UNKNOWN_METHOD) if self.model.compressed else "pca"
+        return family_of(made_by if is_factorized else None, self.training.do_train, bool(self.adapter.lora_rank))
 
     @property
     def is_from_scratch(self) -> bool:

@@ -224,6 +224,8 @@ class Compressor:
         """
         self.baseline.check_ranks([rank])
         folder = self.folder(rank)
+        if folder.exists() and not folder.is_dir():
+            raise UserError(f"{folder}, where the model of rank {rank} belongs, is a file: move it away.")
         if not (folder.exists() and any(folder.iterdir())):
             return None
         if not (folder / RECORD_NAME).exists():

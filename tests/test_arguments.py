@@ -10,6 +10,7 @@ from transformers import TrainingArguments
 from factorized_gpt2.arguments import LORA_TARGETS, AdapterArguments, ModelArguments, RunArguments, parse_run
 from factorized_gpt2.cli.train import train
 from factorized_gpt2.errors import UserError
+from factorized_gpt2.families import run_name as derived_name
 from factorized_gpt2.parsing import load_config
 from factorized_gpt2.text_arguments import DataArguments
 from factorized_gpt2.training_fields import ELSEWHERE, SUPPORTED, refused
@@ -73,11 +74,12 @@ def test_the_protocol_is_in_the_configs(name):
     family, run_name, folder, rank, figures = PROTOCOL[name]
     config = load_config(f"{name}.json")
     assert {key: config[key] for key in figures} == figures
-    assert config["run_name"] == run_name
+    assert "run_name" not in config  # it follows from the settings
     assert config["output_dir"] == f"model_weights/{folder}"
     assert config.get("n_embd_wte") == rank
     run = parse_run(["--config", name])
-    assert run.family == family
+    assert run.family(is_factorized=rank is not None) == family
+    assert derived_name(family, rank, run.adapter.lora_rank) == run_name
     resolved = run.settings()
     needs_cuda = {"fp16": False, "torch_compile": False}
     here = figures | {key: off for key, off in needs_cuda.items() if key in figures}
@@ -94,7 +96,6 @@ def test_the_printed_config_means_the_same_run(tmp_path, capsys, name):
     (tmp_path / "printed.json").write_text(printed)
     again, run = parse_run(["--config", str(tmp_path / "printed.json")]), parse_run(words)
     assert again.settings() == run.settings()
-    assert again.family == run.family
     config = json.loads(printed)
     assert (config["seed"], config["wandb_mode"]) == (7, "offline")
     assert {key for key, value in load_config(name).items() if value is not None} <= config.keys()
