@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerFast
 
 from .errors import UserError
 from .files import replacing_folder
+from .tokenizer_files import save_tokenizer
 
 END_OF_TEXT = "<|endoftext|>"
 
@@ -58,7 +59,7 @@ def write_python_corpus(folder: Path, vocab_size: int) -> tuple[int, int]:
     with replacing_folder(folder) as temporary:
         for name, texts in (("train", training), ("validation", validation)):
             Dataset.from_dict({"text": texts}).to_json(temporary / f"{name}.jsonl")
-        train_tokenizer(training, vocab_size).save_pretrained(temporary / "tokenizer")
+        save_tokenizer(train_tokenizer(training, vocab_size), temporary / "tokenizer")
     return len(training), len(validation)
 
 
