@@ -20,6 +20,7 @@ from .files import read_json
 from .markdown import code, escaped
 from .results import Results
 
+TRANSFORMERS = "5.10"  # the oldest version that the code of the network runs with
 TAGS = ["factorized_gpt2", "custom_code", "text-generation"]
 
 _METHODS = {
@@ -166,7 +167,8 @@ def model_card(
         *(f"![{escaped(Path(plot).stem.replace('_', ' '))}]({quote(plot, safe='')})" for plot in plots),
         "## Use",
         _python(*remote),
-        "This runs the code in this repository, which needs `torch` and `transformers` and is under the MIT licence. "
+        f"This runs the code in this repository, which needs `torch` and `transformers` {TRANSFORMERS} or later (and "
+        "below 6), and is under the MIT licence. "
         "With the package `factorized_gpt2` no code of the repository runs:",
         _python(*package),
     )
@@ -212,7 +214,8 @@ def adapter_card(
         *([_training(history), *_table(Figures.of(results, "with this adapter"), measured)] if results else ()),
         "## Use",
         _python(*loading),
-        "`trust_remote_code` runs the code in the base's repository; it is not needed after `import factorized_gpt2`.",
+        "`trust_remote_code` runs the code in the base's repository, which needs `transformers` "
+        f"{TRANSFORMERS} or later (and below 6); it is not needed after `import factorized_gpt2`.",
     )
 
 
