@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from .data import IGNORED_LABEL, TextSource
 from .evaluation import LossSum, sum_batches
 from .progress import Progress
+from .tokenization import end_of_text
 
 
 def rolling_windows(tokens: Sequence[int], prefix: int, size: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
@@ -98,11 +99,12 @@ def measure_bits_per_byte(
         Summed loss in bits, divided by the text's bytes in UTF-8.
 
     Raises:
-        UserError: The text cannot be read.
+        UserError: The text cannot be read, or the tokenizer has no end of text.
     """
+    prefix = end_of_text(tokenizer)
     texts = list(source.documents())
     documents = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"] if texts else []
-    loss = sum_document_loss(model, documents, tokenizer.eos_token_id, size, batch_size, device, desc)
+    loss = sum_document_loss(model, documents, prefix, size, batch_size, device, desc)
     return bits_per_byte(loss.nats, sum(len(text.encode()) for text in texts))
 
 

@@ -116,17 +116,18 @@ def compensated_head(
     """
     trunk, _ = _float32_parts(compressed, device)
     width = hidden_states.shape[1]
-    own, cross = (torch.zeros(width, width, dtype=torch.float64, device=device) for _ in range(2))
+    summed_on = "cpu" if torch.device(device).type == "mps" else device  # MPS has no float64
+    own, cross = (torch.zeros(width, width, dtype=torch.float64, device=summed_on) for _ in range(2))
     done = 0
     for row in Progress(blocks, desc=desc, disable=desc is None):
         ids = collate_blocks([row])["input_ids"].to(device)
-        seen = trunk(ids, use_cache=False).last_hidden_state[0].double()
-        true = torch.from_numpy(hidden_states[done : done + len(seen)]).to(device, torch.float64)
+        seen = trunk(ids, use_cache=False).last_hidden_state[0].to(summed_on).double()
+        true = torch.from_numpy(hidden_states[done : done + len(seen)]).to(summed_on, torch.float64)
         done += len(seen)
         own += seen.T @ seen
         cross += seen.T @ true
     # A ridge towards T = I: where the text says too little, hidden states stay as they are.
-    ridge = _COMPENSATION_RIDGE * own.trace() / width * torch.eye(width, dtype=torch.float64, device=device)
+    ridge = _COMPENSATION_RIDGE * own.trace() / width * torch.eye(width, dtype=torch.float64, device=summed_on)
     transform = torch.linalg.solve(own + ridge, cross + ridge).cpu().numpy()  # T^T, (d, d)
     return np.ascontiguousarray(transform @ scale_down, dtype=np.float32)
 

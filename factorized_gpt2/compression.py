@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
@@ -22,7 +23,8 @@ from .factor_files import pca_factors
 from .factorization import Factors, explained_shares, factorize_ranks
 from .files import read_json, replacing_folder, write_json
 from .modeling_factorized_gpt2 import FactorizedGPT2
-from .refinement import refine
+from .refinement import check_device, refine
+from .tokenizer_files import save_tokenizer
 from .verification import verify_copy
 
 logger = logging.getLogger(__name__)
@@ -100,14 +102,14 @@ class Compressor:
         baseline: The trained model.
         recipe: How to compress it.
         root: Folder of the model folders and of the protocol's factor files.
-        tokenizer: Goes into the model folders.
+        tokenizer: Goes into the model folders; `None` where there is none.
         text: Calibration text, where the recipe needs it.
         overwrite: Whether what was made otherwise, or from another baseline, may be replaced.
-        device: Where the models run.
+        device: Where calibration and refinement run.
         progress: Whether long work shows a bar.
 
     Raises:
-        UserError: The recipe needs text and there is none.
+        UserError: The recipe needs text and there is none, or refinement, which this device cannot do.
     """
 
     def __init__(
@@ -115,15 +117,17 @@ class Compressor:
         baseline: Baseline,
         recipe: Recipe,
         root: Path,
-        tokenizer: PreTrainedTokenizerBase,
+        tokenizer: PreTrainedTokenizerBase | None,
         text: CalibrationText | None = None,
         overwrite: bool = False,
-        device: str = "cpu",
+        device: torch.device | str = "cpu",
         progress: bool = False,
     ):
         if recipe.needs_text and text is None:
             what = f"method {recipe.method}" if recipe.method != "pca" else "refinement"
             raise UserError(f"{what} learns from text: set calibration_file or dataset_name.")
+        if recipe.refine_steps:
+            check_device(device)
         self.baseline, self.root, self.tokenizer, self.text = baseline, root, tokenizer, text
         self.recipe = replace(recipe, tied=recipe.tied and baseline.model.config.tie_word_embeddings)
         self.overwrite, self.device, self.progress = overwrite, device, progress
@@ -173,7 +177,13 @@ class Compressor:
             model = from_gpt2(self.baseline.model, factors)
         if self.recipe.refine_steps:
             model = refine(
-                model, self.baseline.model, self.text.blocks, self.recipe.refine_steps, self.recipe.seed, self.progress
+                model,
+                self.baseline.model,
+                self.text.blocks,
+                self.recipe.refine_steps,
+                self.recipe.seed,
+                self.progress,
+                self.device,
             )
         return model, factors.explained_variance_ratio
 
@@ -187,7 +197,8 @@ class Compressor:
         with replacing_folder(self.folder(rank)) as temporary:
             model.save_pretrained(temporary)
             verify_copy(model, temporary, name=self.folder(rank))
-            self.tokenizer.save_pretrained(temporary)
+            if self.tokenizer is not None:
+                save_tokenizer(self.tokenizer, temporary, model.config.n_positions)
             kept = {"explained_variance_ratio": share, "spectrum": [round(float(share), 6) for share in self.shares]}
             write_json(temporary / RECORD_NAME, self._record(rank) | kept)
 
@@ -214,6 +225,8 @@ class Compressor:
         """
         self.baseline.check_ranks([rank])
         folder = self.folder(rank)
+        if folder.exists() and not folder.is_dir():
+            raise UserError(f"{folder}, where the model of rank {rank} belongs, is a file: move it away.")
         if not (folder.exists() and any(folder.iterdir())):
             return None
         if not (folder / RECORD_NAME).exists():

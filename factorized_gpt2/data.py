@@ -17,12 +17,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from torch.nn.utils.rnn import pad_sequence
-from transformers import AutoTokenizer, GPT2Tokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from .errors import UserError, blaming, first_line, silenced
 from .json_rows import is_json_array, parse_json_lines, read_json_array
 from .token_file import SUFFIX as TOKEN_SUFFIX
 from .token_file import TokenBlocks, is_token_file, load_token_blocks
+from .tokenization import end_of_text
+from .tokenization import load_tokenizer as load_tokenizer
+from .tokenization import vocabulary_size as vocabulary_size
 
 if TYPE_CHECKING:
     import datasets
@@ -198,35 +201,6 @@ def _reading(name: str) -> Iterator[None]:
         raise UserError(message) from error
 
 
-def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
-    """Load a tokenizer from a Hub id or a folder with `tokenizer.json`, or with `vocab.json` and `merges.txt`.
-
-    Raises:
-        UserError: There is none, it has no token that ends a text, or a chat template that would be saved elsewhere.
-    """
-    folder = Path(name_or_path)
-    with blaming(f"No tokenizer can be loaded from {name_or_path!r}"):
-        if (folder / "vocab.json").is_file() and not (folder / "tokenizer.json").is_file():
-            tokenizer = GPT2Tokenizer.from_pretrained(name_or_path, trust_remote_code=False)
-        else:
-            tokenizer = AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=False)
-    if tokenizer.eos_token_id is None:
-        raise UserError(f"The tokenizer {name_or_path!r} has no eos_token, which marks where a document ends.")
-    templates = tokenizer.chat_template if isinstance(tokenizer.chat_template, dict) else {}
-    tokenizer.init_kwargs.pop("auto_map", None)  # names code, and what is saved must not pass a stranger's on
-    for name in templates:  # each becomes a file wherever the tokenizer is saved
-        if Path(name).name != name:
-            raise UserError(
-                f"The tokenizer {name_or_path!r} has a chat template {name!r}, which is no name of a file."
-            )
-    return tokenizer
-
-
-def vocabulary_size(tokenizer: PreTrainedTokenizerBase) -> int:
-    """Count the rows that a model needs for a tokenizer: up to its largest token id, gaps included."""
-    return max(tokenizer.get_vocab().values(), default=-1) + 1
-
-
 def load_blocks(
     source: TextSource,
     tokenizer: PreTrainedTokenizerBase,
@@ -250,12 +224,12 @@ def load_blocks(
         Rows of `input_ids`, int64 arrays of `block_size`.
 
     Raises:
-        UserError: The text cannot be read or gives no block.
+        UserError: The text cannot be read or gives no block, or the tokenizer has no end of text.
     """
     if source.is_tokenized:
         return load_token_blocks(source.files, vocabulary_size(tokenizer), block_size, keep_tail)
+    settings = {"block_size": block_size, "eos_token_id": end_of_text(tokenizer), "keep_tail": keep_tail}
     tokenized = _tokenized(source, tokenizer, num_proc)
-    settings = {"block_size": block_size, "eos_token_id": tokenizer.eos_token_id, "keep_tail": keep_tail}
     is_empty = not any(len(row) for dataset in tokenized for row in dataset["input_ids"])
     if is_empty or not any(_pack(tokenized, **settings)):
         tokens = sum(len(row) for dataset in tokenized for row in dataset["input_ids"])
@@ -289,13 +263,13 @@ def stream_blocks(
         Stream with the column `input_ids`.
 
     Raises:
-        UserError: The text cannot be read.
+        UserError: The text cannot be read, or the tokenizer has no end of text.
     """
     if source.is_tokenized:
         raise UserError(f"streaming does nothing for {source.name}: token ids are read while training anyway.")
+    settings = {"block_size": block_size, "eos_token_id": end_of_text(tokenizer), "keep_tail": False}
     loaded = source.load(streaming=True)
     tokenized = tuple(text.map(**_tokenizing(tokenizer, document_start)) for text, document_start in loaded)
-    settings = {"block_size": block_size, "eos_token_id": tokenizer.eos_token_id, "keep_tail": False}
     blocks = _datasets().IterableDataset.from_generator(
         _pack, features=_block_features(), gen_kwargs={"tokenized": tokenized, **settings}
     )
@@ -308,7 +282,7 @@ def token_stream(source: TextSource, tokenizer: PreTrainedTokenizerBase) -> Iter
     Raises:
         UserError: The text cannot be read.
     """
-    return _token_stream(_tokenized(source, tokenizer), tokenizer.eos_token_id)
+    return _token_stream(_tokenized(source, tokenizer), end_of_text(tokenizer))
 
 
 def collate_blocks(rows: list[dict]) -> dict[str, torch.Tensor]:
@@ -345,7 +319,8 @@ def _block_features(**more: str) -> datasets.Features:
 
 def _tokenized(source: TextSource, tokenizer: PreTrainedTokenizerBase, num_proc: int | None = None) -> list[Dataset]:
     """Tokenize what `source.load` returns, cached on disk."""
-    tokenizer_hash = _hash((tokenizer.backend_tokenizer.to_str(), tokenizer.eos_token_id))
+    rules = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else tokenizer  # that is all of it, in Python
+    tokenizer_hash = _hash((rules, tokenizer.eos_token_id))
     tokenized = []
     for text, document_start in source.load():
         text_hash = text._fingerprint
@@ -409,17 +384,18 @@ def _pack(
 
 
 def _token_stream(tokenized: Sequence[Dataset | IterableDataset], eos_token_id: int) -> Iterator[np.ndarray]:
-    """Yield the tokens of all documents, with the end-of-text token after each document."""
-    end = np.array([eos_token_id], np.int32)
+    """Yield the tokens of all documents, with the end-of-text token after each that does not end in it already."""
+    last = eos_token_id
     for dataset in tokenized:
-        is_first = True
         for batch in dataset.with_format("arrow").iter(batch_size=1000):
             rows = batch.column("input_ids").combine_chunks()
             offsets = rows.offsets.to_numpy()
-            starts = batch.column("starts_document").to_numpy(zero_copy_only=False).copy()
-            if is_first:
-                starts[0] = False
-                is_first = False
+            starts = batch.column("starts_document").to_numpy(zero_copy_only=False)
             tokens = rows.values.to_numpy()[offsets[0] : offsets[-1]]
-            yield np.insert(tokens, (offsets[:-1] - offsets[0])[starts], eos_token_id)
-        yield end
+            before = np.concatenate([[last], tokens])  # at each place the token before it
+            places = np.unique((offsets[:-1] - offsets[0])[starts])
+            yield np.insert(tokens, places[before[places] != eos_token_id], eos_token_id)
+            last = before[-1]
+        if last != eos_token_id:
+            yield np.array([eos_token_id], np.int32)
+            last = eos_token_id

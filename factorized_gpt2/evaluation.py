@@ -107,7 +107,7 @@ def sum_batches(
             on_device = {name: tensor.to(device) for name, tensor in batch.items()}
             with context():
                 outputs = model(**on_device, num_items_in_batch=1, use_cache=False, skip_logits=True)
-            nats += outputs.loss.double().cpu()
+            nats += outputs.loss.cpu().double()
             labels = batch["shift_labels"] if "shift_labels" in batch else batch["labels"][:, 1:]
             tokens += int((labels != IGNORED_LABEL).sum())
     finally:

@@ -13,6 +13,7 @@ from transformers.utils import is_matplotlib_available
 from ..baseline import check_tokenizer, load_baseline
 from ..compression import METHODS, RECORD_NAME, CalibrationText, Compressor, Recipe
 from ..data import TextSource, load_blocks, load_tokenizer
+from ..devices import DeviceArguments
 from ..errors import UserError
 from ..evaluation import LossSum, model_size, perplexity, sum_loss
 from ..files import read_json, require_space
@@ -24,6 +25,7 @@ from ..parsing import ManualParser
 from ..plots import plot_loss_against_bytes, plot_spectrum
 from ..rank_choice import smallest_rank_by_loss, smallest_rank_by_share
 from ..text_arguments import EvaluationArguments
+from ..tokenization import has_tokenizer
 from .shell import print_table, run_command
 
 logger = logging.getLogger(__name__)
@@ -103,8 +105,8 @@ class PublishArguments:
 
 def compress(argv: list[str]) -> None:
     """Load the baseline, choose ranks, factorize, write the folders, print what it cost, publish it if asked."""
-    arguments, calibration, evaluation, publishing = ManualParser(
-        (CompressArguments, CalibrationArguments, EvaluationArguments, PublishArguments),
+    arguments, calibration, evaluation, computing, publishing = ManualParser(
+        (CompressArguments, CalibrationArguments, EvaluationArguments, DeviceArguments, PublishArguments),
         prog="compress.py",
         description="Factorize the token embedding and head of a trained GPT-2.",
         usage="%(prog)s --baseline FOLDER --ranks K [K ...] [option ...]",
@@ -117,13 +119,14 @@ def compress(argv: list[str]) -> None:
     ).parse(argv)
     check(arguments, calibration, evaluation)
     with compress_alone(Path(arguments.output_dir)):
-        _compress(arguments, calibration, evaluation, publishing)
+        _compress(arguments, calibration, evaluation, computing.found, publishing)
 
 
 def _compress(
     arguments: CompressArguments,
     calibration: CalibrationArguments,
     evaluation: EvaluationArguments,
+    device: torch.device,
     publishing: PublishArguments,
 ) -> None:
     if publishing.push_to_hub:
@@ -133,16 +136,19 @@ def _compress(
         baseline.check_ranks(arguments.ranks)
     trunk = model_size(baseline.model)
     require_space(Path(arguments.output_dir), trunk.bytes - trunk.vocabulary_bytes, "a compressed model")
-    tokenizer = load_tokenizer(arguments.tokenizer or arguments.baseline)
-    check_tokenizer(baseline.model, tokenizer)
     recipe = Recipe(arguments.method, arguments.tie_word_embeddings, arguments.refine, arguments.seed)
+    tokenizer = None
+    if arguments.tokenizer or recipe.needs_text or evaluation.is_asked_for or has_tokenizer(arguments.baseline):
+        tokenizer = load_tokenizer(arguments.tokenizer or arguments.baseline)
+        check_tokenizer(baseline.model, tokenizer)
+    else:
+        logger.warning("%s has no tokenizer, so what is made of it has none.", arguments.baseline)
     block_size = evaluation.block_size_for(baseline.model.config.n_positions)
     text = None
     if recipe.needs_text and (calibration.calibration_file or evaluation.dataset_name):
         source = evaluation.source_of(calibration.calibration_file, calibration.calibration_split)
         blocks = load_blocks(source, tokenizer, block_size, keep_tail=False)
         text = CalibrationText(blocks, calibration.calibration_tokens, source.name)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     compressor = Compressor(
         baseline, recipe, Path(arguments.output_dir), tokenizer, text, arguments.overwrite, device, progress=True
     )
@@ -190,7 +196,7 @@ def check(arguments: CompressArguments, calibration: CalibrationArguments, evalu
 class _Measure:
     """Sizes of models, and their losses where there is text."""
 
-    def __init__(self, baseline: FactorizedGPT2, blocks: Dataset | None, batch_size: int, device: str):
+    def __init__(self, baseline: FactorizedGPT2, blocks: Dataset | None, batch_size: int, device: torch.device):
         self.baseline_size = model_size(baseline)
         self.blocks, self.batch_size, self.device = blocks, batch_size, device
         self.losses: dict[int | str, LossSum] = {}  # by rank; the baseline's under "-"
