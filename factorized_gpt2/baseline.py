@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
     GPT2Config,
@@ -70,7 +71,7 @@ def check_tokenizer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) 
     Raises:
         UserError: With both sizes.
     """
-    vocab_size, tokens = model.config.vocab_size, vocabulary_size(tokenizer)
+    vocab_size, tokens = model.config.get_text_config().vocab_size, vocabulary_size(tokenizer)
     if tokens > vocab_size:
         raise UserError(f"The tokenizer has {tokens} tokens, the model only {vocab_size}; name the model's own.")
     if vocab_size - tokens > _PADDING:
@@ -132,9 +133,12 @@ def load_causal_lm(name_or_path: str) -> PreTrainedModel:
     """Load a causal language model of any architecture, in evaluation mode; weights it has no use for may be there.
 
     Raises:
-        UserError: It cannot be found or read, or has weights that are missing, misshapen, or NaN or infinite.
+        UserError: It cannot be found or read, is of another kind, or has weights that are missing, misshapen, or NaN
+            or infinite.
     """
     config = _load_config(name_or_path)
+    if config.is_encoder_decoder or type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise UserError(f"{name_or_path} is a {config.model_type!r} model, which is no causal language model.")
     return _load(AutoModelForCausalLM, config, name_or_path, ("missing_keys", "mismatched_keys")).eval()
 
 

@@ -290,7 +290,7 @@ def _scale_saved(ctx, upstream: torch.Tensor) -> list[torch.Tensor | None]:
 
 
 # An operator of its own is opaque to torch.compile: no break in the graph, and no loop over blocks unrolled into it.
-@torch.library.custom_op(re.sub(r"\W", "_", __name__) + "::sum_cross_entropy", mutates_args=())
+@torch.library.custom_op(re.sub(r"\W", "_", ascii(__name__)[1:-1]) + "::sum_cross_entropy", mutates_args=())
 def _sum_cross_entropy(
     hidden: torch.Tensor,
     weight: torch.Tensor,

@@ -24,6 +24,7 @@ from .factorization import Factors, explained_shares, factorize_ranks
 from .files import read_json, replacing_folder, write_json
 from .modeling_factorized_gpt2 import FactorizedGPT2
 from .refinement import check_device, refine
+from .tokenizer_files import save_tokenizer
 from .verification import verify_copy
 
 logger = logging.getLogger(__name__)
@@ -197,7 +198,7 @@ class Compressor:
             model.save_pretrained(temporary)
             verify_copy(model, temporary, name=self.folder(rank))
             if self.tokenizer is not None:
-                self.tokenizer.save_pretrained(temporary)
+                save_tokenizer(self.tokenizer, temporary, model.config.n_positions)
             kept = {"explained_variance_ratio": share, "spectrum": [round(float(share), 6) for share in self.shares]}
             write_json(temporary / RECORD_NAME, self._record(rank) | kept)
 
@@ -224,6 +225,8 @@ class Compressor:
         """
         self.baseline.check_ranks([rank])
         folder = self.folder(rank)
+        if folder.exists() and not folder.is_dir():
+            raise UserError(f"{folder}, where the model of rank {rank} belongs, is a file: move it away.")
         if not (folder.exists() and any(folder.iterdir())):
             return None
         if not (folder / RECORD_NAME).exists():

@@ -77,7 +77,8 @@ def to_gpt2(model: FactorizedGPT2) -> GPT2LMHeadModel:
     _refuse_leftovers(state)
     fields = {name: value for name, value in config.to_dict().items() if name not in _NOT_GPT2}
     fields["tie_word_embeddings"] = tied
-    gpt2_config = GPT2Config(**fields, attn_implementation=config._attn_implementation)
+    # transformers dropped n_ctx, but what reads older GPT-2s, as llama.cpp's converter does, asks for it.
+    gpt2_config = GPT2Config(**fields, n_ctx=config.n_positions, attn_implementation=config._attn_implementation)
     return _build(GPT2LMHeadModel, gpt2_config, weights, like=wte, generation_config=model.generation_config)
 
 
@@ -111,7 +112,10 @@ def fingerprint(model: GPT2LMHeadModel | FactorizedGPT2) -> str:
 
 
 # Fields that GPT2Config does not have, or that a new model writes itself.
-_NOT_GPT2 = {"n_embd_wte", "scale_up_bias", "model_type", "architectures", "transformers_version", "auto_map"}
+_NOT_GPT2 = {
+    *("n_embd_wte", "scale_up_bias", "model_type", "architectures", "transformers_version", "auto_map"),
+    "n_ctx",
+}
 
 
 def _split_vocabulary(

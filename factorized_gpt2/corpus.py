@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerFast
 
 from .errors import UserError
 from .files import replacing_folder
+from .tokenizer_files import save_tokenizer
 
 END_OF_TEXT = "<|endoftext|>"
 
@@ -59,7 +60,7 @@ def write_python_corpus(folder: Path, vocab_size: int) -> tuple[int, int]:
         for name, texts in (("train", training), ("validation", validation)):
             lines = [json.dumps({"text": text}) + "\n" for text in texts]
             (temporary / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
-        train_tokenizer(training, vocab_size).save_pretrained(temporary / "tokenizer")
+        save_tokenizer(train_tokenizer(training, vocab_size), temporary / "tokenizer")
     return len(training), len(validation)
 
 

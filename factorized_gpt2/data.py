@@ -9,7 +9,6 @@ import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -20,7 +19,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
 from .errors import UserError, blaming, first_line, silenced
-from .json_rows import is_json_array, parse_json_lines, read_json_array
+from .text_files import kind_of, read_rows
 from .token_file import SUFFIX as TOKEN_SUFFIX
 from .token_file import TokenBlocks, is_token_file, load_token_blocks
 from .tokenization import end_of_text
@@ -33,18 +32,14 @@ if TYPE_CHECKING:
 
 IGNORED_LABEL = -100
 
-_TEXT_SUFFIXES = {".txt", ".text", ".tokens", ".raw", ".md"}
-_JSON_SUFFIXES = {".json", ".jsonl"}
-_SUFFIXES = sorted(_TEXT_SUFFIXES | _JSON_SUFFIXES | {".parquet"})
-
 
 @dataclass(frozen=True)
 class TextSource:
     """Where text comes from: a dataset of the Hub, or local files.
 
     Attributes:
-        files: Local text (.txt, .tokens, .raw, .text, .md), JSON lines (.json, .jsonl) or .parquet files, or files of
-            token ids (.bin); when there are none, `dataset_name` is read.
+        files: Local files, of the kinds that `text_files.kind_of` knows, or files of token ids (.bin); when there are
+            none, `dataset_name` is read.
         dataset_name: Hub id.
         dataset_config_name: Configuration of that dataset.
         split: Split of that dataset.
@@ -97,27 +92,18 @@ class TextSource:
         """
         pattern = re.compile(self.document_start) if self.document_start else None
         every_row = pattern or re.compile("")
-        load = partial(self._load, streaming=streaming)
         if not self.files:
             if self.dataset_name is None:
                 raise UserError("No text given: name files or a dataset.")
-            return [(load("", self.dataset_name, self.dataset_config_name, split=self.split), every_row)]
+            return [(self._load_dataset(streaming), every_row)]
         loaded = []
         for name in self.files:
             path = Path(name)
             if not path.is_file():
                 raise UserError(f"The file {name} does not exist.")
-            if path.suffix in _TEXT_SUFFIXES:
-                dataset = load(name, "text", data_files=str(path), keep_linebreaks=True, split="train")
-                loaded.append((dataset, pattern))
-            elif path.suffix in _JSON_SUFFIXES:
-                loaded.append((self._load_json(path, streaming), every_row))
-            elif path.suffix == TOKEN_SUFFIX:
+            if path.suffix == TOKEN_SUFFIX:
                 raise UserError(f"{name} holds token ids: this needs text.")
-            elif path.suffix == ".parquet":
-                loaded.append((load(name, "parquet", data_files=str(path), split="train"), every_row))
-            else:
-                raise UserError(f"{name}: unknown kind of file {path.suffix!r}; known are {', '.join(_SUFFIXES)}.")
+            loaded.append((self._load_file(path, streaming), pattern if kind_of(path) == "text" else every_row))
         return loaded
 
     def documents(self) -> Iterator[str]:
@@ -137,44 +123,32 @@ class TextSource:
             if parts:
                 yield "".join(parts)
 
-    def _load(self, name: str, *args, **kwargs) -> Dataset | IterableDataset:
-        column = "text" if args[0] == "text" else self.text_column
-        with _reading(name or args[0]):
-            dataset = _datasets().load_dataset(*args, **kwargs)
+    def _load_dataset(self, streaming: bool) -> Dataset | IterableDataset:
+        name, column = self.dataset_name, self.text_column
+        with _reading(name):
+            dataset = _datasets().load_dataset(name, self.dataset_config_name, split=self.split, streaming=streaming)
             # A stream may know its columns from its rows alone.
             columns = dataset.column_names or list(next(iter(dataset), {}))
         if column not in columns:
-            raise UserError(f"{name or args[0]} has no column {column!r}; its columns are {', '.join(columns)}.")
-        text_types = [_datasets().Value(kind) for kind in ("string", "large_string")]
-        if (dataset.features or {}).get(column, text_types[0]) not in text_types:
-            raise UserError(f"{name or args[0]}: the column {column!r} does not hold text.")
+            raise UserError(f"{name} has no column {column!r}; its columns are {', '.join(columns)}.")
+        text_types = [_datasets().Value(kind) for kind in ("string", "large_string", "string_view")]
+        kind = (dataset.features or {}).get(column, text_types[0])
+        if kind not in text_types:
+            raise UserError(f"{name}: the column {column!r} does not hold text but {getattr(kind, 'dtype', kind)}.")
         dataset = dataset.select_columns([column])
         return dataset if column == "text" else dataset.rename_column(column, "text")
 
-    def _load_json(self, path: Path, streaming: bool) -> Dataset | IterableDataset:
+    def _load_file(self, path: Path, streaming: bool) -> Dataset | IterableDataset:
+        settings = {"path": str(path), "column": self.text_column}
+        making = {"generator": read_rows, "gen_kwargs": settings, "features": _text_features()}
         with _reading(str(path)):
-            rows = (self._load_array if is_json_array(path) else self._load_lines)(path, streaming)
-            next(iter(rows), None)  # what a stream cannot read is better known before a run begins
-        return rows
-
-    def _load_array(self, path: Path, streaming: bool) -> Dataset | IterableDataset:
-        settings = {"path": str(path), "column": self.text_column}
-        making = {"generator": _json_elements, "gen_kwargs": settings, "features": _text_features()}
-        if streaming:
-            return _datasets().IterableDataset.from_generator(**making)
-        file = path.stat()
-        identity = (str(path.resolve()), file.st_mtime_ns, file.st_size, self.text_column)
-        return _datasets().Dataset.from_generator(**making, fingerprint=_hash(identity))
-
-    def _load_lines(self, path: Path, streaming: bool) -> Dataset | IterableDataset:
-        lines = self._load(str(path), "text", data_files=str(path), split="train", streaming=streaming)
-        settings = {"path": str(path), "column": self.text_column}
-        parsing = {"function": _json_lines, "fn_kwargs": settings, "features": _text_features()}
-        parsing |= {"with_indices": True, "batched": True}
-        if streaming:
-            return lines.map(**parsing)
-        fingerprint = _hash((lines._fingerprint, sorted(settings.items())))
-        return lines.map(**parsing, new_fingerprint=fingerprint, desc=f"Reading {path.name}")
+            if streaming:
+                rows = _datasets().IterableDataset.from_generator(**making)
+                next(iter(rows), None)  # what a stream cannot read is better known before a run begins
+                return rows
+            file = path.stat()
+            identity = (str(path.resolve()), file.st_mtime_ns, file.st_size, self.text_column)
+            return _datasets().Dataset.from_generator(**making, fingerprint=_hash(identity))
 
 
 def _datasets() -> ModuleType:
@@ -295,15 +269,6 @@ def collate_blocks(rows: list[dict]) -> dict[str, torch.Tensor]:
         "input_ids": pad_sequence(blocks, batch_first=True, padding_value=0),
         "labels": pad_sequence(blocks, batch_first=True, padding_value=IGNORED_LABEL),
     }
-
-
-def _json_lines(rows: dict[str, list[str]], indices: list[int], path: str, column: str) -> dict[str, list[str | None]]:
-    return {"text": parse_json_lines(rows["text"], indices, path, column)}
-
-
-def _json_elements(path: str, column: str) -> Iterator[dict[str, str | None]]:
-    for text in read_json_array(Path(path), column):
-        yield {"text": text}
 
 
 def _text_features() -> datasets.Features:

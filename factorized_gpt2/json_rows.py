@@ -1,59 +1,49 @@
 """Text in rows of JSON: an object a line, or one array of objects.
 
-The rows are read as lines of text and parsed here. Arrow's own reader of JSON ends the process, without an exception,
-at a first row that is null (https://github.com/apache/arrow/issues/47409) and where one block of a file has text in a
+The rows are read as text and parsed here. Arrow's own reader of JSON ends the process, without an exception, at a
+first row that is null (https://github.com/apache/arrow/issues/47409) and where one block of a file has text in a
 column and another a list (pyarrow 26.0.1).
 """
 
+import itertools
 import json
-from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, TextIO
 
 from .errors import UserError
 
-_BYTE_ORDER_MARK = "\ufeff"
-_BEGINNING = 100  # bytes, within which a file shows whether it is an array
 
-
-def is_json_array(path: Path) -> bool:
-    """Say whether a file is one array rather than an object a line."""
-    with path.open("rb") as file:
-        return file.read(_BEGINNING).decode(errors="ignore").removeprefix(_BYTE_ORDER_MARK).lstrip().startswith("[")
-
-
-def read_json_array(path: Path, column: str) -> list[str | None]:
-    """Read the text of every object in an array.
-
-    Raises:
-        UserError: The file is no array of objects with text.
-    """
-    rows = _parsed(path.read_text(encoding="utf-8-sig"), str(path))
-    return [_text_of(row, column, f"{path}: element {number}") for number, row in enumerate(rows, 1)]
-
-
-def parse_json_lines(lines: Sequence[str], indices: Sequence[int], name: str, column: str) -> list[str | None]:
-    """Take the text out of lines; those that are blank are no rows.
+def read_json_rows(file: TextIO, name: str, column: str) -> Iterator[str | None]:
+    """Take the text out of every object; lines that are blank are no rows.
 
     Args:
-        lines: Lines of a file.
-        indices: Their numbers, from 0.
-        name: The file.
+        file: At its beginning.
+        name: What to call it.
         column: Key of the text.
 
-    Returns:
+    Yields:
         The text of each row; `None` where it has none.
 
     Raises:
-        UserError: A line that is no object, has no such key, or something else than text there.
+        UserError: Neither an array of objects nor lines with one each, or an object that has no such key, or something
+            else than text there.
     """
-    texts = []
-    for line, index in zip(lines, indices, strict=True):
-        line = line.removeprefix(_BYTE_ORDER_MARK) if index == 0 else line
+    blank = []
+    for line in file:
         if line.strip():
-            where = f"{name}: line {index + 1}"
-            texts.append(_text_of(_parsed(line, where), column, where))
-    return texts
+            break
+        blank.append(line)
+    else:
+        return
+    if line.lstrip().startswith("["):
+        rows = _parsed("".join([*blank, line, *file]), name)
+        for number, row in enumerate(rows, 1):
+            yield _text_of(row, column, f"{name}: element {number}")
+        return
+    for number, text in enumerate(itertools.chain([line], file), len(blank) + 1):
+        if text.strip():
+            where = f"{name}: line {number}"
+            yield _text_of(_parsed(text, where), column, where)
 
 
 def _parsed(text: str, where: str) -> Any:

@@ -16,6 +16,7 @@ from .errors import UserError
 from .files import filling_folder, read_json, remove_folder, write_json
 from .modeling_factorized_gpt2 import FactorizedGPT2
 from .results import RESULTS_NAME, Results
+from .tokenizer_files import save_tokenizer
 from .verification import verify_saved
 from .weight_files import weight_files
 
@@ -162,7 +163,7 @@ def finish(
     """
     with filling_folder(output_dir, last=CONFIG_NAME) as temporary:  # without its config, no model is loaded
         model.save_pretrained(temporary)
-        tokenizer.save_pretrained(temporary)
+        save_tokenizer(tokenizer, temporary, model.config.n_positions)
         difference = verify_saved(Path(temporary), probe, expected, model.device, name=output_dir)
     logger.info("Saved and reloaded %s: logits differ by at most %.1e", output_dir, difference)
     return sum(path.stat().st_size for path in weight_files(output_dir))

@@ -22,6 +22,7 @@ from .data import collate_blocks, load_blocks, load_tokenizer, stream_blocks, vo
 from .distillation import Distillation
 from .errors import UserError, blaming
 from .evaluation import least_parameters, model_size, perplexity
+from .families import run_name
 from .files import read_json, replacing_folder, require_space
 from .folder_lock import compress_alone, run_alone
 from .interruption import PostponedStop, StopWhenSaved
@@ -84,6 +85,9 @@ def _run_alone(run: Run, may_sweep: bool = False) -> Results:
     _check_loss_backend(run, model)
     use_cache = model.config.use_cache  # which Trainer switches off for good
     spectrum = _spectrum(model.name_or_path)
+    rank = model.config.n_embd_wte if model.config.is_factorized else None
+    family = run.family(model.config.is_factorized, _compression_record(run.model.compressed or "").get("method"))
+    run.training.run_name = run.training.run_name or run_name(family, rank, run.adapter.lora_rank)
     if run.adapter.lora_rank:
         lora = run.adapter
         lora_targets(model, lora.lora_rank, lora.lora_target_modules)  # before anything is written
@@ -123,9 +127,9 @@ def _run_alone(run: Run, may_sweep: bool = False) -> Results:
         model = merge(model)
     disk_bytes = finish(output_dir, model, tokenizer, probe, expected) if run.training.should_save else None
     results = Results(
-        run_name=run.training.run_name or run.family,
-        family=run.family,
-        n_embd_wte=model.config.n_embd_wte if model.config.is_factorized else None,
+        run_name=run.training.run_name,
+        family=family,
+        n_embd_wte=rank,
         eval_loss=eval_loss,
         perplexity=perplexity(eval_loss),
         **asdict(model_size(model)),

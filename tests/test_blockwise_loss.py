@@ -4,6 +4,7 @@ import copy
 import pickle
 import sys
 from functools import partial
+from importlib.util import module_from_spec, spec_from_file_location
 from types import ModuleType, SimpleNamespace
 
 import pytest
@@ -474,3 +475,12 @@ def test_a_trained_model_copies_and_pickles(model):
     expected = step(model)
     for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         assert_same(step(other), expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", ["модель.a", "теория.a", "café-1.a", "my model.a"])
+def test_it_loads_by_any_module_name(name):
+    spec = spec_from_file_location(name, blockwise_loss.__file__)
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    inputs = problem()
+    assert torch.equal(module.sum_cross_entropy(*inputs), sum_cross_entropy(*inputs))

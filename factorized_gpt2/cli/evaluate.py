@@ -9,6 +9,8 @@ from ..data import load_blocks, load_tokenizer
 from ..devices import DeviceArguments
 from ..errors import UserError
 from ..evaluation import model_size, perplexity, sum_loss
+from ..foreign_models import LossOfLogits, positions_of
+from ..modeling_factorized_gpt2 import FactorizedGPT2
 from ..parsing import ManualParser
 from ..text_arguments import EvaluationArguments
 from .shell import print_table, run_command
@@ -49,13 +51,16 @@ def evaluate(argv: list[str]) -> None:
         model = load_causal_lm(name).to(device)
         tokenizer = load_tokenizer(arguments.tokenizer or name)
         check_tokenizer(model, tokenizer)
-        block_size = evaluation.block_size_for(model.config.max_position_embeddings)
+        block_size = evaluation.block_size_for(positions_of(model.config), name)
+        measurable = model if isinstance(model, FactorizedGPT2) else LossOfLogits(model)
+        if isinstance(measurable, LossOfLogits):
+            measurable.check(block_size, name)
         blocks = load_blocks(evaluation.source(), tokenizer, block_size, keep_tail=True)
-        measured = sum_loss(model, blocks, evaluation.eval_batch_size, device, desc=f"Evaluating {name}")
+        measured = sum_loss(measurable, blocks, evaluation.eval_batch_size, device, desc=f"Evaluating {name}")
         row = {"loss": f"{measured.loss:.4f}", "perplexity": f"{perplexity(measured.loss):.2f}"}
         if arguments.bits_per_byte:
             text = (evaluation.source(), tokenizer, block_size, evaluation.eval_batch_size)
-            bits = measure_bits_per_byte(model, *text, device, desc=f"Evaluating {name}, documents")
+            bits = measure_bits_per_byte(measurable, *text, device, desc=f"Evaluating {name}, documents")
             row["bits per byte"] = f"{bits:.4f}"
         size = model_size(model)
         rows.append(

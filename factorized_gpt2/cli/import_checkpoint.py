@@ -18,6 +18,7 @@ from ..folder_lock import compress_alone
 from ..modeling_factorized_gpt2 import FactorizedGPT2
 from ..old_checkpoints import load_old_checkpoint
 from ..parsing import ManualParser
+from ..tokenizer_files import save_tokenizer
 from ..verification import verify_copy
 from .shell import run_command
 
@@ -82,7 +83,7 @@ def import_checkpoint(argv: list[str]) -> None:
         model.save_pretrained(temporary)
         verify_copy(model, temporary, name=folder)
         if tokenizer is not None:
-            tokenizer.save_pretrained(temporary)
+            save_tokenizer(tokenizer, temporary, model.config.n_positions)
     config = model.config
     logger.info(
         "%s: %d layers, d = %d, V = %d, %s, %s, %s parameters",
