@@ -17,9 +17,12 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoTokenizer, GPT2Tokenizer, PreTrainedTokenizerBase
 
 from .errors import UserError, blaming, first_line, silenced
+from .fingerprints import files_fingerprint
 from .json_rows import is_json_array, parse_json_lines, read_json_array
 
 IGNORED_LABEL = -100
+
+_FORMAT = 1  # of what is cached on disk; to be raised with every change to what this module makes of a text
 
 _TEXT_TYPES = (Value("string"), Value("large_string"))
 _TEXT_SUFFIXES = {".txt", ".text", ".tokens", ".raw", ".md"}
@@ -113,6 +116,8 @@ class TextSource:
     def _load(self, name: str, *args, **kwargs) -> Dataset | IterableDataset:
         column = "text" if args[0] == "text" else self.text_column
         with _reading(name or args[0]):
+            if name and not kwargs["streaming"]:  # datasets itself would know the file by its time stamp alone
+                kwargs["name"] = files_fingerprint([name])
             dataset = load_dataset(*args, **kwargs)
             # A stream may know its columns from its rows alone.
             columns = dataset.column_names or list(next(iter(dataset), {}))
@@ -135,8 +140,7 @@ class TextSource:
         making = {"generator": _json_elements, "gen_kwargs": settings, "features": _TEXT}
         if streaming:
             return IterableDataset.from_generator(**making)
-        file = path.stat()
-        identity = (str(path.resolve()), file.st_mtime_ns, file.st_size, self.text_column)
+        identity = (_FORMAT, files_fingerprint([path]), self.text_column)
         return Dataset.from_generator(**making, fingerprint=Hasher.hash(identity))
 
     def _load_lines(self, path: Path, streaming: bool) -> Dataset | IterableDataset:
@@ -146,7 +150,7 @@ class TextSource:
         parsing |= {"with_indices": True, "batched": True}
         if streaming:
             return lines.map(**parsing)
-        fingerprint = Hasher.hash((lines._fingerprint, sorted(settings.items())))
+        fingerprint = Hasher.hash((_FORMAT, lines._fingerprint, self.text_column))
         return lines.map(**parsing, new_fingerprint=fingerprint, desc=f"Reading {path.name}")
 
 
@@ -226,7 +230,9 @@ def load_blocks(
             text.map(
                 **_tokenizing(tokenizer, document_start),
                 num_proc=num_proc if num_proc and len(text) > 10_000 else None,
-                new_fingerprint=Hasher.hash((text_hash, tokenizer_hash, document_start and document_start.pattern)),
+                new_fingerprint=Hasher.hash(
+                    (_FORMAT, text_hash, tokenizer_hash, document_start and document_start.pattern)
+                ),
                 desc="Tokenizing",
             )
         )
@@ -243,7 +249,7 @@ def load_blocks(
         _pack,
         features=Features({"input_ids": List(Value("int32"))}),
         gen_kwargs={"tokenized": tuple(tokenized), **settings},
-        fingerprint=Hasher.hash(([dataset._fingerprint for dataset in tokenized], sorted(settings.items()))),
+        fingerprint=Hasher.hash((_FORMAT, [dataset._fingerprint for dataset in tokenized], sorted(settings.items()))),
     )
     return blocks.with_format("numpy")  # as Python lists, tokens would load four times slower
 
