@@ -19,6 +19,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
 from .errors import UserError, blaming, first_line, silenced
+from .fingerprints import files_fingerprint
 from .text_files import kind_of, read_rows
 from .token_file import SUFFIX as TOKEN_SUFFIX
 from .token_file import TokenBlocks, is_token_file, load_token_blocks
@@ -31,6 +32,8 @@ if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
 
 IGNORED_LABEL = -100
+
+_FORMAT = 1  # of what is cached on disk; to be raised with every change to what this module makes of a text
 
 
 @dataclass(frozen=True)
@@ -146,8 +149,7 @@ class TextSource:
                 rows = _datasets().IterableDataset.from_generator(**making)
                 next(iter(rows), None)  # what a stream cannot read is better known before a run begins
                 return rows
-            file = path.stat()
-            identity = (str(path.resolve()), file.st_mtime_ns, file.st_size, self.text_column)
+            identity = (files_fingerprint([path]), self.text_column)
             return _datasets().Dataset.from_generator(**making, fingerprint=_hash(identity))
 
 
@@ -158,7 +160,8 @@ def _datasets() -> ModuleType:
 
 
 def _hash(value: Any) -> str:
-    return _datasets().fingerprint.Hasher.hash(value)
+    """Hash for the cache on disk."""
+    return _datasets().fingerprint.Hasher.hash((_FORMAT, value))
 
 
 @contextmanager

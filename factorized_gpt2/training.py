@@ -24,7 +24,9 @@ from .errors import UserError, blaming
 from .evaluation import least_parameters, model_size, perplexity
 from .families import run_name
 from .files import read_json, replacing_folder, require_space
+from .fingerprints import weights_fingerprint
 from .folder_lock import compress_alone, run_alone
+from .identity import contents
 from .interruption import PostponedStop, StopWhenSaved
 from .leftovers import sweep
 from .modeling_factorized_gpt2 import FactorizedGPT2
@@ -32,7 +34,7 @@ from .progress import LogLines
 from .provenance import device_name, git_commit, peak_memory_bytes, versions
 from .rehearsal import rehearse
 from .results import Results
-from .run_folder import ADAPTER_NAME, BASE_NAME, claim, finish, least_bytes, mark, weights_fingerprint
+from .run_folder import ADAPTER_NAME, BASE_NAME, claim, finish, least_bytes, mark
 from .tracking import finish_tracking, start_tracking
 from .trainer import FactorizedTrainer
 from .verification import probe_logits
@@ -139,6 +141,8 @@ def _run_alone(run: Run, may_sweep: bool = False) -> Results:
         words=list(run.words),
         git_commit=git_commit(),
         start_fingerprint=weights_fingerprint(run.start),
+        fingerprint=weights_fingerprint(str(output_dir)) if run.training.should_save else None,
+        content=contents(run),
         device=device_name(run.training.device),
         processes=run.training.world_size,
         disk_bytes=disk_bytes,

@@ -14,7 +14,7 @@ from factorized_gpt2 import FactorizedGPT2, from_gpt2, to_gpt2
 from factorized_gpt2.baseline import load_baseline, load_causal_lm, load_complete
 from factorized_gpt2.conversion import fingerprint, vocabulary_matrices
 from factorized_gpt2.errors import UserError
-from factorized_gpt2.run_folder import weights_fingerprint
+from factorized_gpt2.fingerprints import weights_fingerprint
 from factorized_gpt2.weight_names import plain_name, wrapped_name
 
 SIZES = {"vocab_size": VOCAB_SIZE, "n_positions": 48, "n_embd": 32, "n_layer": 2, "n_head": 4}
