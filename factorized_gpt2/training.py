@@ -86,6 +86,7 @@ def _run_alone(run: Run) -> Results:
         lora = run.adapter
         lora_targets(model, lora.lora_rank, lora.lora_target_modules)  # before anything is written
         _keep_base(run, model)
+        model.name_or_path = _from_anywhere(model.name_or_path)
         model = add_lora(model, lora.lora_rank, lora.lora_alpha, lora.lora_dropout, lora.lora_target_modules)
     if run.training.should_save:
         require_space(output_dir, least_bytes(model, run.training), "the run")
@@ -118,6 +119,7 @@ def _run_alone(run: Run) -> Results:
         if run.training.should_save:
             with replacing_folder(output_dir / ADAPTER_NAME) as folder:
                 model.save_pretrained(folder)
+                (folder / "README.md").unlink(missing_ok=True)  # PEFT's card, which tells of a folder on this machine
         model = merge(model)
     disk_bytes = finish(output_dir, model, tokenizer, probe, expected) if run.training.should_save else None
     results = Results(
@@ -269,12 +271,17 @@ def _keep_base(run: Run, model: FactorizedGPT2) -> None:
     """Save the model under an adapter where no folder holds it yet, so that the adapter can name what it adapts."""
     if model.name_or_path:
         return
-    folder = Path(run.training.output_dir) / BASE_NAME
+    folder = Path(run.training.output_dir).absolute() / BASE_NAME
     model.name_or_path = str(folder)
     if run.training.should_save:
         mark(run)
         with replacing_folder(folder) as temporary:
             model.save_pretrained(temporary)
+
+
+def _from_anywhere(name_or_path: str) -> str:
+    """Name a model so that it is found from every folder: a local one by its whole path, others by their Hub id."""
+    return str(Path(name_or_path).absolute()) if Path(name_or_path).exists() else name_or_path
 
 
 def _train(trainer: FactorizedTrainer, output_dir: Path, block_size: int) -> dict[str, Any]:

@@ -200,6 +200,22 @@ def test_an_untied_head_stays_its_own(workshop):
     assert (logits(adapted, random_ids()) - logits(merged, random_ids())).abs().max() < 1e-4
 
 
+def test_an_adapter_finds_its_base_from_any_folder(workshop, tmp_path, monkeypatch):
+    monkeypatch.chdir(workshop.root)
+    base = {"baseline": Path(workshop.baseline).name}
+    kinds = {"pca": LORA | base, "whole": LORA | base | {"n_embd_wte": None}, "untied": {"tie_word_embeddings": False}}
+    for name, settings in kinds.items():
+        workshop.run(f"here_{name}", **(kinds["pca"] | settings | {"output_dir": f"here_{name}", "max_steps": 1}))
+    monkeypatch.chdir(tmp_path)
+    for name in kinds:
+        adapter = workshop.root / f"here_{name}/adapter"
+        adapted = AutoPeftModelForCausalLM.from_pretrained(adapter)
+        merged = FactorizedGPT2.from_pretrained(adapter.parent)
+        assert (logits(adapted, random_ids()) - logits(merged, random_ids())).abs().max() < 1e-4
+        assert Path(json.loads((adapter / "adapter_config.json").read_text())["base_model_name_or_path"]).is_absolute()
+        assert not (adapter / "README.md").exists()
+
+
 def card_of(folder: Path) -> str:
     return str(model_card("me/it", FactorizedGPT2Config.from_pretrained(folder), (1, 4), History.read(folder)))
 
