@@ -22,8 +22,9 @@ from transformers import logging as transformers_logging
 from .configuration_factorized_gpt2 import FactorizedGPT2Config
 from .conversion import fingerprint, from_gpt2
 from .data import vocabulary_size
-from .errors import UserError, blaming, silenced
+from .errors import UNREADABLE, UserError, blaming, silenced
 from .evaluation import least_parameters
+from .model_places import refuse_missing_folder
 from .modeling_factorized_gpt2 import FactorizedGPT2
 
 logger = logging.getLogger(__name__)
@@ -83,7 +84,7 @@ def load_baseline(name_or_path: str) -> Baseline:
     model = load_complete(name_or_path)
     if isinstance(model, FactorizedGPT2) and model.config.is_factorized:
         raise UserError(f"{name_or_path} is factorized already (n_embd_wte={model.config.n_embd_wte}).")
-    with blaming(f"The weights of {name_or_path} cannot be read"):
+    with blaming(f"The weights of {name_or_path} cannot be read", ValueError):
         converted = from_gpt2(model)
     return Baseline(converted, name_or_path, fingerprint(converted))
 
@@ -123,11 +124,15 @@ def load_causal_lm(name_or_path: str) -> PreTrainedModel:
         UserError: It cannot be found or read, or has weights that are missing, misshapen, or NaN or infinite.
     """
     config = _load_config(name_or_path)
-    return _load(AutoModelForCausalLM, config, name_or_path, ("missing_keys", "mismatched_keys")).eval()
+    model = _load(AutoModelForCausalLM, config, name_or_path, ("missing_keys", "mismatched_keys")).eval()
+    if getattr(model, "loss_type", None) is None:
+        model.loss_type = "ForCausalLM"  # which transformers falls back to, with a warning
+    return model
 
 
 def _load_config(name_or_path: str) -> PretrainedConfig:
-    with blaming(f"No model can be loaded from {name_or_path!r}"):
+    refuse_missing_folder(name_or_path)
+    with blaming(f"No model can be loaded from {name_or_path!r}", *UNREADABLE):
         return AutoConfig.from_pretrained(name_or_path, trust_remote_code=False)
 
 
@@ -173,7 +178,7 @@ def load_weights(model_class: type, name_or_path: str) -> tuple[PreTrainedModel,
         UserError: It cannot be found or read, or only by running code.
     """
     options = {"output_loading_info": True, "ignore_mismatched_sizes": True}  # rather than an error without names
-    with blaming(f"The weights of {name_or_path} cannot be read"), silenced(transformers_logging):
+    with blaming(f"The weights of {name_or_path} cannot be read", *UNREADABLE), silenced(transformers_logging):
         try:
             return model_class.from_pretrained(name_or_path, trust_remote_code=False, **options)
         except UnpicklingError as error:

@@ -16,8 +16,9 @@ from datasets.fingerprint import Hasher
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoTokenizer, GPT2Tokenizer, PreTrainedTokenizerBase
 
-from .errors import UserError, blaming, first_line, silenced
+from .errors import UserError, blaming, first_line, is_defect, silenced
 from .json_rows import is_json_array, parse_json_lines, read_json_array
+from .model_places import refuse_missing_folder
 
 IGNORED_LABEL = -100
 
@@ -158,8 +159,10 @@ def _reading(name: str) -> Iterator[None]:
             yield
     except UserError:
         raise
-    except Exception as error:
+    except Exception as error:  # of datasets, and of every reader of files below it
         cause = error.__cause__ or error  # datasets wraps what a builder or a generator raises
+        if is_defect(cause):
+            raise
         message = str(cause) if isinstance(cause, UserError) else f"{name} cannot be read: {first_line(cause)}"
         raise UserError(message) from error
 
@@ -170,8 +173,9 @@ def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
     Raises:
         UserError: There is none, it has no token that ends a text, or a chat template that would be saved elsewhere.
     """
+    refuse_missing_folder(name_or_path)
     folder = Path(name_or_path)
-    with blaming(f"No tokenizer can be loaded from {name_or_path!r}"):
+    with blaming(f"No tokenizer can be loaded from {name_or_path!r}", Exception):  # tokenizers has no narrower
         if (folder / "vocab.json").is_file() and not (folder / "tokenizer.json").is_file():
             tokenizer = GPT2Tokenizer.from_pretrained(name_or_path, trust_remote_code=False)
         else:
@@ -315,7 +319,7 @@ def _tokenize(
 ) -> dict[str, list]:
     texts, starts = _parts_of_documents(rows["text"], document_start)
     # Rows are tokenized whole and packed afterwards: that one is longer than a block is nothing to warn of.
-    with blaming("The text cannot be tokenized"):
+    with blaming("The text cannot be tokenized", Exception):  # tokenizers has no narrower
         encoded = tokenizer(texts, add_special_tokens=False, verbose=False)
     # As arrays they keep their type where a stream joins rows without a token to others.
     return {"input_ids": [np.array(ids, np.int32) for ids in encoded["input_ids"]], "starts_document": starts}
@@ -336,7 +340,8 @@ def _pack(
     tokenized: Sequence[Dataset | IterableDataset], block_size: int, eos_token_id: int, keep_tail: bool
 ) -> Iterator[dict]:
     rest = np.empty(0, np.int32)
-    with blaming("The text cannot be read to its end"):  # which a stream finds out while it trains
+    # Which a stream finds out while it trains, by the errors of any reader of files.
+    with blaming("The text cannot be read to its end", Exception):
         for stream in _token_stream(tokenized, eos_token_id):
             tokens = np.concatenate([rest, stream])
             whole = len(tokens) - len(tokens) % block_size

@@ -16,6 +16,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 from .errors import UserError
 
 _TEMPORARY = re.compile(r"\.(?P<name>.+)\.[0-9a-f]{8}\.(?P<kind>partial|old)(\.\w+)?")
@@ -24,6 +26,7 @@ _REFUSALS = (
     *(errno.EROFS, errno.EACCES, errno.EPERM, errno.ENAMETOOLONG),
     *(errno.ENOTDIR, errno.EISDIR, errno.EEXIST),  # a file where a folder belongs, and the other way round
 )
+_UNSAID = (OSError, RuntimeError, SafetensorError)  # what a full disk can be behind
 _FULL_BYTES = 1 << 20  # a disk with less room than this counts as full
 
 
@@ -133,7 +136,8 @@ def explaining_refusals(path: Path) -> Iterator[None]:
     except Exception as error:
         reason = refusal(error)
         # Libraries tell of a full disk in words of their own, or in none.
-        if reason is None and ("No space left" in str(error) or _free_bytes(path.parent) < _FULL_BYTES):
+        is_full = isinstance(error, _UNSAID) and _free_bytes(path.parent) < _FULL_BYTES
+        if reason is None and (is_full or "No space left" in str(error)):
             reason = os.strerror(errno.ENOSPC)
         if reason is None:
             raise
