@@ -25,8 +25,9 @@ from transformers.utils import CONFIG_NAME, find_adapter_config_file
 from .configuration_factorized_gpt2 import FactorizedGPT2Config
 from .conversion import fingerprint, from_gpt2
 from .data import vocabulary_size
-from .errors import UserError, blaming, silenced
+from .errors import UNREADABLE, UserError, blaming, silenced
 from .evaluation import least_parameters
+from .model_places import refuse_missing_folder
 from .modeling_factorized_gpt2 import FactorizedGPT2
 from .weight_files import refuse_pointers, weight_files
 from .weight_names import plain_name, some_names, wrapped_name
@@ -96,7 +97,7 @@ def load_baseline(name_or_path: str) -> Baseline:
     model = load_complete(name_or_path)
     if isinstance(model, FactorizedGPT2) and model.config.is_factorized:
         raise UserError(f"{name_or_path} is factorized already (n_embd_wte={model.config.n_embd_wte}).")
-    with blaming(f"The weights of {name_or_path} cannot be read"):
+    with blaming(f"The weights of {name_or_path} cannot be read", ValueError):
         converted = from_gpt2(model)
     return Baseline(converted, name_or_path, fingerprint(converted))
 
@@ -139,13 +140,17 @@ def load_causal_lm(name_or_path: str) -> PreTrainedModel:
     config = _load_config(name_or_path)
     if config.is_encoder_decoder or type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise UserError(f"{name_or_path} is a {config.model_type!r} model, which is no causal language model.")
-    return _load(AutoModelForCausalLM, config, name_or_path, ("missing_keys", "mismatched_keys")).eval()
+    model = _load(AutoModelForCausalLM, config, name_or_path, ("missing_keys", "mismatched_keys")).eval()
+    if getattr(model, "loss_type", None) is None:
+        model.loss_type = "ForCausalLM"  # which transformers falls back to, with a warning
+    return model
 
 
 def _load_config(name_or_path: str) -> PretrainedConfig:
+    refuse_missing_folder(name_or_path)
     folder = Path(name_or_path)
     refuse_pointers([folder / CONFIG_NAME, *weight_files(folder)])
-    with blaming(f"No model can be loaded from {name_or_path!r}"):
+    with blaming(f"No model can be loaded from {name_or_path!r}", *UNREADABLE):
         try:
             return AutoConfig.from_pretrained(name_or_path, trust_remote_code=False)
         except (OSError, ValueError):
@@ -258,7 +263,7 @@ def load_weights(model_class: type, name_or_path: str, **options: Any) -> tuple[
         UserError: It cannot be found or read, or only by running code.
     """
     options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}  # rather than an error without names
-    with blaming(f"The weights of {name_or_path} cannot be read"), silenced(transformers_logging):
+    with blaming(f"The weights of {name_or_path} cannot be read", *UNREADABLE), silenced(transformers_logging):
         try:
             return model_class.from_pretrained(name_or_path, trust_remote_code=False, **options)
         except UnpicklingError as error:

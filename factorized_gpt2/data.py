@@ -18,7 +18,7 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
-from .errors import UserError, blaming, first_line, silenced
+from .errors import UserError, blaming, first_line, is_defect, silenced
 from .fingerprints import files_fingerprint
 from .text_files import kind_of, read_rows
 from .token_file import SUFFIX as TOKEN_SUFFIX
@@ -154,7 +154,9 @@ class TextSource:
 
 
 def _datasets() -> ModuleType:
-    with blaming(f"Text is read with the package datasets, which files of token ids ({TOKEN_SUFFIX}) do without"):
+    with blaming(
+        f"Text is read with the package datasets, which files of token ids ({TOKEN_SUFFIX}) do without", ImportError
+    ):
         import datasets
     return datasets
 
@@ -172,8 +174,10 @@ def _reading(name: str) -> Iterator[None]:
             yield
     except UserError:
         raise
-    except Exception as error:
+    except Exception as error:  # of datasets, and of every reader of files below it
         cause = error.__cause__ or error  # datasets wraps what a builder or a generator raises
+        if is_defect(cause):
+            raise
         message = str(cause) if isinstance(cause, UserError) else f"{name} cannot be read: {first_line(cause)}"
         raise UserError(message) from error
 
@@ -319,7 +323,7 @@ def _tokenize(
 ) -> dict[str, list]:
     texts, starts = _parts_of_documents(rows["text"], document_start)
     # Rows are tokenized whole and packed afterwards: that one is longer than a block is nothing to warn of.
-    with blaming("The text cannot be tokenized"):
+    with blaming("The text cannot be tokenized", Exception):  # tokenizers has no narrower
         encoded = tokenizer(texts, add_special_tokens=False, verbose=False)
     # As arrays they keep their type where a stream joins rows without a token to others.
     return {"input_ids": [np.array(ids, np.int32) for ids in encoded["input_ids"]], "starts_document": starts}
@@ -340,7 +344,8 @@ def _pack(
     tokenized: Sequence[Dataset | IterableDataset], block_size: int, eos_token_id: int, keep_tail: bool
 ) -> Iterator[dict]:
     rest = np.empty(0, np.int32)
-    with blaming("The text cannot be read to its end"):  # which a stream finds out while it trains
+    # Which a stream finds out while it trains, by the errors of any reader of files.
+    with blaming("The text cannot be read to its end", Exception):
         for stream in _token_stream(tokenized, eos_token_id):
             tokens = np.concatenate([rest, stream])
             whole = len(tokens) - len(tokens) % block_size

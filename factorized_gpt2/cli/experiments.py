@@ -10,7 +10,7 @@ from pathlib import Path
 from accelerate.commands.config.config_args import load_config_from_file
 
 from ..arguments import check_words, launched_processes
-from ..errors import UserError, blaming
+from ..errors import REFUSED_SETTINGS, UserError, blaming
 from ..experiments import Experiment, Scale, load_grid, select
 from ..files import replacing_file
 from ..fingerprints import files_fingerprint, weights_fingerprint
@@ -138,7 +138,7 @@ def check(arguments: GridArguments, scale: Scale, flags: Sequence[str]) -> None:
         found = find_config(arguments.accelerate_config)
         if found is None:
             raise UserError(f"There is no accelerate config {arguments.accelerate_config!r}.")
-        with blaming(f"{arguments.accelerate_config} is no config of accelerate"):
+        with blaming(f"{arguments.accelerate_config} is no config of accelerate", *REFUSED_SETTINGS):
             load_config_from_file(str(found))
     if scale != Scale() and not arguments.output_dir:
         raise UserError("A grid at another scale needs a folder of its own: name one with --output_dir.")
