@@ -26,8 +26,9 @@ from .conversion import fingerprint, from_gpt2
 from .data import vocabulary_size
 from .errors import UserError, blaming, silenced
 from .evaluation import least_parameters
+from .lfs_pointers import refuse_pointers
 from .modeling_factorized_gpt2 import FactorizedGPT2
-from .weight_files import refuse_pointers, weight_files
+from .weight_files import weight_files
 from .weight_names import plain_name, some_names, wrapped_name
 
 logger = logging.getLogger(__name__)

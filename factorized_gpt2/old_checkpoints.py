@@ -13,10 +13,10 @@ import torch
 
 from .configuration_factorized_gpt2 import FactorizedGPT2Config
 from .errors import UserError, first_line
+from .lfs_pointers import refuse_pointers
 from .modeling_factorized_gpt2 import FactorizedGPT2
 from .old_factor_files import SCALE_BIAS, replace_vocabulary
 from .old_options import NAMES_ACTIVATION, OldNetwork, read_options
-from .weight_files import refuse_pointers
 from .weight_names import plain_name
 
 logger = logging.getLogger(__name__)
