@@ -155,6 +155,15 @@ def test_no_weight_is_rounded_because_a_config_says_so(stored, named, loaded, ke
     assert is_told == (f"though its config says {named}" in caplog.text)
 
 
+@pytest.mark.parametrize("half", ["transformer.wte.weight", "transformer.ln_f.bias", "transformer.h.0.ln_1.bias"])
+def test_of_several_precisions_the_widest_is_taken(half, tmp_path):
+    stock(tmp_path)
+    rewrite(tmp_path, lambda weights: weights | {half: weights[half].half()})
+    model, weights = load_complete(str(tmp_path)), load_file(tmp_path / "model.safetensors")
+    for name, weight in model.named_parameters():
+        assert torch.equal(weight, weights[name].float()), name
+
+
 @pytest.mark.parametrize(
     ("name", "plain"),
     [
