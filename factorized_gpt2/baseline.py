@@ -9,7 +9,6 @@ from pickle import UnpicklingError
 from typing import Any
 
 import torch
-from huggingface_hub.errors import RemoteEntryNotFoundError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -139,8 +138,7 @@ def _load_config(name_or_path: str) -> PretrainedConfig:
         try:
             return AutoConfig.from_pretrained(name_or_path, trust_remote_code=False)
         except (OSError, ValueError) as error:
-            # Of a Hub that does not answer, it is not asked once more.
-            if folder.is_dir() or isinstance(error.__cause__, RemoteEntryNotFoundError):
+            if error.__cause__ is None:  # an answer; a Hub that does not answer is not asked once more
                 _refuse_adapter(name_or_path)
             raise
 
