@@ -27,9 +27,10 @@ from .conversion import fingerprint, from_gpt2
 from .data import vocabulary_size
 from .errors import UNREADABLE, UserError, blaming, silenced
 from .evaluation import least_parameters
+from .lfs_pointers import refuse_pointers
 from .model_places import refuse_missing_folder
 from .modeling_factorized_gpt2 import FactorizedGPT2
-from .weight_files import refuse_pointers, weight_files
+from .weight_files import weight_files
 from .weight_names import plain_name, some_names, wrapped_name
 
 logger = logging.getLogger(__name__)
@@ -153,17 +154,14 @@ def _load_config(name_or_path: str) -> PretrainedConfig:
     with blaming(f"No model can be loaded from {name_or_path!r}", *UNREADABLE):
         try:
             return AutoConfig.from_pretrained(name_or_path, trust_remote_code=False)
-        except (OSError, ValueError):
-            _refuse_adapter(name_or_path)
+        except (OSError, ValueError) as error:
+            if error.__cause__ is None:  # an answer; a Hub that does not answer is not asked once more
+                _refuse_adapter(name_or_path)
             raise
 
 
 def _refuse_adapter(name_or_path: str) -> None:
-    try:
-        is_adapter = find_adapter_config_file(name_or_path) is not None
-    except OSError:
-        return
-    if is_adapter:
+    if find_adapter_config_file(name_or_path) is not None:
         raise UserError(
             f"{name_or_path} is an adapter, no model by itself: if train_hf.py made it, name the folder above it, "
             "which holds the merged model; else merge it into its base with PEFT (`merge_and_unload`) and save that."
@@ -179,7 +177,8 @@ def _load(
             f"{name_or_path}: config.json describes at least {least_parameters(config):,} weights, and the files of "
             f"weights have {stored:,} bytes; they do not belong together."
         )
-    model, loading = _load_as_stored(model_class, config, name_or_path)
+    load = _load_as_stored if isinstance(config, GPT2Config) else load_weights
+    model, loading = load(model_class, name_or_path, config=config)
     surplus = {name for name in loading["unexpected_keys"] if not _MASK.search(name)}
     beside = {name for name in surplus if plain_name(name).startswith(_HEADS_BESIDE)}
     loading["unexpected_keys"] = surplus - beside
@@ -210,9 +209,9 @@ def _load(
 
 
 def _load_as_stored(
-    model_class: type, config: PretrainedConfig, name_or_path: str
-) -> tuple[PreTrainedModel, dict[str, Any]]:
-    """Load a model with its weights as they are stored, under whatever names wrappers gave them.
+    model_class: type, name_or_path: str, config: GPT2Config
+) -> tuple[GPT2LMHeadModel | FactorizedGPT2, dict[str, Any]]:
+    """Load a GPT-2 with its weights as they are stored, under whatever names wrappers gave them.
 
     The dtype is that of the stored weights, whatever the config says; only a wider one of the config's is taken, which
     rounds nothing.
@@ -223,7 +222,7 @@ def _load_as_stored(
     if isinstance(model, GPT2LMHeadModel) and loading["missing_keys"]:
         wrapped = {wrapped_name(name): name for name in loading["missing_keys"]}
         model, loading = load_weights(model_class, name_or_path, config=config, key_mapping=wrapped)
-    if isinstance(named, torch.dtype) and named != model.dtype:
+    if named in _DTYPES and model.dtype in _DTYPES and named != model.dtype:
         if torch.promote_types(named, model.dtype) == named:
             model.config.dtype = named
             return model.to(named), loading
