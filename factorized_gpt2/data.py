@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from datasets import Dataset, Features, IterableDataset, List, Value, load_dataset
+from datasets import Dataset, Features, IterableDataset, List, Value, get_dataset_split_names, load_dataset
 from datasets import logging as datasets_logging
 from datasets.fingerprint import Hasher
 from torch.nn.utils.rnn import pad_sequence
@@ -27,6 +27,7 @@ IGNORED_LABEL = -100
 
 _TEXT_TYPES = (Value("string"), Value("large_string"), Value("string_view"))
 _TEXT = Features({"text": Value("large_string")})
+_FILE_SETTINGS = "train_file, validation_file, eval_file, calibration_file"
 
 
 @dataclass(frozen=True)
@@ -103,8 +104,22 @@ class TextSource:
 
     def _load_dataset(self, streaming: bool) -> Dataset | IterableDataset:
         name, column = self.dataset_name, self.text_column
+        if any((Path(name) / file).is_file() for file in ("state.json", "dataset_dict.json")):
+            raise UserError(
+                f"{name} was written by save_to_disk and is no dataset as on the Hub: write it with to_parquet, and "
+                f"name that file ({_FILE_SETTINGS})."
+            )
         with _reading(name):
-            dataset = load_dataset(name, self.dataset_config_name, split=self.split, streaming=streaming)
+            try:
+                dataset = load_dataset(name, self.dataset_config_name, split=self.split, streaming=streaming)
+            except ValueError as error:  # among others of a split that is not there
+                splits = get_dataset_split_names(name, self.dataset_config_name)
+                if re.split(r"[\[+]", self.split)[0] in splits:
+                    raise
+                raise UserError(
+                    f"{name} has no split {self.split!r}; its splits are {', '.join(splits)}: name one (split, "
+                    f"calibration_split), or local files instead ({_FILE_SETTINGS})."
+                ) from error
             # A stream may know its columns from its rows alone.
             columns = dataset.column_names or list(next(iter(dataset), {}))
         if column not in columns:
