@@ -5,8 +5,8 @@ from collections.abc import Iterable, Iterator, Sequence
 
 from .errors import UserError
 
-PIECE = 2**16  # characters, after which a document is cut where that changes no token
-LONGEST_PIECE = 2**18  # characters, after which it is cut anyway
+PIECE = 2**14  # characters, after which a document is cut where that changes no token
+LONGEST_PIECE = 2**16  # characters, after which it is cut anyway
 
 # Tokenizers split text into words before they look at its vocabulary, and a space belongs to the word after it. After
 # the end of a line, the next begins a word of its own, unless the tokenizer marks where a text begins.

@@ -96,7 +96,7 @@ def test_pieces_are_tokenized_as_the_whole(splitting, material):
     assert list(chain(*in_pieces)) == tokenizer.encode(text, add_special_tokens=False)
 
 
-@pytest.mark.parametrize("size", [50, 2**16])
+@pytest.mark.parametrize("size", [50, 2**14])
 def test_the_kind_of_file_changes_no_token(tmp_path, monkeypatch, size):
     monkeypatch.setattr(documents, "PIECE", size)
     monkeypatch.setattr(documents, "LONGEST_PIECE", 4 * size)
