@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
-from side_by_side import machine, measure_in_turns, now, print_table, ratios, seconds_cell
+from side_by_side import DEVICE, machine, measure_in_turns, now, print_table, ratios, seconds_cell
 from torch import nn
 from transformers import DynamicCache, StaticCache
 
@@ -31,15 +31,16 @@ class DecodingArguments:
     vocab_size: int = field(default=50257, metadata={"help": "V."})
     prompt: int = field(default=32, metadata={"help": "Tokens before the first new one."})
     tokens: int = field(default=32, metadata={"help": "New tokens a timed run."})
+    batch: int = field(default=1, metadata={"help": "Texts that are decoded together."})
     rounds: int = field(default=11, metadata={"help": "Timed runs."})
     tables: list[str] = field(
         default_factory=lambda: ["ranks", "ways"],
         metadata={"help": "ranks: k against unfactorized, in several forms. ways: generate, LoRA, static cache."},
     )
     compile: bool = field(default=True, metadata={"help": "Measure compiled decoding too (two minutes to compile)."})
+    compile_backend: str = field(default="inductor", metadata={"help": "By what."})
+    device: str = field(default=DEVICE, metadata={"help": "Where to run.", "choices": ["cpu", "cuda"]})
 
-
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 Decoder = Callable[[], float]
 
@@ -48,8 +49,11 @@ Decoder = Callable[[], float]
 def main(argv: list[str]) -> None:
     """Print a table of ranks, and one of ways to decode."""
     arguments = ManualParser(DecodingArguments, prog="decoding.py", description=__doc__).parse(argv)[0]
-    print(f"{machine('peft')}; prompt {arguments.prompt}, {arguments.tokens} new tokens\n", flush=True)
-    models = {rank: _model(arguments, rank) for rank in (None, *arguments.ranks)}
+    print(
+        f"{machine('peft', device=arguments.device)}; prompt {arguments.prompt}, {arguments.tokens} new tokens\n",
+        flush=True,
+    )
+    models = {rank: new_model(arguments, rank) for rank in (None, *arguments.ranks)}
     if "ranks" in arguments.tables:
         _print_ranks(arguments, models)
     if "ways" in arguments.tables:
@@ -59,15 +63,15 @@ def main(argv: list[str]) -> None:
 def _print_ranks(arguments: DecodingArguments, models: dict[int | None, FactorizedGPT2]) -> None:
     forms = {
         "float32": models,
-        "bfloat16": {rank: _model(arguments, rank).bfloat16() for rank in models},
+        "bfloat16": {rank: new_model(arguments, rank).bfloat16() for rank in models},
     }
-    if DEVICE == "cpu":
-        forms["int8 trunk"] = {rank: _with_int8_trunk(_model(arguments, rank)) for rank in models}
-    decoders = {(form, rank): _loop(arguments, model) for form in forms for rank, model in forms[form].items()}
+    if arguments.device == "cpu":
+        forms["int8 trunk"] = {rank: _with_int8_trunk(new_model(arguments, rank)) for rank in models}
+    decoders = {(form, rank): loop(arguments, model) for form in forms for rank, model in forms[form].items()}
     if arguments.compile:
         forms["float32, compiled"] = models
         for rank, model in models.items():
-            decoders["float32, compiled", rank] = _compiled(arguments, model)
+            decoders["float32, compiled", rank] = compiled(arguments, model)
     seconds = measure_in_turns(decoders, arguments.rounds)
     rows = []
     for rank in models:
@@ -84,12 +88,12 @@ def _print_ways(arguments: DecodingArguments, models: dict[int | None, Factorize
     print("\nAgainst the bare loop, float32:\n")
     rows = []
     for rank, model in models.items():
-        merged = merge(add_lora(_model(arguments, rank), 32, 64, 0.1, LORA_TARGETS))
+        merged = merge(add_lora(new_model(arguments, rank), 32, 64, 0.1, LORA_TARGETS))
         ways = {
-            "bare": _loop(arguments, model),
+            "bare": loop(arguments, model),
             "generate": _generate(arguments, model),
-            "never adapted": _loop(arguments, model, anew=True),
-            "merged": _loop(arguments, merged, anew=True),
+            "never adapted": loop(arguments, model, anew=True),
+            "merged": loop(arguments, merged, anew=True),
             "static": _static(arguments, model, model),
         }
         seconds = measure_in_turns(ways, arguments.rounds)
@@ -105,7 +109,8 @@ def _print_ways(arguments: DecodingArguments, models: dict[int | None, Factorize
     print_table(rows)
 
 
-def _model(arguments: DecodingArguments, rank: int | None) -> FactorizedGPT2:
+def new_model(arguments: DecodingArguments, rank: int | None) -> FactorizedGPT2:
+    """Make a model of rank k, or unfactorized, in evaluation mode, with room for the prompt and the new tokens."""
     torch.manual_seed(0)
     config = FactorizedGPT2Config(
         n_embd_wte=rank,
@@ -118,7 +123,7 @@ def _model(arguments: DecodingArguments, rank: int | None) -> FactorizedGPT2:
         eos_token_id=None,
         pad_token_id=0,
     )
-    return FactorizedGPT2(config).eval().to(DEVICE)
+    return FactorizedGPT2(config).eval().to(arguments.device)
 
 
 def _with_int8_trunk(model: FactorizedGPT2) -> FactorizedGPT2:
@@ -131,10 +136,11 @@ def _with_int8_trunk(model: FactorizedGPT2) -> FactorizedGPT2:
 
 def _prompt(arguments: DecodingArguments) -> torch.Tensor:
     generator = torch.Generator().manual_seed(0)
-    return torch.randint(arguments.vocab_size, (1, arguments.prompt), generator=generator).to(DEVICE)
+    ids = torch.randint(arguments.vocab_size, (arguments.batch, arguments.prompt), generator=generator)
+    return ids.to(arguments.device)
 
 
-def _loop(arguments: DecodingArguments, model: FactorizedGPT2, anew: bool = False) -> Decoder:
+def loop(arguments: DecodingArguments, model: FactorizedGPT2, anew: bool = False) -> Decoder:
     """Decode in the plainest loop there is, the cache growing.
 
     With `anew` every run takes a new copy of the model: where weights happen to lie in memory is worth 3 % to them.
@@ -184,7 +190,7 @@ def _static(
             began = now()
             for position in range(arguments.prompt, length):
                 token = outputs.logits[:, -1].argmax(-1, keepdim=True)
-                positions = torch.tensor([[position]], device=DEVICE)
+                positions = torch.tensor([[position]], device=arguments.device)
                 outputs = forward(token, past_key_values=cache, use_cache=True, position_ids=positions)
             outputs.logits[:, -1].argmax(-1)
             return (now() - began) / arguments.tokens
@@ -192,10 +198,15 @@ def _static(
     return run
 
 
-def _compiled(arguments: DecodingArguments, model: FactorizedGPT2) -> Decoder:
+def compiled(arguments: DecodingArguments, model: FactorizedGPT2) -> Decoder:
     """Decode with a static cache and a forward pass compiled as one graph; on a CPU with its weights packed ahead."""
-    if DEVICE == "cuda":
-        return _static(arguments, model, torch.compile(model.forward, fullgraph=True, mode="reduce-overhead"))
+    if arguments.compile_backend != "inductor":
+        forward = torch.compile(model.forward, fullgraph=True, dynamic=False, backend=arguments.compile_backend)
+        return _static(arguments, model, forward)
+    if arguments.device == "cuda":
+        return _static(
+            arguments, model, torch.compile(model.forward, fullgraph=True, dynamic=False, mode="reduce-overhead")
+        )
     forward = torch.compile(model.forward, fullgraph=True, dynamic=False, mode="max-autotune-no-cudagraphs")
     return _static(arguments, model, forward, {"freezing": True})
 

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import torch
-from side_by_side import PeakMemory, machine, measure_in_turns, print_table, ratios, seconds_cell, timed
+from side_by_side import DEVICE, PeakMemory, machine, measure_in_turns, print_table, ratios, seconds_cell, timed
 from torch.nn import functional
 
 from factorized_gpt2.blockwise_loss import BACKENDS, sum_cross_entropy
@@ -32,9 +32,7 @@ class LossArguments:
     )
     rounds: int = field(default=5, metadata={"help": "Timed runs."})
     backend: str = field(default="blockwise", metadata={"help": "Of the loss.", "choices": list(BACKENDS)})
-
-
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+    device: str = field(default=DEVICE, metadata={"help": "Where to run."})
 
 
 @dataclass(frozen=True)
@@ -49,37 +47,47 @@ class Problem:
     @classmethod
     def make(cls, arguments: LossArguments, rank: int, dtype: str, trained: bool) -> "Problem":
         """Draw a head whose logits spread as a trained model's do, with a standard deviation of 3."""
-        generator = torch.Generator(DEVICE).manual_seed(0)
-        hidden = torch.randn(arguments.rows, rank, generator=generator, device=DEVICE)
-        weight = torch.randn(arguments.vocab_size, rank, generator=generator, device=DEVICE) * 3 / rank**0.5
-        labels = torch.randint(arguments.vocab_size, (arguments.rows,), generator=generator, device=DEVICE)
+        generator = torch.Generator(arguments.device).manual_seed(0)
+        drawn = {"generator": generator, "device": arguments.device}
+        hidden = torch.randn(arguments.rows, rank, **drawn)
+        weight = torch.randn(arguments.vocab_size, rank, **drawn) * 3 / rank**0.5
+        labels = torch.randint(arguments.vocab_size, (arguments.rows,), **drawn)
         dtype = getattr(torch, dtype)
         hidden, weight = hidden.to(dtype).requires_grad_(), weight.to(dtype).requires_grad_(trained)
         return cls(hidden, weight, labels, arguments.backend)
 
-    def blockwise(self) -> float:
+    def blockwise(self) -> torch.Tensor:
         """Take the loss without logits, and its gradients."""
-        return self._backward(sum_cross_entropy(self.hidden, self.weight, self.labels, backend=self.backend))
+        return self.backward(sum_cross_entropy(self.hidden, self.weight, self.labels, backend=self.backend))
 
-    def materialised(self) -> float:
+    def materialised(self) -> torch.Tensor:
         """Take the loss of logits, and its gradients."""
         logits = functional.linear(self.hidden, self.weight)
-        return self._backward(functional.cross_entropy(logits.float(), self.labels, reduction="sum"))
+        return self.backward(functional.cross_entropy(logits.float(), self.labels, reduction="sum"))
+
+    def errors(self, loss: torch.Tensor, exact: tuple[float, list[torch.Tensor]]) -> dict[str, float]:
+        """Compare a loss and the gradients that it left with `exact`, relative; of what takes no gradient, none."""
+        errors = {"loss": abs(loss.item() / exact[0] - 1)}
+        for name, tensor, truth in zip(("hidden", "weight"), (self.hidden, self.weight), exact[1], strict=True):
+            if tensor.requires_grad:
+                errors[f"gradient of {name}"] = ((tensor.grad.double() - truth).norm() / truth.norm()).item()
+        return errors
 
     def exact(self) -> tuple[float, list[torch.Tensor]]:
         """Take loss and gradients in float64, some rows at a time."""
         hidden, weight = (tensor.detach().double().requires_grad_() for tensor in (self.hidden, self.weight))
         total = 0.0
-        for rows in torch.arange(len(hidden), device=DEVICE).split(256):
+        for rows in torch.arange(len(hidden), device=hidden.device).split(256):
             loss = functional.cross_entropy(hidden[rows] @ weight.T, self.labels[rows], reduction="sum")
             loss.backward()
             total += loss.item()
         return total, [hidden.grad, weight.grad]
 
-    def _backward(self, loss: torch.Tensor) -> float:
+    def backward(self, loss: torch.Tensor) -> torch.Tensor:
+        """Take a loss's gradients, in place of those that are there."""
         self.hidden.grad = self.weight.grad = None
         loss.backward()
-        return loss.item()
+        return loss.detach()
 
 
 def main(argv: list[str]) -> None:
@@ -97,15 +105,11 @@ def _errors(arguments: LossArguments) -> Iterator[dict]:
     for rank in arguments.ranks:
         for dtype in arguments.dtypes:
             problem = Problem.make(arguments, rank, dtype, trained=True)
-            loss, gradients = problem.exact()
+            exact = problem.exact()
             row = {"k": rank, "dtype": dtype}
             for way in ("materialised", "blockwise"):
-                row[f"loss, {way}"] = f"{abs(getattr(problem, way)() / loss - 1):.1e}"
-                for name, tensor, gradient in zip(
-                    ("hidden", "weight"), (problem.hidden, problem.weight), gradients, strict=True
-                ):
-                    error = (tensor.grad.double() - gradient).norm() / gradient.norm()
-                    row[f"gradient of {name}, {way}"] = f"{error.item():.1e}"
+                errors = problem.errors(getattr(problem, way)(), exact)
+                row |= {f"{what}, {way}": f"{error:.1e}" for what, error in errors.items()}
             yield row
 
 
@@ -132,7 +136,7 @@ def _peak(arguments: LossArguments, rank: int, trained: bool, way: str) -> int:
     getattr(few, way)()  # what libraries set up at their first use is not the loss's
     few.weight.grad = None
     gc.collect()
-    with PeakMemory() as peak:
+    with PeakMemory(arguments.device) as peak:
         getattr(problem, way)()
     return peak.bytes
 

@@ -55,16 +55,14 @@ def main(argv: list[str]) -> None:
     """Print the tables."""
     arguments = ManualParser(ScalingArguments, prog="scaling.py", description=__doc__).parse(argv)[0]
     loads = {
-        f"{'not factorized' if rank is None else f'k = {rank}'}{', LoRA' if lora else ''}": _load(
-            arguments, rank, lora
-        )
+        f"{'not factorized' if rank is None else f'k = {rank}'}{', LoRA' if lora else ''}": load(arguments, rank, lora)
         for rank in (None, *arguments.ranks)
         for lora in (False, True)
         if rank or not lora
     }
-    print_table([_bytes_row(name, load, arguments) for name, load in loads.items()])
+    print_table([_bytes_row(name, asked, arguments) for name, asked in loads.items()])
     print()
-    print_table([_time_row(name, load, arguments) for name, load in loads.items()])
+    print_table([_time_row(name, asked, arguments) for name, asked in loads.items()])
     if arguments.rounds:
         _measure(arguments)
 
@@ -84,7 +82,7 @@ class Load:
     flops: float
 
 
-def _load(arguments: ScalingArguments, rank: int | None, lora: bool) -> Load:
+def load(arguments: ScalingArguments, rank: int | None, lora: bool) -> Load:
     """Count parameters of the model itself; 2 operations a weight forward, as many for each gradient backward.
 
     A frozen matrix needs the gradient of its input only. Causal attention: 6 L T d a token, both directions.

@@ -10,15 +10,14 @@ import json
 import statistics
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import torch
 from accelerate.state import PartialState
-from datasets import Dataset
-from side_by_side import machine, measure_in_turns, now, print_table, ratios, seconds_cell
+from side_by_side import DEVICE, PeakMemory, machine, measure_in_turns, now, print_table, ratios, seconds_cell
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, PrinterCallback, Trainer, TrainerCallback
 from transformers import TrainingArguments as StockArguments
@@ -47,6 +46,8 @@ class TrainingArguments:
         default="float32", metadata={"help": "Autocast.", "choices": ["float32", "bfloat16", "float16"]}
     )
     compile: bool = field(default=False, metadata={"help": "Compile: blocks of ours, the whole of the others."})
+    compile_backend: str = field(default="inductor", metadata={"help": "By what."})
+    device: str = field(default=DEVICE, metadata={"help": "Where to run.", "choices": ["cpu", "cuda"]})
     dropout: float = field(default=0.1, metadata={"help": "Of all dropouts."})
     lora: bool = field(default=True, metadata={"help": "Measure LoRA of rank 32 too."})
     steps: int = field(default=2, metadata={"help": "Steps a timed run."})
@@ -67,36 +68,48 @@ def _report(arguments: TrainingArguments, seconds: dict[str, list[float]]) -> No
     if arguments.output_file:
         Path(arguments.output_file).write_text(json.dumps(seconds), encoding="utf-8")
     print(
-        f"{machine('accelerate', 'peft')}; {arguments.n_layer} layers, d = {arguments.width}, V = "
-        f"{arguments.vocab_size}, {arguments.batch_size} x {arguments.block_size} tokens, {arguments.dtype}"
-        f"{', compiled' if arguments.compile else ''}\n",
+        f"{machine('accelerate', 'peft', device=arguments.device)}; {arguments.n_layer} layers, d = "
+        f"{arguments.width}, V = {arguments.vocab_size}, {arguments.batch_size} x {arguments.block_size} tokens, "
+        f"{arguments.dtype}{', compiled' if arguments.compile else ''}\n",
         flush=True,
     )
-    rows = []
-    for name, measured in seconds.items():
-        tokens = PartialState().num_processes * arguments.batch_size * arguments.block_size
-        row = {"model": name, "ms a step": seconds_cell(measured)}
-        row |= {"tokens a second": f"{tokens / statistics.median(measured):.0f}"}
-        row |= {f"{other} / this": ratios(seconds[other], measured) for other in _REFERENCES if other in seconds}
-        rows.append(row)
-    print_table(rows)
+    print_table(rows(arguments, seconds))
+
+
+def rows(arguments: TrainingArguments, seconds: dict[str, list[float]]) -> list[dict[str, str]]:
+    """Lay out the seconds of every timed run's steps, by model."""
+    tokens = PartialState().num_processes * arguments.batch_size * arguments.block_size
+    return [
+        {
+            "model": name,
+            "ms a step": seconds_cell(measured),
+            "tokens a second": f"{tokens / statistics.median(measured):.0f}",
+            **{f"{other} / this": ratios(seconds[other], measured) for other in _REFERENCES if other in seconds},
+        }
+        for name, measured in seconds.items()
+    ]
 
 
 def _measure(arguments: TrainingArguments) -> dict[str, list[float]]:
     steps: dict[str, Callable[[], float]] = {}
     if arguments.nanogpt:
         steps["nanoGPT"] = _nanogpt(arguments)
-    steps["stock"] = _trainer_steps(GPT2LMHeadModel(GPT2Config(**_shape(arguments))), Trainer, arguments)
-    for rank in (None, *arguments.ranks):
-        name = f"k = {rank}" if rank else "unfactorized"
-        model = FactorizedGPT2(FactorizedGPT2Config(n_embd_wte=rank, **_shape(arguments)))
-        steps[name] = _trainer_steps(model, FactorizedTrainer, arguments)
-        if rank and arguments.lora:
-            adapted = add_lora(copy.deepcopy(model), 32, 64, 0.1, LORA_TARGETS)
-            steps[f"{name}, LoRA"] = _trainer_steps(adapted, FactorizedTrainer, arguments)
+    steps |= {name: TrainerSteps(model, arguments) for name, model in models(arguments)}
     return measure_in_turns(steps, arguments.rounds)
 
 
+def models(arguments: TrainingArguments) -> Iterator[tuple[str, nn.Module]]:
+    """Make the models, randomly initialised, each with its name."""
+    yield "stock", GPT2LMHeadModel(GPT2Config(**_shape(arguments)))
+    for rank in (None, *arguments.ranks):
+        name = f"k = {rank}" if rank else "unfactorized"
+        model = FactorizedGPT2(FactorizedGPT2Config(n_embd_wte=rank, **_shape(arguments)))
+        yield name, model
+        if rank and arguments.lora:
+            yield f"{name}, LoRA", add_lora(copy.deepcopy(model), LORA_RANK, 64, 0.1, LORA_TARGETS)
+
+
+LORA_RANK = 32
 _REFERENCES = ("nanoGPT", "stock", "unfactorized")
 
 
@@ -113,12 +126,9 @@ def _shape(arguments: TrainingArguments) -> dict:
     }
 
 
-def _batches(arguments: TrainingArguments) -> Dataset:
+def _blocks(arguments: TrainingArguments) -> np.ndarray:
     count = arguments.batch_size * (arguments.steps + 1) * PartialState().num_processes
-    blocks = np.random.default_rng(0).integers(
-        arguments.vocab_size, size=(count, arguments.block_size), dtype=np.int32
-    )
-    return Dataset.from_dict({"input_ids": blocks}).with_format("numpy")
+    return np.random.default_rng(0).integers(arguments.vocab_size, size=(count, arguments.block_size), dtype=np.int32)
 
 
 class _Clock(TrainerCallback):
@@ -131,43 +141,57 @@ class _Clock(TrainerCallback):
         self.ends.append(now())
 
 
-def _trainer_steps(
-    model: nn.Module, trainer_class: type[Trainer], arguments: TrainingArguments
-) -> Callable[[], float]:
-    on_cpu = not torch.cuda.is_available()
-    settings = {
-        "max_steps": arguments.steps + 1,
-        "per_device_train_batch_size": arguments.batch_size,
-        "learning_rate": 1e-5,
-        "optim": "adamw_torch_fused",
-        "bf16": arguments.dtype == "bfloat16",
-        "fp16": arguments.dtype == "float16",
-        "torch_compile": arguments.compile,
-        "use_cpu": on_cpu,
-        "dataloader_pin_memory": not on_cpu,
-        "report_to": "none",
-        "save_strategy": "no",
-        "logging_strategy": "no",
-        "disable_tqdm": True,
-    }
-    arguments_class = RunArguments if trainer_class is FactorizedTrainer else StockArguments
-    data = _batches(arguments)
+class TrainerSteps:
+    """Steps of a model under its `Trainer`: this package's own, or transformers' for a stock model.
 
-    def run() -> float:
+    Attributes:
+        peak_bytes: The most memory that the first call held, the model's own included; `None` before it.
+    """
+
+    def __init__(self, model: nn.Module, arguments: TrainingArguments):
+        self._model, self._steps, self._device = model, arguments.steps, arguments.device
+        self._rows = [{"input_ids": block} for block in _blocks(arguments)]
+        on_cpu = arguments.device == "cpu"
+        self._settings = {
+            "max_steps": arguments.steps + 1,
+            "per_device_train_batch_size": arguments.batch_size,
+            "learning_rate": 1e-5,
+            "optim": "adamw_torch_fused",
+            "bf16": arguments.dtype == "bfloat16",
+            "fp16": arguments.dtype == "float16",
+            "torch_compile": arguments.compile,
+            "torch_compile_backend": arguments.compile_backend if arguments.compile else None,
+            "use_cpu": on_cpu,
+            "dataloader_pin_memory": not on_cpu,
+            "report_to": "none",
+            "save_strategy": "no",
+            "logging_strategy": "no",
+            "disable_tqdm": True,
+        }
+        self.peak_bytes: int | None = None
+
+    def __call__(self) -> float:
+        """Train for the steps, and one before them that sets up the optimizer; return the seconds of one."""
+        stock = isinstance(self._model, GPT2LMHeadModel)
+        trainer_class, arguments_class = (Trainer, StockArguments) if stock else (FactorizedTrainer, RunArguments)
         clock = _Clock()
-        with tempfile.TemporaryDirectory() as folder:
+        weights = self._model.parameters()
+        held = sum(weight.nbytes for weight in weights if weight.device.type == self._device)
+        # Watching a CPU's memory takes time, so that timed runs go without.
+        watch = PeakMemory(self._device) if self.peak_bytes is None else contextlib.nullcontext()
+        with tempfile.TemporaryDirectory() as folder, watch:
             trainer = trainer_class(
-                model=model,
-                args=arguments_class(output_dir=folder, **settings),
-                train_dataset=data,
+                model=self._model,
+                args=arguments_class(output_dir=folder, **self._settings),
+                train_dataset=self._rows,
                 data_collator=collate_blocks,
                 callbacks=[clock],
             )
             trainer.remove_callback(PrinterCallback)
             trainer.train()
-        return (clock.ends[-1] - clock.ends[0]) / arguments.steps  # the first step sets up the optimizer
-
-    return run
+        if self.peak_bytes is None:
+            self.peak_bytes = held + watch.bytes
+        return (clock.ends[-1] - clock.ends[0]) / self._steps
 
 
 def _nanogpt(arguments: TrainingArguments) -> Callable[[], float]:
@@ -182,18 +206,18 @@ def _nanogpt(arguments: TrainingArguments) -> Callable[[], float]:
         spec.loader.exec_module(nanogpt)
         shape = {name: _shape(arguments)[name] for name in ("n_layer", "n_head", "n_embd", "vocab_size")}
         config = nanogpt.GPTConfig(block_size=arguments.block_size, dropout=arguments.dropout, bias=True, **shape)
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+        device = arguments.device
         model = nanogpt.GPT(config).to(device)
         optimizer = model.configure_optimizers(0.0, 1e-5, (0.9, 0.95), device)
     if arguments.compile:
-        model = torch.compile(model)
+        model = torch.compile(model, backend=arguments.compile_backend)
     half = arguments.dtype != "float32"
     autocast = torch.autocast(device, getattr(torch, arguments.dtype)) if half else contextlib.nullcontext()
     scaler = torch.amp.GradScaler(device, enabled=arguments.dtype == "float16")
-    batches = list(_batches(arguments).iter(arguments.batch_size))
+    batches = torch.from_numpy(_blocks(arguments)).long().split(arguments.batch_size)
 
-    def step(batch: dict) -> None:
-        ids = torch.from_numpy(batch["input_ids"]).long().to(device)
+    def step(batch: torch.Tensor) -> None:
+        ids = batch.to(device)
         with autocast:
             _, loss = model(ids[:, :-1], ids[:, 1:])
         scaler.scale(loss).backward()

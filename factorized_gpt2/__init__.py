@@ -7,6 +7,7 @@ from .configuration_factorized_gpt2 import FactorizedGPT2Config
 from .conversion import from_gpt2, to_gpt2
 from .factorization import Factors, factorize, factorize_ranks
 from .modeling_factorized_gpt2 import FactorizedGPT2, FactorizedGPT2Model, FactorizedGPT2PreTrainedModel
+from .peft_defaults import register_with_peft
 
 __version__ = "0.1.0"
 
@@ -16,6 +17,8 @@ AutoModelForCausalLM.register(FactorizedGPT2Config, FactorizedGPT2, exist_ok=Tru
 AutoModelForSequenceClassification.register(
     FactorizedGPT2Config, FactorizedGPT2ForSequenceClassification, exist_ok=True
 )
+
+register_with_peft()
 
 # What is saved takes the code of the network along, so that its folder loads where this package is not.
 FactorizedGPT2Config.register_for_auto_class("AutoConfig")

@@ -14,9 +14,11 @@ from transformers.activations import ACT2FN
 
 from .blockwise_loss import BACKENDS, cut_cross_entropy_runs
 from .errors import UserError
+from .families import UNKNOWN_METHOD, family_of
 from .parsing import ManualParser, as_flags, load_config, setting_name, without_flags
 from .setting_values import check_values
 from .text_arguments import DataArguments
+from .training_fields import ELSEWHERE, refused
 
 logger = logging.getLogger(__name__)
 
@@ -108,7 +110,7 @@ class DistillationArguments:
 class RunArguments(TrainingArguments):
     """`TrainingArguments`, and what they leave to the environment."""
 
-    _argument_group_name = "Training: the options of TrainingArguments, and some of our own"
+    _argument_group_name = "Training: options of TrainingArguments, and some of our own"
 
     effective_batch_size: int | None = field(
         default=None,
@@ -134,9 +136,9 @@ class RunArguments(TrainingArguments):
     loss_backend: str = field(
         default="blockwise",
         metadata={
-            "help": "How the loss does without logits. blockwise: plain PyTorch. cut_cross_entropy: that package's "
-            "kernels, on CUDA in half precision. auto: these where they are installed and can run. logits: it does "
-            "not do without.",
+            "help": "How the loss does without logits. blockwise: anywhere. attention: an attention kernel, of a head "
+            "that is not trained. cut_cross_entropy: that package's kernels, on CUDA in half precision. auto: "
+            "attention where it can run and pays, else blockwise. logits: it does not do without.",
             "choices": list(BACKENDS),
         },
     )
@@ -198,18 +200,20 @@ class Run:
         """Folder or Hub id of the weights that the run starts from; `None` for a random start."""
         return self.model.compressed or self.model.baseline
 
-    @property
-    def family(self) -> str:
-        """The protocol's name for this kind of run, or one like it for a start that the protocol does not have."""
-        if self.model.compressed is not None:
-            if not self.training.do_train:
-                return "compressed"
-            return "compressed-lora" if self.adapter.lora_rank else "compressed-finetune"
+    def family(self, is_factorized: bool, method: str | None = None) -> str:
+        """Name what this run does: the protocol's word for it, or one like it.
+
+        Args:
+            is_factorized: Whether its model is.
+            method: How the compressed model that it starts from was made, as far as its folder says.
+
+        Returns:
+            A key of `FAMILIES`.
+        """
         if self.is_from_scratch:
-            return "baseline" if self.model.n_embd_wte is None else "lowrank-scratch"
-        if not self.training.do_train:
-            return "pca-nofinetune"
-        return "pca-lora" if self.adapter.lora_rank else "pca-finetune"
+            return "lowrank-scratch" if is_factorized else "baseline"
+        made_by = (method or UNKNOWN_METHOD) if self.model.compressed else "pca"
+        return family_of(made_by if is_factorized else None, self.training.do_train, bool(self.adapter.lora_rank))
 
     @property
     def is_from_scratch(self) -> bool:
@@ -310,6 +314,8 @@ def _make_parser() -> ManualParser:
         ),
         remark="All options can stand in a JSON config, by the same names; flags override it. The same command\n"
         "goes on with a run that was cut off, and does not repeat one that is finished.",
+        refused=refused(),
+        elsewhere=ELSEWHERE,
     )
     parser.add_argument("--config", metavar="NAME", help="JSON config: a path, or a name under configs/.")
     parser.add_argument(PRINT_CONFIG, action="store_true", help="Print, as a JSON config, what would run, and end.")
@@ -319,8 +325,8 @@ def _make_parser() -> ManualParser:
 def _check(run: Run) -> None:
     model, adapter, distillation, data, training = run.model, run.adapter, run.distillation, run.data, run.training
     check_values(run.settings())
-    for name in ("lr_scheduler_kwargs", "gradient_checkpointing_kwargs"):
-        if isinstance(getattr(training, name), str):
+    for name in ("lr_scheduler_kwargs", "gradient_checkpointing_kwargs", "activation_checkpointing_kwargs"):
+        if isinstance(getattr(training, name, None), str):
             raise UserError(f"{name} must be a JSON object, got {getattr(training, name)!r}.")
     shape = [name for name in ("n_layer", "n_head", "n_embd", "activation_function") if getattr(model, name)]
     if not run.is_from_scratch and shape:
@@ -346,6 +352,12 @@ def _check(run: Run) -> None:
     on_cuda, half = training.device.type == "cuda", training.fp16 or training.bf16
     if training.loss_backend == "cut_cross_entropy" and not cut_cross_entropy_runs(on_cuda, half):
         raise UserError("loss_backend=cut_cross_entropy needs CUDA, fp16 or bf16, and the package cut-cross-entropy.")
+    head_is_trained = not adapter.lora_rank or {"wte", "lm_head"} & set(adapter.lora_target_modules)
+    if training.loss_backend == "attention" and training.do_train and head_is_trained:
+        raise UserError(
+            "loss_backend=attention needs a head that is not trained: LoRA whose lora_target_modules leave out wte "
+            "and lm_head. loss_backend=auto takes it where it can."
+        )
     if data.streaming and training.max_steps < 1:
         raise UserError("streaming needs max_steps: a stream does not say where it ends.")
     if training.do_train and training.max_steps < 1 and training.num_train_epochs <= 0:
@@ -363,10 +375,6 @@ def _check_training(training: RunArguments) -> None:
         raise UserError("metric_for_best_model must be loss, of which less is better (greater_is_better=false).")
     if training.save_strategy == "best" and training.metric_for_best_model is None:
         raise UserError("save_strategy=best needs metric_for_best_model=loss.")
-    if training.resume_from_checkpoint:
-        raise UserError("resume_from_checkpoint is not taken: a run goes on from the checkpoints in its output_dir.")
-    if training.use_liger_kernel:
-        raise UserError("use_liger_kernel is not taken: this model has kernels of its own (loss_backend).")
     if training.auto_find_batch_size and training.effective_batch_size is not None:
         raise UserError("auto_find_batch_size contradicts effective_batch_size, which it would change.")
     for name in ("dataloader_persistent_workers", "dataloader_multiprocessing_context"):

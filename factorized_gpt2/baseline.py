@@ -1,6 +1,7 @@
 """Trained models whose vocabulary can be factorized, loaded with every weight accounted for."""
 
 import logging
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 import torch
 from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
     GPT2Config,
@@ -18,6 +20,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 from transformers import logging as transformers_logging
+from transformers.utils import CONFIG_NAME, find_adapter_config_file
 
 from .configuration_factorized_gpt2 import FactorizedGPT2Config
 from .conversion import fingerprint, from_gpt2
@@ -25,6 +28,8 @@ from .data import vocabulary_size
 from .errors import UserError, blaming, silenced
 from .evaluation import least_parameters
 from .modeling_factorized_gpt2 import FactorizedGPT2
+from .weight_files import refuse_pointers, weight_files
+from .weight_names import plain_name, some_names, wrapped_name
 
 logger = logging.getLogger(__name__)
 
@@ -66,7 +71,7 @@ def check_tokenizer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) 
     Raises:
         UserError: With both sizes.
     """
-    vocab_size, tokens = model.config.vocab_size, vocabulary_size(tokenizer)
+    vocab_size, tokens = model.config.get_text_config().vocab_size, vocabulary_size(tokenizer)
     if tokens > vocab_size:
         raise UserError(f"The tokenizer has {tokens} tokens, the model only {vocab_size}; name the model's own.")
     if vocab_size - tokens > _PADDING:
@@ -128,15 +133,36 @@ def load_causal_lm(name_or_path: str) -> PreTrainedModel:
     """Load a causal language model of any architecture, in evaluation mode; weights it has no use for may be there.
 
     Raises:
-        UserError: It cannot be found or read, or has weights that are missing, misshapen, or NaN or infinite.
+        UserError: It cannot be found or read, is of another kind, or has weights that are missing, misshapen, or NaN
+            or infinite.
     """
     config = _load_config(name_or_path)
+    if config.is_encoder_decoder or type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise UserError(f"{name_or_path} is a {config.model_type!r} model, which is no causal language model.")
     return _load(AutoModelForCausalLM, config, name_or_path, ("missing_keys", "mismatched_keys")).eval()
 
 
 def _load_config(name_or_path: str) -> PretrainedConfig:
+    folder = Path(name_or_path)
+    refuse_pointers([folder / CONFIG_NAME, *weight_files(folder)])
     with blaming(f"No model can be loaded from {name_or_path!r}"):
-        return AutoConfig.from_pretrained(name_or_path, trust_remote_code=False)
+        try:
+            return AutoConfig.from_pretrained(name_or_path, trust_remote_code=False)
+        except (OSError, ValueError):
+            _refuse_adapter(name_or_path)
+            raise
+
+
+def _refuse_adapter(name_or_path: str) -> None:
+    try:
+        is_adapter = find_adapter_config_file(name_or_path) is not None
+    except OSError:
+        return
+    if is_adapter:
+        raise UserError(
+            f"{name_or_path} is an adapter, no model by itself: if train_hf.py made it, name the folder above it, "
+            "which holds the merged model; else merge it into its base with PEFT (`merge_and_unload`) and save that."
+        )
 
 
 def _load(
@@ -148,7 +174,10 @@ def _load(
             f"{name_or_path}: config.json describes at least {least_parameters(config):,} weights, and the files of "
             f"weights have {stored:,} bytes; they do not belong together."
         )
-    model, loading = load_weights(model_class, name_or_path)
+    model, loading = _load_as_stored(model_class, config, name_or_path)
+    surplus = {name for name in loading["unexpected_keys"] if not _MASK.search(name)}
+    beside = {name for name in surplus if plain_name(name).startswith(_HEADS_BESIDE)}
+    loading["unexpected_keys"] = surplus - beside
     problems = [f"{kind.removesuffix('_keys')} {_listed(loading[kind])}" for kind in refused if loading[kind]]
     if problems:
         raise UserError(f"The weights of {name_or_path} do not make its model: {'; '.join(problems)}.")
@@ -157,22 +186,70 @@ def _load(
             raise UserError(f"The weight {name!r} of {name_or_path} is of {weight.dtype}, not of plain floats.")
         if not torch.isfinite(weight).all():
             raise UserError(f"The weight {name!r} of {name_or_path} contains NaN or infinity.")
+    if beside:
+        logger.warning(
+            "%s has another head beside its language model, and is taken without: %s", name_or_path, some_names(beside)
+        )
+    if (
+        isinstance(config, GPT2Config)
+        and model.config.tie_word_embeddings
+        and model.lm_head.weight is not model.transformer.wte.weight
+    ):
+        logger.warning(
+            "%s has a head of its own, though its config says that it is tied: the head is kept, untied.", name_or_path
+        )
+        model.config.tie_word_embeddings = False
     for name in CODE_KEYS:
         vars(model.config).pop(name, None)
     return model
 
 
+def _load_as_stored(
+    model_class: type, config: PretrainedConfig, name_or_path: str
+) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """Load a model with its weights as they are stored, under whatever names wrappers gave them.
+
+    The dtype is that of the stored weights, whatever the config says; only a wider one of the config's is taken, which
+    rounds nothing.
+    """
+    named, config.dtype = config.dtype, None
+    model, loading = load_weights(model_class, name_or_path, config=config)
+    # Stock GPT-2 alone, which is converted: transformers would save a model under the names it was loaded from.
+    if isinstance(model, GPT2LMHeadModel) and loading["missing_keys"]:
+        wrapped = {wrapped_name(name): name for name in loading["missing_keys"]}
+        model, loading = load_weights(model_class, name_or_path, config=config, key_mapping=wrapped)
+    if isinstance(named, torch.dtype) and named != model.dtype:
+        if torch.promote_types(named, model.dtype) == named:
+            model.config.dtype = named
+            return model.to(named), loading
+        logger.warning(
+            "The weights of %s are %s, though its config says %s: they are kept as they are.",
+            *(name_or_path, *(str(dtype).removeprefix("torch.") for dtype in (model.dtype, named))),
+        )
+    return model, loading
+
+
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+# The causal mask and its filling, which transformers saved with every GPT-2 up to its fourth version.
+_MASK = re.compile(r"\bh\.\d+\.attn\.(masked_)?bias$")
+
+# Of trl's models with a value head, and of GPT2DoubleHeadsModel: the language model beside them is whole.
+_HEADS_BESIDE = ("v_head.", "value_head.", "multiple_choice_head.")
 
 
 def _listed(weights: Iterable) -> str:
-    """Name weights, which transformers lists with or without their shapes; of many the first."""
-    names = sorted(weight if isinstance(weight, str) else f"{weight[0]} {tuple(weight[1])}" for weight in weights)
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+    """Name weights, which transformers lists with or without their shapes."""
+    return some_names(weight if isinstance(weight, str) else f"{weight[0]} {tuple(weight[1])}" for weight in weights)
 
 
-def load_weights(model_class: type, name_or_path: str) -> tuple[PreTrainedModel, dict[str, Any]]:
+def load_weights(model_class: type, name_or_path: str, **options: Any) -> tuple[PreTrainedModel, dict[str, Any]]:
     """Load a model by one of transformers' classes; no code of a stranger runs, neither a module nor a pickle.
+
+    Args:
+        model_class: With `from_pretrained`.
+        name_or_path: Folder or Hub id.
+        **options: Further arguments of `from_pretrained`.
 
     Returns:
         The model, and what `from_pretrained` says of its weights.
@@ -180,7 +257,7 @@ def load_weights(model_class: type, name_or_path: str) -> tuple[PreTrainedModel,
     Raises:
         UserError: It cannot be found or read, or only by running code.
     """
-    options = {"output_loading_info": True, "ignore_mismatched_sizes": True}  # rather than an error without names
+    options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}  # rather than an error without names
     with blaming(f"The weights of {name_or_path} cannot be read"), silenced(transformers_logging):
         try:
             return model_class.from_pretrained(name_or_path, trust_remote_code=False, **options)

@@ -5,9 +5,13 @@ is what the loss of a GPT-2 spends its time and memory on. Here one buffer holds
 into the gradient in place, which goes through the head at once; what stays are the gradients of the head's input and,
 if it is trained, of its weight. Taken on the way forward, they need no second product in backward.
 
+`blockwise` is the general way. Where the head is frozen, an attention kernel does the same in one pass
+(`attention_loss`); on CUDA, one kernel turns a block's logits into the gradient (`fused_rows`).
+
 Shapes in comments: N rows (tokens), V vocabulary, k width of the head, n rows of a block.
 """
 
+import inspect
 import re
 from collections.abc import Callable
 from functools import partial
@@ -17,16 +21,20 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-BACKENDS = ("blockwise", "cut_cross_entropy", "auto", "logits")
+from .attention_loss import attention_runs, sum_by_attention
+from .fused_rows import fused_cross_entropy_rows, fused_rows_run
+
+BACKENDS = ("blockwise", "attention", "cut_cross_entropy", "auto", "logits")
 
 # Logits of a block: on a CPU it stays in the cache, elsewhere it is large enough to keep the device busy.
 BLOCK_LOGITS = {"cpu": 2**23}
 BLOCK_LOGITS_ELSEWHERE = 3 * 2**23
 ROWS_OF_A_MODULE = 256
 
-RowLoss = Callable[[torch.Tensor, slice], tuple[torch.Tensor, torch.Tensor]]
+RowLoss = Callable[[torch.Tensor, slice], tuple[torch.Tensor, torch.Tensor | None]]
 """Takes the logits (n, V) float32 of some rows, and these rows; overwrites the logits with their gradient, up to a
-factor a row. Returns every row's loss and that factor, each (n, 1) float32, and 0 where a row does not count.
+factor a row. Returns every row's loss and that factor, each (n, 1) float32, and 0 where a row does not count. `None`
+in the factor's place means 1.
 """
 
 
@@ -97,10 +105,12 @@ def sum_cross_entropy(
         head: As `sum_row_loss` takes it.
         labels: (N,) int64.
         ignore_index: The label of rows that do not count.
-        backend: `blockwise`, plain PyTorch, anywhere; `cut_cross_entropy`, the kernels of the package of that name
-            (Wijmans et al., 2024, "Cut Your Losses in Large-Vocabulary Language Models") with exact gradients, for a
-            matrix on CUDA in half precision; `auto`, the latter where it is installed and can run; `logits`, which
-            makes a model return logits in training too, is `blockwise` where it skips them all the same.
+        backend: `blockwise` runs anywhere. `attention` needs a frozen matrix, on a CPU or, in half precision and at
+            most 256 wide, on CUDA. `cut_cross_entropy` takes the kernels of the package of that name (Wijmans et al.,
+            2024, "Cut Your Losses in Large-Vocabulary Language Models"), for a matrix on CUDA in half precision;
+            gradients are exact from the release on that sums them in float32. `auto` takes `attention` where it can
+            run and is faster by its count of operations, else `blockwise`. `logits`, which makes a model return
+            logits in training too, is `blockwise` where it skips them all the same.
 
     Returns:
         Scalar float32, in nats.
@@ -112,17 +122,24 @@ def sum_cross_entropy(
         raise ValueError(f"{len(hidden)} rows need as many labels, got {tuple(labels.shape)}.")
     if isinstance(head, torch.Tensor):
         hidden, head = _in_autocast_dtype(hidden, head)
-    if _uses_cut_cross_entropy(backend, hidden, head):
-        try:  # What is imported outside of a try, transformers demands of all who load this file from the Hub.
-            from cut_cross_entropy import linear_cross_entropy
-        except ImportError as error:
-            raise ValueError(f"The loss backend cut_cross_entropy cannot run here: {error}.") from error
-
-        losses = linear_cross_entropy(hidden, head, labels, ignore_index, reduction="none", filter_eps=None)
-        return losses.sum(dtype=torch.float32)
+    backend = _choose(backend, hidden, head)
+    if backend == "cut_cross_entropy":
+        return _cut_cross_entropy(hidden, head, labels, ignore_index).sum(dtype=torch.float32)
     if isinstance(head, nn.Module):
         return sum_row_loss(hidden, head, partial(cross_entropy_rows, labels=labels, ignore_index=ignore_index))
-    return _sum_cross_entropy(hidden, head, labels, ignore_index, *_wanted(hidden, head))[0]
+    return _sum_cross_entropy(hidden, head, labels, ignore_index, *_wanted(hidden, head), backend == "attention")[0]
+
+
+def usable_backends(hidden: torch.Tensor, head: torch.Tensor | nn.Module) -> list[str]:
+    """Name the backends that can compute the loss of these inputs, `auto` and `logits` aside."""
+    usable = ["blockwise"]
+    if isinstance(head, torch.Tensor):
+        device, frozen = hidden.device.type, not _wanted(hidden, head)[1]
+        if frozen and attention_runs(device, hidden.dtype, head.shape[1]):
+            usable.append("attention")
+        if cut_cross_entropy_runs(device == "cuda", hidden.dtype in (torch.float16, torch.bfloat16)):
+            usable.append("cut_cross_entropy")
+    return usable
 
 
 def sum_row_loss(hidden: torch.Tensor, head: torch.Tensor | nn.Module, row_loss: RowLoss) -> torch.Tensor:
@@ -169,23 +186,54 @@ def cut_cross_entropy_runs(on_cuda: bool, in_half_precision: bool) -> bool:
     return on_cuda and in_half_precision and find_spec("cut_cross_entropy") is not None
 
 
-def _uses_cut_cross_entropy(backend: str, hidden: torch.Tensor, head: torch.Tensor | nn.Module) -> bool:
+def _choose(backend: str, hidden: torch.Tensor, head: torch.Tensor | nn.Module) -> str:
     if backend not in BACKENDS:
         raise ValueError(f"Unknown loss backend {backend!r}; known are {', '.join(BACKENDS)}.")
     if backend in ("blockwise", "logits"):
-        return False
-    half = hidden.dtype in (torch.float16, torch.bfloat16)
-    usable = isinstance(head, torch.Tensor) and cut_cross_entropy_runs(hidden.is_cuda, half)
-    if backend == "cut_cross_entropy" and not usable:
-        raise ValueError("The loss backend cut_cross_entropy needs its package, CUDA, half precision, a plain head.")
-    return usable
+        return "blockwise"
+    usable = usable_backends(hidden, head)
+    if backend == "auto":
+        # A CPU's matrix products outrun its attention in half precision; without gradients half of it is for nothing.
+        pays = hidden.is_cuda or hidden.dtype == torch.float32
+        return "attention" if "attention" in usable and pays and _wanted(hidden, head)[0] else "blockwise"
+    if backend not in usable:
+        raise ValueError(f"The loss backend {backend} needs {_NEEDS[backend]}.")
+    return backend
+
+
+_NEEDS = {
+    "attention": "a frozen plain head, on a CPU, or on CUDA in half precision and at most 256 wide",
+    "cut_cross_entropy": "its package, CUDA, half precision, a plain head",
+}
+
+
+def _cut_cross_entropy(
+    hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, ignore_index: int
+) -> torch.Tensor:
+    """Compute every row's loss, (N,), with the package's kernels."""
+    try:  # What is imported outside of a try, transformers demands of all who load this file from the Hub.
+        from cut_cross_entropy import linear_cross_entropy
+    except ImportError as error:
+        raise ValueError(f"The loss backend cut_cross_entropy cannot run here: {error}.") from error
+
+    known = inspect.signature(linear_cross_entropy).parameters
+    exact = {name: True for name in ("accum_e_fp32", "accum_c_fp32") if name in known}  # since the release after 25.1
+    # By keyword: between releases the fourth argument became a bias.
+    return linear_cross_entropy(
+        hidden, weight, labels, ignore_index=ignore_index, reduction="none", filter_eps=None, **exact
+    )
 
 
 @torch.no_grad()
 def _sum_blocks(
-    hidden: torch.Tensor, weight: torch.Tensor, row_loss: RowLoss, hidden_grad: bool, weight_grad: bool
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    row_loss: RowLoss,
+    hidden_grad: bool,
+    weight_grad: bool,
+    in_float32: bool = True,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Sum a loss over rows.
+    """Sum a loss over rows; `in_float32` says whether `row_loss` wants logits in float32 whatever the dtype.
 
     Returns:
         The sum, float32; its gradients by `hidden`, (N, k) in its dtype, and by `weight`, (V, k) float32 whatever the
@@ -195,10 +243,11 @@ def _sum_blocks(
     if dtype == torch.float16 and hidden.device.type == "cpu":  # which multiplies float32 many times faster
         hidden, weight = hidden.float(), weight.float()
     half = hidden.dtype != torch.float32
+    copies = half and in_float32
     block_logits = BLOCK_LOGITS.get(hidden.device.type, BLOCK_LOGITS_ELSEWHERE)
     size = max(1, min(block_logits // len(weight), len(hidden)))
     buffer = hidden.new_empty(size, len(weight))
-    buffer32 = torch.empty_like(buffer, dtype=torch.float32) if half else buffer
+    buffer32 = torch.empty_like(buffer, dtype=torch.float32) if copies else buffer
     total = hidden.new_zeros((), dtype=torch.float32)
     by_hidden = torch.empty_like(hidden) if hidden_grad else hidden.new_empty(0)
     by_weight = torch.zeros_like(weight, dtype=torch.float32) if weight_grad else hidden.new_empty(0)
@@ -208,21 +257,22 @@ def _sum_blocks(
             block = hidden[rows]
             logits, logits32 = buffer[: len(block)], buffer32[: len(block)]
             torch.mm(block, weight.T, out=logits)
-            if half:
+            if copies:
                 logits32.copy_(logits)
             losses, scales = row_loss(logits32, rows)  # from here on the buffer holds gradients
             total += losses.sum()
-            if half and (hidden_grad or weight_grad):
-                torch.mul(logits32, scales, out=logits)
+            if copies and (hidden_grad or weight_grad):
+                torch.mul(logits32, 1.0 if scales is None else scales, out=logits)
+                scales = None
             if hidden_grad:
                 torch.mm(logits, weight, out=by_hidden[rows])
-                if not half:
+                if scales is not None:
                     by_hidden[rows] *= scales
             if weight_grad:
                 if half:
                     by_weight.add_(logits.T @ (block * _HALF_SCALE), alpha=1 / _HALF_SCALE)
                 else:
-                    by_weight.addmm_(logits.T, block * scales)
+                    by_weight.addmm_(logits.T, block if scales is None else block * scales)
     return total, by_hidden.to(dtype), by_weight
 
 
@@ -248,13 +298,20 @@ def _sum_cross_entropy(
     ignore_index: int,
     hidden_grad: bool,
     weight_grad: bool,
+    by_attention: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    row_loss = partial(cross_entropy_rows, labels=labels, ignore_index=ignore_index)
-    return _sum_blocks(hidden, weight, row_loss, hidden_grad, weight_grad)
+    if by_attention:
+        total, by_hidden = sum_by_attention(hidden, weight, labels, ignore_index)
+        return total, by_hidden.to(hidden.dtype) if hidden_grad else hidden.new_empty(0), hidden.new_empty(0)
+    fused = fused_rows_run(hidden.is_cuda)
+    row_loss = partial(
+        fused_cross_entropy_rows if fused else cross_entropy_rows, labels=labels, ignore_index=ignore_index
+    )
+    return _sum_blocks(hidden, weight, row_loss, hidden_grad, weight_grad, not fused)
 
 
 @_sum_cross_entropy.register_fake
-def _(hidden, weight, labels, ignore_index, hidden_grad, weight_grad):
+def _(hidden, weight, labels, ignore_index, hidden_grad, weight_grad, by_attention):
     return (
         hidden.new_empty((), dtype=torch.float32),
         torch.empty_like(hidden) if hidden_grad else hidden.new_empty(0),
@@ -271,7 +328,7 @@ def _save_gradients(ctx, inputs, output) -> None:
 def _scale_gradients(ctx, upstream, *_):
     if torch.is_grad_enabled():  # as under create_graph
         raise RuntimeError("The loss without logits can be differentiated once only; pass skip_logits=False.")
-    return *_scale_saved(ctx, upstream), *[None] * 4
+    return *_scale_saved(ctx, upstream), *[None] * 5
 
 
 _sum_cross_entropy.register_autograd(_scale_gradients, setup_context=_save_gradients)

@@ -4,10 +4,10 @@ import copy
 
 import numpy as np
 import torch
-from datasets import Dataset
 from torch import nn
+from torch.utils.data import DataLoader, Dataset, Subset
 
-from .data import collate_blocks
+from .data import IGNORED_LABEL, collate_blocks
 from .data_aware_factorization import VocabularyUse
 from .errors import UserError
 from .modeling_factorized_gpt2 import FactorizedGPT2
@@ -22,16 +22,16 @@ def spread_blocks(blocks: Dataset, tokens: int) -> Dataset:
     """Choose blocks of together at least `tokens` tokens (or all there are), evenly spread over the text."""
     block_size = len(blocks[0]["input_ids"])
     count = min(len(blocks), -(-tokens // block_size))
-    return blocks.select(np.linspace(0, len(blocks) - 1, count).astype(int))
+    return Subset(blocks, np.linspace(0, len(blocks) - 1, count).astype(int).tolist())
 
 
 def count_tokens(blocks: Dataset, vocab_size: int) -> np.ndarray:
     """Count every token of a text, (V,) int64."""
-    counts = np.zeros(vocab_size, np.int64)
-    for batch in blocks.with_format("arrow").iter(batch_size=1000):
-        tokens = batch.column("input_ids").combine_chunks().flatten()
-        counts += np.bincount(tokens.to_numpy(), minlength=vocab_size)
-    return counts
+    counts = torch.zeros(vocab_size, dtype=torch.int64)
+    for batch in DataLoader(blocks, batch_size=1000, collate_fn=collate_blocks):
+        labels = batch["labels"]
+        counts += torch.bincount(labels[labels != IGNORED_LABEL], minlength=vocab_size)
+    return counts.numpy()
 
 
 def calibrate(
@@ -52,7 +52,7 @@ def calibrate(
 
     Args:
         model: Unfactorized.
-        blocks: Column `input_ids`.
+        blocks: Rows of `input_ids`.
         token_counts: (V,) int64, of these blocks or of all the text.
         seed: Of the draws.
         device: Where to run.
@@ -106,7 +106,7 @@ def compensated_head(
     Args:
         compressed: The compressed model.
         scale_down: (d, k) floats, what it has.
-        blocks: Column `input_ids`.
+        blocks: Rows of `input_ids`.
         hidden_states: (N, d) float32, the baseline's final hidden states of these blocks, as `calibrate` keeps them.
         device: Where to run.
         desc: Label of the progress bar; `None` for no bar.
@@ -116,17 +116,18 @@ def compensated_head(
     """
     trunk, _ = _float32_parts(compressed, device)
     width = hidden_states.shape[1]
-    own, cross = (torch.zeros(width, width, dtype=torch.float64, device=device) for _ in range(2))
+    summed_on = "cpu" if torch.device(device).type == "mps" else device  # MPS has no float64
+    own, cross = (torch.zeros(width, width, dtype=torch.float64, device=summed_on) for _ in range(2))
     done = 0
     for row in Progress(blocks, desc=desc, disable=desc is None):
         ids = collate_blocks([row])["input_ids"].to(device)
-        seen = trunk(ids, use_cache=False).last_hidden_state[0].double()
-        true = torch.from_numpy(hidden_states[done : done + len(seen)]).to(device, torch.float64)
+        seen = trunk(ids, use_cache=False).last_hidden_state[0].to(summed_on).double()
+        true = torch.from_numpy(hidden_states[done : done + len(seen)]).to(summed_on, torch.float64)
         done += len(seen)
         own += seen.T @ seen
         cross += seen.T @ true
     # A ridge towards T = I: where the text says too little, hidden states stay as they are.
-    ridge = _COMPENSATION_RIDGE * own.trace() / width * torch.eye(width, dtype=torch.float64, device=device)
+    ridge = _COMPENSATION_RIDGE * own.trace() / width * torch.eye(width, dtype=torch.float64, device=summed_on)
     transform = torch.linalg.solve(own + ridge, cross + ridge).cpu().numpy()  # T^T, (d, d)
     return np.ascontiguousarray(transform @ scale_down, dtype=np.float32)
 

@@ -15,11 +15,12 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoin
 
 from .errors import UserError
 from .files import explaining_refusals, put_in_place, read_json, remove_folder, write_json
+from .leftovers import marked_for_all
 
 logger = logging.getLogger(__name__)
 
 SEAL_NAME = "files.json"
-STAGING_NAME = ".checkpoint.00000000.partial"  # the same for all processes that write into it
+STAGING_NAME = marked_for_all("checkpoint")  # all processes write into it
 
 
 def seal(folder: Path) -> None:

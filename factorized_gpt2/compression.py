@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from datasets import Dataset
+import torch
+from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from .baseline import Baseline, load_compressed
@@ -22,7 +23,8 @@ from .factor_files import pca_factors
 from .factorization import Factors, explained_shares, factorize_ranks
 from .files import read_json, replacing_folder, write_json
 from .modeling_factorized_gpt2 import FactorizedGPT2
-from .refinement import refine
+from .refinement import check_device, refine
+from .tokenizer_files import save_tokenizer
 from .verification import verify_copy
 
 logger = logging.getLogger(__name__)
@@ -36,7 +38,7 @@ class CalibrationText:
     """Text that tells how a baseline uses its vocabulary.
 
     Attributes:
-        blocks: All of it, column `input_ids`: tokens are counted in all, and refinement draws from all.
+        blocks: All of it, rows of `input_ids`: tokens are counted in all, and refinement draws from all.
         tokens: How many of them the model is run over.
         name: Files or dataset it was read from.
     """
@@ -53,7 +55,7 @@ class CalibrationText:
     @cached_property
     def record(self) -> dict[str, Any]:
         """What a compressed model's record says of it; the fingerprint is of the sampled tokens."""
-        ids = self.sample.with_format("numpy")["input_ids"]
+        ids = [row["input_ids"] for row in self.sample]
         digest = hashlib.sha256()
         for row in ids:
             digest.update(np.ascontiguousarray(row, dtype=np.int32).data)
@@ -103,11 +105,11 @@ class Compressor:
         tokenizer: Goes into the model folders; `None` where there is none.
         text: Calibration text, where the recipe needs it.
         overwrite: Whether what was made otherwise, or from another baseline, may be replaced.
-        device: Where the models run.
+        device: Where calibration and refinement run.
         progress: Whether long work shows a bar.
 
     Raises:
-        UserError: The recipe needs text and there is none.
+        UserError: The recipe needs text and there is none, or refinement, which this device cannot do.
     """
 
     def __init__(
@@ -118,12 +120,14 @@ class Compressor:
         tokenizer: PreTrainedTokenizerBase | None,
         text: CalibrationText | None = None,
         overwrite: bool = False,
-        device: str = "cpu",
+        device: torch.device | str = "cpu",
         progress: bool = False,
     ):
         if recipe.needs_text and text is None:
             what = f"method {recipe.method}" if recipe.method != "pca" else "refinement"
             raise UserError(f"{what} learns from text: set calibration_file or dataset_name.")
+        if recipe.refine_steps:
+            check_device(device)
         self.baseline, self.root, self.tokenizer, self.text = baseline, root, tokenizer, text
         self.recipe = replace(recipe, tied=recipe.tied and baseline.model.config.tie_word_embeddings)
         self.overwrite, self.device, self.progress = overwrite, device, progress
@@ -173,7 +177,13 @@ class Compressor:
             model = from_gpt2(self.baseline.model, factors)
         if self.recipe.refine_steps:
             model = refine(
-                model, self.baseline.model, self.text.blocks, self.recipe.refine_steps, self.recipe.seed, self.progress
+                model,
+                self.baseline.model,
+                self.text.blocks,
+                self.recipe.refine_steps,
+                self.recipe.seed,
+                self.progress,
+                self.device,
             )
         return model, factors.explained_variance_ratio
 
@@ -188,7 +198,7 @@ class Compressor:
             model.save_pretrained(temporary)
             verify_copy(model, temporary, name=self.folder(rank))
             if self.tokenizer is not None:
-                self.tokenizer.save_pretrained(temporary)
+                save_tokenizer(self.tokenizer, temporary, model.config.n_positions)
             kept = {"explained_variance_ratio": share, "spectrum": [round(float(share), 6) for share in self.shares]}
             write_json(temporary / RECORD_NAME, self._record(rank) | kept)
 
@@ -215,6 +225,8 @@ class Compressor:
         """
         self.baseline.check_ranks([rank])
         folder = self.folder(rank)
+        if folder.exists() and not folder.is_dir():
+            raise UserError(f"{folder}, where the model of rank {rank} belongs, is a file: move it away.")
         if not (folder.exists() and any(folder.iterdir())):
             return None
         if not (folder / RECORD_NAME).exists():

@@ -60,7 +60,7 @@ def to_gpt2(model: FactorizedGPT2) -> GPT2LMHeadModel:
     config = model.config
     state = dict(model.state_dict())
     wte, lm_head = _take(state, "transformer.wte.weight"), _take(state, "lm_head.weight")
-    tied = config.tie_word_embeddings and not config.is_factorized
+    tied = not config.is_factorized and _is_tied(model, wte, lm_head)
     if config.is_factorized:
         scale_up, scale_down = _take(state, "transformer.scale_up.weight"), _take(state, "scale_down.weight")
         bias = state.pop("transformer.scale_up.bias", None)
@@ -77,7 +77,8 @@ def to_gpt2(model: FactorizedGPT2) -> GPT2LMHeadModel:
     _refuse_leftovers(state)
     fields = {name: value for name, value in config.to_dict().items() if name not in _NOT_GPT2}
     fields["tie_word_embeddings"] = tied
-    gpt2_config = GPT2Config(**fields, attn_implementation=config._attn_implementation)
+    # transformers dropped n_ctx, but what reads older GPT-2s, as llama.cpp's converter does, asks for it.
+    gpt2_config = GPT2Config(**fields, n_ctx=config.n_positions, attn_implementation=config._attn_implementation)
     return _build(GPT2LMHeadModel, gpt2_config, weights, like=wte, generation_config=model.generation_config)
 
 
@@ -111,7 +112,10 @@ def fingerprint(model: GPT2LMHeadModel | FactorizedGPT2) -> str:
 
 
 # Fields that GPT2Config does not have, or that a new model writes itself.
-_NOT_GPT2 = {"n_embd_wte", "scale_up_bias", "model_type", "architectures", "transformers_version", "auto_map"}
+_NOT_GPT2 = {
+    *("n_embd_wte", "scale_up_bias", "model_type", "architectures", "transformers_version", "auto_map"),
+    "n_ctx",
+}
 
 
 def _split_vocabulary(
@@ -137,7 +141,15 @@ def _split_vocabulary(
             parts = fused.split(model.config.n_embd, dim=-1)
             trunk |= {name: _oriented(source[0], part) for name, part in zip(target, parts, strict=True)}
     _refuse_leftovers(state)
-    return trunk, wte, None if model.config.tie_word_embeddings else lm_head
+    return trunk, wte, None if _is_tied(model, wte, lm_head) else lm_head
+
+
+def _is_tied(model: GPT2LMHeadModel | FactorizedGPT2, wte: torch.Tensor, lm_head: torch.Tensor) -> bool:
+    """Tell whether a head is the embedding in truth: a config may say so of a model with a head of its own."""
+    if not model.config.tie_word_embeddings:
+        return False
+    is_shared = model.lm_head.weight is model.transformer.wte.weight
+    return is_shared or lm_head.is_meta or torch.equal(lm_head, wte)
 
 
 def _trunk_names(n_layer: int) -> Iterator[tuple[str | tuple[str], str | list[str]]]:

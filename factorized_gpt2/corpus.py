@@ -1,18 +1,19 @@
 """Real English that every Python carries, for the demo: nothing downloaded, nothing copied here."""
 
 import ast
+import json
 import sysconfig
 import warnings
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from pydoc_data import topics
 
-from datasets import Dataset
 from tokenizers import ByteLevelBPETokenizer
 from transformers import PreTrainedTokenizerFast
 
 from .errors import UserError
 from .files import replacing_folder
+from .tokenizer_files import save_tokenizer
 
 END_OF_TEXT = "<|endoftext|>"
 
@@ -57,8 +58,9 @@ def write_python_corpus(folder: Path, vocab_size: int) -> tuple[int, int]:
     training, validation = hold_out(python_documents())
     with replacing_folder(folder) as temporary:
         for name, texts in (("train", training), ("validation", validation)):
-            Dataset.from_dict({"text": texts}).to_json(temporary / f"{name}.jsonl")
-        train_tokenizer(training, vocab_size).save_pretrained(temporary / "tokenizer")
+            lines = [json.dumps({"text": text}) + "\n" for text in texts]
+            (temporary / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
+        save_tokenizer(train_tokenizer(training, vocab_size), temporary / "tokenizer")
     return len(training), len(validation)
 
 

@@ -1,4 +1,9 @@
-"""Text to packed blocks of token ids, through `datasets`: cached on disk and flat in memory, or streamed."""
+"""Text to packed blocks of token ids, through `datasets`: cached on disk and flat in memory, or streamed.
+
+Files of token ids need neither, and so `datasets` is imported only where text is read.
+"""
+
+from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
@@ -6,28 +11,29 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from datasets import Dataset, Features, IterableDataset, List, Value, get_dataset_split_names, load_dataset
-from datasets import logging as datasets_logging
-from datasets.fingerprint import Hasher
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
 from .documents import parts_of_documents, pieces_of_documents
 from .errors import UserError, blaming, first_line, silenced
 from .text_files import kind_of, read_rows
+from .token_file import SUFFIX as TOKEN_SUFFIX
+from .token_file import TokenBlocks, is_token_file, load_token_blocks
 from .tokenization import end_of_text
 from .tokenization import load_tokenizer as load_tokenizer
 from .tokenization import vocabulary_size as vocabulary_size
 
-IGNORED_LABEL = -100
+if TYPE_CHECKING:
+    import datasets
+    from datasets import Dataset, IterableDataset
 
-_TEXT_TYPES = (Value("string"), Value("large_string"), Value("string_view"))
-_TEXT = Features({"text": Value("large_string")})
 _FILE_SETTINGS = "train_file, validation_file, eval_file, calibration_file"
+IGNORED_LABEL = -100
 
 
 @dataclass(frozen=True)
@@ -35,7 +41,8 @@ class TextSource:
     """Where text comes from: a dataset of the Hub, or local files.
 
     Attributes:
-        files: Local files, of the kinds that `text_files.kind_of` knows; when there are none, `dataset_name` is read.
+        files: Local files, of the kinds that `text_files.kind_of` knows, or files of token ids (.bin); when there are
+            none, `dataset_name` is read.
         dataset_name: Hub id.
         dataset_config_name: Configuration of that dataset.
         split: Split of that dataset.
@@ -57,6 +64,21 @@ class TextSource:
         if self.files:
             return ", ".join(self.files)
         return " ".join(filter(None, (self.dataset_name, self.dataset_config_name, self.split)))
+
+    @property
+    def is_tokenized(self) -> bool:
+        """Whether it is files of token ids, rather than text.
+
+        Raises:
+            UserError: It is both, or has a `document_start` that token ids cannot match.
+        """
+        names = [name for name in self.files if is_token_file(name)]
+        if names and len(names) < len(self.files):
+            other = next(name for name in self.files if not is_token_file(name))
+            raise UserError(f"{names[0]} holds token ids, {other} text: give files of one kind.")
+        if names and self.document_start:
+            raise UserError(f"{names[0]} holds documents joined already: document_start is for text.")
+        return bool(names)
 
     def load(self, streaming: bool = False) -> list[tuple[Dataset | IterableDataset, re.Pattern | None]]:
         """Load the text.
@@ -82,6 +104,8 @@ class TextSource:
             path = Path(name)
             if not path.is_file():
                 raise UserError(f"The file {name} does not exist.")
+            if path.suffix == TOKEN_SUFFIX:
+                raise UserError(f"{name} holds token ids: this needs text.")
             loaded.append((self._load_file(path, streaming), pattern if kind_of(path) == "text" else every_row))
         return loaded
 
@@ -111,9 +135,11 @@ class TextSource:
             )
         with _reading(name):
             try:
-                dataset = load_dataset(name, self.dataset_config_name, split=self.split, streaming=streaming)
+                dataset = _datasets().load_dataset(
+                    name, self.dataset_config_name, split=self.split, streaming=streaming
+                )
             except ValueError as error:  # among others of a split that is not there
-                splits = get_dataset_split_names(name, self.dataset_config_name)
+                splits = _datasets().get_dataset_split_names(name, self.dataset_config_name)
                 if re.split(r"[\[+]", self.split)[0] in splits:
                     raise
                 raise UserError(
@@ -124,30 +150,41 @@ class TextSource:
             columns = dataset.column_names or list(next(iter(dataset), {}))
         if column not in columns:
             raise UserError(f"{name} has no column {column!r}; its columns are {', '.join(columns)}.")
-        kind = (dataset.features or {}).get(column, _TEXT_TYPES[0])
-        if kind not in _TEXT_TYPES:
+        text_types = [_datasets().Value(kind) for kind in ("string", "large_string", "string_view")]
+        kind = (dataset.features or {}).get(column, text_types[0])
+        if kind not in text_types:
             raise UserError(f"{name}: the column {column!r} does not hold text but {getattr(kind, 'dtype', kind)}.")
         dataset = dataset.select_columns([column])
         return dataset if column == "text" else dataset.rename_column(column, "text")
 
     def _load_file(self, path: Path, streaming: bool) -> Dataset | IterableDataset:
         settings = {"path": str(path), "column": self.text_column}
-        making = {"generator": read_rows, "gen_kwargs": settings, "features": _TEXT}
+        making = {"generator": read_rows, "gen_kwargs": settings, "features": _text_features()}
         with _reading(str(path)):
             if next(read_rows(**settings), None) is None:  # also, what cannot be read is better known before a run
                 raise UserError(f"{path} has no text: it is empty.")
             if streaming:
-                return IterableDataset.from_generator(**making)
+                return _datasets().IterableDataset.from_generator(**making)
             file = path.stat()
             identity = (str(path.resolve()), file.st_mtime_ns, file.st_size, self.text_column)
-            return Dataset.from_generator(**making, fingerprint=Hasher.hash(identity))
+            return _datasets().Dataset.from_generator(**making, fingerprint=_hash(identity))
+
+
+def _datasets() -> ModuleType:
+    with blaming(f"Text is read with the package datasets, which files of token ids ({TOKEN_SUFFIX}) do without"):
+        import datasets
+    return datasets
+
+
+def _hash(value: Any) -> str:
+    return _datasets().fingerprint.Hasher.hash(value)
 
 
 @contextmanager
 def _reading(name: str) -> Iterator[None]:
     """Turn errors of datasets, and of every reader of files below it, into one that names the text."""
     try:
-        with silenced(datasets_logging):
+        with silenced(_datasets().logging):
             yield
     except UserError:
         raise
@@ -163,11 +200,11 @@ def load_blocks(
     block_size: int,
     keep_tail: bool,
     num_proc: int | None = None,
-) -> Dataset:
+) -> Dataset | TokenBlocks:
     """Tokenize text and pack it into blocks, in order, without overlap or padding.
 
     Documents follow each other with the tokenizer's end-of-text token after each. Both steps are cached on disk, keyed
-    by the text, the tokenizer and the arguments.
+    by the text, the tokenizer and the arguments. Of files of token ids, blocks are read where they lie.
 
     Args:
         source: The text.
@@ -177,20 +214,15 @@ def load_blocks(
         num_proc: Processes that tokenize rows which are documents; `None` for one.
 
     Returns:
-        Dataset with the column `input_ids`, int32 arrays of `block_size`.
+        Rows of `input_ids`, int64 arrays of `block_size`.
 
     Raises:
         UserError: The text cannot be read or gives no block, or the tokenizer has no end of text.
     """
+    if source.is_tokenized:
+        return load_token_blocks(source.files, vocabulary_size(tokenizer), block_size, keep_tail)
     settings = {"block_size": block_size, "eos_token_id": end_of_text(tokenizer), "keep_tail": keep_tail}
-    rules = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else tokenizer  # that is all of it, in Python
-    tokenizer_hash = Hasher.hash((rules, tokenizer.eos_token_id))
-    tokenized = []
-    for text, document_start in source.load():
-        text_hash = text._fingerprint
-        fingerprint = Hasher.hash((text_hash, tokenizer_hash, document_start and document_start.pattern))
-        processes = num_proc if num_proc and len(text) > 10_000 else None
-        tokenized.append(_tokenize(text, document_start, tokenizer, fingerprint=fingerprint, num_proc=processes))
+    tokenized = _tokenized(source, tokenizer, num_proc)
     is_empty = not any(len(row) for dataset in tokenized for row in dataset["input_ids"])
     if is_empty or not any(_pack(tokenized, **settings)):
         tokens = sum(len(row) for dataset in tokenized for row in dataset["input_ids"])
@@ -199,11 +231,11 @@ def load_blocks(
             "smaller block_size."
         )
     # A list among the arguments would be split into shards, each packed for itself; a tuple stays whole.
-    blocks = Dataset.from_generator(
+    blocks = _datasets().Dataset.from_generator(
         _pack,
-        features=Features({"input_ids": List(Value("int32"))}),
+        features=_block_features(),
         gen_kwargs={"tokenized": tuple(tokenized), **settings},
-        fingerprint=Hasher.hash(([dataset._fingerprint for dataset in tokenized], sorted(settings.items()))),
+        fingerprint=_hash(([dataset._fingerprint for dataset in tokenized], sorted(settings.items()))),
     )
     return blocks.with_format("numpy")  # as Python lists, tokens would load four times slower
 
@@ -226,13 +258,24 @@ def stream_blocks(
     Raises:
         UserError: The text cannot be read, or the tokenizer has no end of text.
     """
+    if source.is_tokenized:
+        raise UserError(f"streaming does nothing for {source.name}: token ids are read while training anyway.")
     settings = {"block_size": block_size, "eos_token_id": end_of_text(tokenizer), "keep_tail": False}
     loaded = source.load(streaming=True)
     tokenized = tuple(_tokenize(text, document_start, tokenizer) for text, document_start in loaded)
-    blocks = IterableDataset.from_generator(
-        _pack, features=Features({"input_ids": List(Value("int32"))}), gen_kwargs={"tokenized": tokenized, **settings}
+    blocks = _datasets().IterableDataset.from_generator(
+        _pack, features=_block_features(), gen_kwargs={"tokenized": tokenized, **settings}
     )
     return blocks.shuffle(seed=seed, buffer_size=shuffle_buffer)
+
+
+def token_stream(source: TextSource, tokenizer: PreTrainedTokenizerBase) -> Iterator[np.ndarray]:
+    """Tokenize text and join its documents as `load_blocks` does, in pieces (n,) int32.
+
+    Raises:
+        UserError: The text cannot be read.
+    """
+    return _token_stream(_tokenized(source, tokenizer), end_of_text(tokenizer))
 
 
 def collate_blocks(rows: list[dict]) -> dict[str, torch.Tensor]:
@@ -247,7 +290,27 @@ def collate_blocks(rows: list[dict]) -> dict[str, torch.Tensor]:
     }
 
 
-_TOKENIZED = Features({"input_ids": List(Value("int32")), "starts_document": Value("bool")})
+def _text_features() -> datasets.Features:
+    return _datasets().Features({"text": _datasets().Value("large_string")})
+
+
+def _block_features(**more: str) -> datasets.Features:
+    """Types of the column `input_ids`, and of more by name."""
+    datasets = _datasets()
+    types = {name: datasets.Value(kind) for name, kind in more.items()}
+    return datasets.Features({"input_ids": datasets.List(datasets.Value("int32"))} | types)
+
+
+def _tokenized(source: TextSource, tokenizer: PreTrainedTokenizerBase, num_proc: int | None = None) -> list[Dataset]:
+    """Tokenize what `source.load` returns, cached on disk."""
+    rules = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else tokenizer  # that is all of it, in Python
+    tokenizer_hash = _hash((rules, tokenizer.eos_token_id))
+    tokenized = []
+    for text, document_start in source.load():
+        fingerprint = _hash((text._fingerprint, tokenizer_hash, document_start and document_start.pattern))
+        processes = num_proc if num_proc and len(text) > 10_000 else None
+        tokenized.append(_tokenize(text, document_start, tokenizer, fingerprint=fingerprint, num_proc=processes))
+    return tokenized
 
 
 def _tokenize(
@@ -267,22 +330,23 @@ def _tokenize(
     Returns:
         Dataset with the columns `input_ids` and `starts_document`, a row a piece.
     """
+    features = _block_features(starts_document="bool")
     if document_start is not None and not document_start.pattern:  # every row is a document
         settings = {"fn_kwargs": {"tokenizer": tokenizer}, "batched": True, "remove_columns": ["text"]}
         if cached:
             cached = {"new_fingerprint": cached["fingerprint"], "num_proc": cached["num_proc"], "desc": "Tokenizing"}
-        return text.map(_tokenize_rows, **settings, features=_TOKENIZED, **cached)
+        return text.map(_tokenize_rows, **settings, features=features, **cached)
     settings = {"rows": text, "document_start": document_start, "tokenizer": tokenizer}
-    making = {"generator": _tokenize_parts, "gen_kwargs": settings, "features": _TOKENIZED}
+    making = {"generator": _tokenize_parts, "gen_kwargs": settings, "features": features}
     if not cached:
-        return IterableDataset.from_generator(**making)
-    return Dataset.from_generator(**making, fingerprint=cached["fingerprint"])
+        return _datasets().IterableDataset.from_generator(**making)
+    return _datasets().Dataset.from_generator(**making, fingerprint=cached["fingerprint"])
 
 
 def _tokenize_rows(rows: dict[str, list[str | None]], tokenizer: PreTrainedTokenizerBase) -> dict[str, list]:
     texts, starts = parts_of_documents(rows["text"], re.compile(""))
     encoded = [*_encode(pieces_of_documents(zip(texts, starts, strict=True)), tokenizer)]
-    return {name: [row[name] for row in encoded] for name in _TOKENIZED}
+    return {name: [row[name] for row in encoded] for name in ("input_ids", "starts_document")}
 
 
 def _tokenize_parts(

@@ -38,7 +38,7 @@ class Distillation:
     """A teacher, and how much of the loss it gives.
 
     Attributes:
-        teacher: Its parameters take no gradient; put into evaluation mode.
+        teacher: Without adapters. Its parameters take no gradient; put into evaluation mode.
         weight: w in [0, 1] of `(1 - w) * cross_entropy + w * KL(teacher || student)`.
         temperature: Of both distributions in the divergence.
     """
@@ -54,7 +54,8 @@ class Distillation:
     def row_loss(self, input_ids: torch.Tensor, labels: torch.Tensor) -> RowLoss:
         """Make the mixed loss of a batch, for a model that takes it as `row_loss`.
 
-        Neither model's logits are ever there as a whole. Positions count of which the next label does.
+        Neither model's logits are ever there as a whole. Positions count of which the next label does. Under autocast
+        the teacher computes in its dtype.
 
         Args:
             input_ids: (B, T) int64.
@@ -63,14 +64,17 @@ class Distillation:
         Returns:
             The loss of rows; its sum is in nats.
         """
-        hidden_states = self.teacher.transformer(input_ids, use_cache=False).last_hidden_state.flatten(0, 1)
-        hidden_states = hidden_states.to(self.teacher.dtype)  # [B * T, d]; autocast may have widened it
+        hidden_states = self.teacher.transformer(input_ids, use_cache=False).last_hidden_state
+        states = self.teacher.to_head_width(hidden_states).flatten(0, 1)  # [B * T, k]
+        head, kind = self.teacher.get_output_embeddings().weight, input_ids.device.type
+        # The blocks come later, without autocast: cast once here for all of them.
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else head.dtype
+        states, head = states.to(dtype), head.to(dtype)
         next_labels = nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORED_LABEL).flatten()
 
         def mixed_rows(logits: torch.Tensor, rows: slice) -> tuple[torch.Tensor, torch.Tensor]:
             counts = (next_labels[rows, None] != IGNORED_LABEL).float()
-            teacher_logits = self.teacher.compute_logits(hidden_states[rows])
-            losses, gradients = divergence_rows(logits, teacher_logits, self.temperature)
+            losses, gradients = divergence_rows(logits, states[rows] @ head.T, self.temperature)
             if self.weight == 1:
                 logits.copy_(gradients)
                 return losses * counts, counts

@@ -6,9 +6,8 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
-from datasets import Dataset
 from torch import nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 from transformers import GPT2Config
 
 from .data import IGNORED_LABEL, collate_blocks
@@ -54,7 +53,7 @@ def sum_loss(
     Args:
         model: Takes `input_ids`, `labels` (B, T), `num_items_in_batch` and `skip_logits`, returns `loss`. Its mode is
             restored.
-        blocks: Column `input_ids`.
+        blocks: Rows of `input_ids`.
         batch_size: Blocks a forward pass.
         device: Where the model is.
         context: Makes the context manager around every forward pass, such as autocast.
@@ -108,7 +107,7 @@ def sum_batches(
             on_device = {name: tensor.to(device) for name, tensor in batch.items()}
             with context():
                 outputs = model(**on_device, num_items_in_batch=1, use_cache=False, skip_logits=True)
-            nats += outputs.loss.double().cpu()
+            nats += outputs.loss.cpu().double()
             labels = batch["shift_labels"] if "shift_labels" in batch else batch["labels"][:, 1:]
             tokens += int((labels != IGNORED_LABEL).sum())
     finally:

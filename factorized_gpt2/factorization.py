@@ -1,10 +1,15 @@
 """Matrices to factors: arrays in, arrays out. No model, no files."""
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
-from sklearn.decomposition import PCA
+
+if TYPE_CHECKING:
+    from sklearn.decomposition import PCA
 
 
 @dataclass(frozen=True)
@@ -115,6 +120,8 @@ def check_factorizable(weight: np.ndarray, ranks: Sequence[int], name: str) -> N
 
 
 def _fit_pca(weight: np.ndarray, ranks: Sequence[int], name: str) -> PCA:
+    from sklearn.decomposition import PCA  # not for those who only load a model
+
     check_factorizable(weight, ranks, name)
     # The covariance squares the condition number; in float64 the leading subspace is that of a full SVD.
     with np.errstate(invalid="ignore"):  # equal rows: no variance, and shares of it are 0 / 0

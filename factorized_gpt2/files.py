@@ -1,28 +1,32 @@
 """Writing files and folders so that they are there whole or not at all, whenever the writer or the power is cut off.
 
 What is written goes under a temporary name beside its place, is flushed to the disk and then renamed. A writer that is
-killed leaves at most such a temporary name, which `sweep` clears away.
+killed leaves at most such a temporary name, which `leftovers.sweep` clears away.
 """
 
 import errno
 import json
+import logging
 import math
 import os
-import re
-import secrets
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from .errors import UserError
+from .leftovers import marked_beside, remove
 
-_TEMPORARY = re.compile(r"\.(?P<name>.+)\.[0-9a-f]{8}\.(?P<kind>partial|old)(\.\w+)?")
+logger = logging.getLogger(__name__)
+
 _REFUSALS = (
     *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO),
     *(errno.EROFS, errno.EACCES, errno.EPERM, errno.ENAMETOOLONG),
+    *(errno.ENOTDIR, errno.EISDIR, errno.EEXIST),  # a file where a folder belongs, and the other way round
 )
+_NO_SYNC = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP)  # of some network drives
 _FULL_BYTES = 1 << 20  # a disk with less room than this counts as full
 
 
@@ -33,7 +37,7 @@ def replacing_file(path: Path) -> Iterator[Path]:
     Raises:
         UserError: The file cannot be written, as on a full disk.
     """
-    temporary = _beside(path, "partial", path.suffix)
+    temporary = marked_beside(path, "partial", path.suffix)
     with _writing(path, temporary):
         path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
@@ -47,7 +51,7 @@ def replacing_folder(path: Path) -> Iterator[Path]:
     Raises:
         UserError: The folder cannot be written, as on a full disk.
     """
-    temporary = _beside(path, "partial")
+    temporary = marked_beside(path, "partial")
     with _writing(path, temporary):
         temporary.mkdir(parents=True)
         yield temporary
@@ -65,7 +69,7 @@ def filling_folder(path: Path, last: str) -> Iterator[Path]:
     Raises:
         UserError: The files cannot be written, as on a full disk.
     """
-    temporary = _beside(path / last, "partial")
+    temporary = marked_beside(path / last, "partial")
     with _writing(path, temporary):
         temporary.mkdir(parents=True)
         yield temporary
@@ -82,7 +86,7 @@ def put_in_place(temporary: Path, path: Path) -> None:
     """Flush a file or folder to the disk, and rename it to `path`, in the place of what may be there."""
     _flush(temporary)
     if path.is_dir():
-        old = _beside(path, "old")
+        old = marked_beside(path, "old")
         path.rename(old)
         try:
             temporary.rename(path)
@@ -97,25 +101,9 @@ def put_in_place(temporary: Path, path: Path) -> None:
 
 def remove_folder(path: Path) -> None:
     """Remove a folder so that it is gone at once and never half there."""
-    trash = _beside(path, "partial")
+    trash = marked_beside(path, "partial")
     path.rename(trash)
-    _remove(trash)
-
-
-def sweep(folder: Path) -> None:
-    """Clear away what killed writers left in a folder, and put back what one of them was about to replace.
-
-    Only for one who writes there alone.
-    """
-    for path in folder.glob(".*"):
-        match = _TEMPORARY.fullmatch(path.name)
-        if match is None:
-            continue
-        original = folder / match["name"]
-        if match["kind"] == "old" and not original.exists():
-            path.rename(original)
-        else:
-            _remove(path)
+    remove(trash)
 
 
 @contextmanager
@@ -210,25 +198,13 @@ def _without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return content
 
 
-def _beside(path: Path, kind: str, suffix: str = "") -> Path:
-    """Make up a temporary name: with a suffix where a library looks at it."""
-    return path.with_name(f".{path.name}.{secrets.token_hex(4)}.{kind}{suffix}")
-
-
 @contextmanager
 def _writing(path: Path, temporary: Path) -> Iterator[None]:
     try:
         with explaining_refusals(path):
             yield
     finally:
-        _remove(temporary)
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path, ignore_errors=True)
-    else:
-        path.unlink(missing_ok=True)
+        remove(temporary)
 
 
 def _free_bytes(folder: Path) -> int:
@@ -242,7 +218,7 @@ def _flush(path: Path) -> None:
     for file in path.rglob("*") if path.is_dir() else [path]:
         if file.is_file():
             with file.open("r+b") as opened:
-                os.fsync(opened.fileno())
+                _sync(opened.fileno())
         else:
             _flush_names(file)
     if path.is_dir():
@@ -255,6 +231,20 @@ def _flush_names(folder: Path) -> None:
         return
     descriptor = os.open(folder, os.O_RDONLY)
     try:
-        os.fsync(descriptor)
+        _sync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _sync(descriptor: int) -> None:
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in _NO_SYNC:
+            raise
+        _warn_of_sync(os.strerror(error.errno))
+
+
+@cache  # once is enough
+def _warn_of_sync(reason: str) -> None:
+    logger.warning("This drive cannot be told to flush what is written (%s); a power cut may lose some of it.", reason)

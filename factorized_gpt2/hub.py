@@ -38,6 +38,7 @@ from .files import read_json
 from .model_card import History, Measurement, adapter_card, model_card
 from .modeling_factorized_gpt2 import FactorizedGPT2, FactorizedGPT2Model
 from .results import RESULTS_NAME
+from .tokenizer_files import portable_config
 
 AUTO_CLASSES = {
     "AutoConfig": FactorizedGPT2Config,
@@ -171,7 +172,9 @@ def _model_files(folder: Path) -> dict[str, Path | bytes]:
             files[name] = folder / name
     files |= {f"{CHAT_TEMPLATE_DIR}/{path.name}": path for path in (folder / CHAT_TEMPLATE_DIR).glob("*.jinja")}
     if TOKENIZER_CONFIG_FILE in files:
-        files[TOKENIZER_CONFIG_FILE] = _as_json(_without_code(read_json(folder / TOKENIZER_CONFIG_FILE)))
+        files[TOKENIZER_CONFIG_FILE] = _as_json(
+            portable_config(_without_code(read_json(folder / TOKENIZER_CONFIG_FILE)))
+        )
     for name in (RECORD_NAME, RESULTS_NAME):
         if (folder / name).is_file():
             files[name] = _as_json(_without_paths(read_json(folder / name)))

@@ -20,6 +20,7 @@ from .files import read_json
 from .markdown import code, escaped
 from .results import Results
 
+TRANSFORMERS = "5.10"  # the oldest version that the code of the network runs with
 TAGS = ["factorized_gpt2", "custom_code", "text-generation"]
 
 _METHODS = {
@@ -94,8 +95,9 @@ class History:
         start = folder if results is None else Path(settings.get("compressed") or folder)
         if (start / RECORD_NAME).exists():
             return cls(read_json(start / RECORD_NAME), results)
-        method = "pca" if results and results.family.startswith("pca") else None
-        return cls({"baseline": settings.get("compressed") or settings.get("baseline"), "method": method}, results)
+        start = settings.get("compressed")
+        by_pca = results is not None and start is None and results.family.startswith("pca-")
+        return cls({"baseline": start or settings.get("baseline"), "method": "pca" if by_pca else None}, results)
 
     @property
     def base(self) -> str | None:
@@ -160,12 +162,13 @@ def model_card(
         data,
         f"# {name}",
         _architecture(config),
-        _origin(history, base_model),
+        _origin(config.is_factorized, history, base_model),
         *_table(own, measured),
         *(f"![{escaped(Path(plot).stem.replace('_', ' '))}]({quote(plot, safe='')})" for plot in plots),
         "## Use",
         _python(*remote),
-        "This runs the code in this repository, which needs `torch` and `transformers` and is under the MIT licence. "
+        f"This runs the code in this repository, which needs `torch` and `transformers` {TRANSFORMERS} or later (and "
+        "below 6), and is under the MIT licence. "
         "With the package `factorized_gpt2` no code of the repository runs:",
         _python(*package),
     )
@@ -200,16 +203,19 @@ def adapter_card(
         "model = model.merge_and_unload()  # as small as the base, and as fast",
     )
     targets = ", ".join(map(code, sorted(lora["target_modules"])))
+    is_factorized = results is None or results.n_embd_wte is not None
+    adapted = "a GPT-2 with a factorized vocabulary" if is_factorized else "a GPT-2"
     data = _metadata(name, measured, history, base_model, license, library_name="peft", tags=[*TAGS, "lora"])
     return _card(
         data,
         f"# {name}",
         f"A LoRA adapter of rank {escaped(lora['r'])}, alpha {escaped(lora['lora_alpha'])}, on {targets} of "
-        f"[{base_model}](/{base_model}), a GPT-2 with a factorized vocabulary.",
+        f"[{base_model}](/{base_model}), {adapted}.",
         *([_training(history), *_table(Figures.of(results, "with this adapter"), measured)] if results else ()),
         "## Use",
         _python(*loading),
-        "`trust_remote_code` runs the code in the base's repository; it is not needed after `import factorized_gpt2`.",
+        "`trust_remote_code` runs the code in the base's repository, which needs `transformers` "
+        f"{TRANSFORMERS} or later (and below 6); it is not needed after `import factorized_gpt2`.",
     )
 
 
@@ -263,11 +269,11 @@ def _architecture(config: FactorizedGPT2Config) -> str:
     )
 
 
-def _origin(history: History, base_model: str | None) -> str:
+def _origin(is_factorized: bool, history: History, base_model: str | None) -> str:
     """Say in a few sentences how a model was made."""
     recipe, sentences = history.recipe, []
     base = f"[{base_model}](/{base_model})" if base_model else code(Path(history.base).name) if history.base else None
-    if base and recipe.get("method"):
+    if base and is_factorized and recipe.get("method"):
         refined = recipe.get("refine_steps")
         refined = f", refined for {escaped(refined)} steps to predict what it predicts" if refined else ""
         method = f"{_METHODS.get(recipe['method'], 'a factorization')} ({code(recipe['method'])})"

@@ -1,5 +1,7 @@
 """Checkpoints of nanoGPT, and of its factorized descendant ReaLLMASIC/nanoGPT, to models of this package."""
 
+import argparse
+import logging
 import re
 import warnings
 from collections.abc import Mapping
@@ -13,13 +15,21 @@ from .configuration_factorized_gpt2 import FactorizedGPT2Config
 from .errors import UserError, first_line
 from .modeling_factorized_gpt2 import FactorizedGPT2
 from .old_factor_files import SCALE_BIAS, replace_vocabulary
-from .old_options import OldNetwork, read_options
+from .old_options import NAMES_ACTIVATION, OldNetwork, read_options
+from .weight_files import refuse_pointers
+from .weight_names import plain_name
+
+logger = logging.getLogger(__name__)
 
 _GPT2_END_OF_TEXT = 50256
 
 
 def load_old_checkpoint(
-    path: str | Path, *, wte_npy: str | Path | None = None, scale_npz: str | Path | None = None
+    path: str | Path,
+    *,
+    wte_npy: str | Path | None = None,
+    scale_npz: str | Path | None = None,
+    activation_function: str | None = None,
 ) -> FactorizedGPT2:
     """Load `ckpt.pt` of nanoGPT or of its factorized descendant; nothing in it is executed.
 
@@ -29,6 +39,7 @@ def load_old_checkpoint(
             imports it.
         scale_npz: `scale_up` and `scale_down` float, each as (k, d) or (d, k), that take the place of the
             checkpoint's. The protocol's factor files may bring `mean` and `lm_head` too.
+        activation_function: As in `from_old_weights`.
 
     Returns:
         A model in evaluation mode, float32, factorized if the checkpoint is or the files make it so. All rows of
@@ -40,20 +51,31 @@ def load_old_checkpoint(
     """
     weights, options = _read_checkpoint(Path(path))
     try:
-        return from_old_weights(*replace_vocabulary(weights, options, wte_npy, scale_npz))
+        model = from_old_weights(*replace_vocabulary(weights, options, wte_npy, scale_npz), activation_function)
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
+    if activation_function is None and NAMES_ACTIVATION not in options:
+        logger.info(
+            "%s does not say which GELU its network has: it is taken for the exact one, nanoGPT's since May 2023; "
+            "older ones have the tanh approximation, which is --activation_function gelu_new.",
+            path,
+        )
+    return model
 
 
-def from_old_weights(weights: Mapping[str, torch.Tensor], options: Mapping[str, Any]) -> FactorizedGPT2:
+def from_old_weights(
+    weights: Mapping[str, torch.Tensor], options: Mapping[str, Any], activation_function: str | None = None
+) -> FactorizedGPT2:
     """Convert the weights of nanoGPT or of its factorized descendant.
 
     Biases that the network does not have become zeros. Where `scale_up` and `scale_down` were one matrix they become
     two of equal values, and so do layers that shared theirs.
 
     Args:
-        weights: The checkpoint's `model`, state dict names, with or without the prefix that compiling leaves.
+        weights: The checkpoint's `model`, state dict names, with or without what wrappers leave in them.
         options: The checkpoint's `model_args`.
+        activation_function: What the feed-forward networks compute, as transformers names it, where the options do
+            not say so: "gelu", the default, or "gelu_new", the approximation that nanoGPT had until May 2023.
 
     Returns:
         A new model in evaluation mode, float32, which shares no memory with `weights`.
@@ -61,7 +83,7 @@ def from_old_weights(weights: Mapping[str, torch.Tensor], options: Mapping[str, 
     Raises:
         UserError: As `load_old_checkpoint`.
     """
-    network, left = read_options(options), _Weights(weights)
+    network, left = read_options(options, activation_function), _Weights(weights)
     state = _vocabulary(left, network)
     for layer in range(network.n_layer):
         state |= _block(left, network, layer)
@@ -93,8 +115,10 @@ def from_old_weights(weights: Mapping[str, torch.Tensor], options: Mapping[str, 
 
 def _read_checkpoint(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """Read a checkpoint's weights and options, refusing everything that would have to be executed."""
+    refuse_pointers([path])
     try:
-        with warnings.catch_warnings():
+        # Of the settings of a run, which are plain values in either case.
+        with warnings.catch_warnings(), torch.serialization.safe_globals([argparse.Namespace]):
             warnings.simplefilter("ignore")  # of pickles that are no checkpoints, which are refused anyway
             content = torch.load(path, map_location="cpu", weights_only=True)
     except UnpicklingError as error:
@@ -110,13 +134,21 @@ def _read_checkpoint(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any
     for name in ("model", "model_args"):
         if not isinstance(content.get(name), dict):
             raise UserError(f"{path} is not a checkpoint of nanoGPT: it has no {name!r}.")
-    unknown = sorted(map(repr, content.keys() - _CONTENT))
+    if content.get("nan"):
+        raise UserError(
+            f"{path} was saved when its loss had become NaN, at iteration {content.get('nan_iter_num')!r}: take an "
+            "earlier checkpoint."
+        )
+    unknown = sorted(repr(name) for name in content.keys() - _CONTENT if content[name] is not None)
     if unknown:
         raise UserError(f"{path} holds {', '.join(unknown[:3])}, which a checkpoint of nanoGPT does not.")
     return content["model"], content["model_args"]
 
 
-_CONTENT = {"model", "model_args", "optimizer", "scheduler", "iter_num", "best_val_loss", "best_iter", "config"}
+_CONTENT = {
+    *("model", "model_args", "optimizer", "scheduler", "iter_num", "best_val_loss", "best_iter", "config"),
+    *("nan", "nan_iter_num"),
+}
 
 
 class _Weights:
@@ -125,7 +157,7 @@ class _Weights:
     def __init__(self, weights: Mapping[str, torch.Tensor]):
         self._left: dict[str, torch.Tensor] = {}
         for name, weight in weights.items():
-            plain = str(name).removeprefix("_orig_mod.")  # left by torch.compile
+            plain = plain_name(str(name))
             if plain in self._left:
                 raise UserError(f"The weight {plain!r} is there twice.")
             self._left[plain] = weight

@@ -15,6 +15,8 @@ from .errors import UserError, first_line
 from .factorization import Factors
 from .files import replacing_file
 from .modeling_factorized_gpt2 import FactorizedGPT2
+from .weight_files import refuse_pointers
+from .weight_names import plain_name
 
 SCALE_BIAS = "transformer.scale_up.bias"  # a name that no checkpoint has, for the mean in the protocol's files
 
@@ -66,7 +68,7 @@ def replace_vocabulary(
         if "lm_head" in arrays:
             new["lm_head.weight"] = arrays["lm_head"].T
             options |= {"wte_weight_tying": False, "import_wte_npy": None}
-    kept = {name: weight for name, weight in weights.items() if str(name).removeprefix("_orig_mod.") not in new}
+    kept = {name: weight for name, weight in weights.items() if plain_name(str(name)) not in new}
     return kept | new, options
 
 
@@ -135,6 +137,7 @@ def write_old_factors(source: FactorizedGPT2 | Factors, wte_npy: str | Path, sca
 
 
 def _read_npy(path: Path) -> torch.Tensor:
+    refuse_pointers([path])
     try:
         array = np.load(path, allow_pickle=False)
     except Exception as error:  # numpy has many kinds for what is not its own
@@ -145,6 +148,7 @@ def _read_npy(path: Path) -> torch.Tensor:
 
 
 def _read_npz(path: Path) -> dict[str, torch.Tensor]:
+    refuse_pointers([path])
     try:
         with np.load(path, allow_pickle=False) as file:
             arrays = dict(file)

@@ -6,6 +6,8 @@ from typing import Any
 
 from .errors import UserError
 
+NAMES_ACTIVATION = "activation_variant"  # the descendant's option; nanoGPT has none
+
 
 @dataclass(frozen=True)
 class OldNetwork:
@@ -44,19 +46,22 @@ class OldNetwork:
     scales_tied: bool
 
 
-def read_options(options: Mapping[str, Any]) -> OldNetwork:
+def read_options(options: Mapping[str, Any], activation_function: str | None = None) -> OldNetwork:
     """Read `model_args` of nanoGPT or of its factorized descendant.
 
     An option that is in no list below is taken for a feature, and must be off: `None`, `False` or an empty list.
 
     Args:
         options: Options by name. Those that nanoGPT does not have may be missing.
+        activation_function: What the feed-forward networks compute, as transformers names it, where the options do
+            not say so; by default the exact GELU.
 
     Returns:
         The network.
 
     Raises:
-        UserError: An option that is missing, mistyped, or asks for what a GPT-2 does not compute, by name.
+        UserError: An option that is missing, mistyped, or asks for what a GPT-2 does not compute, by name; another
+            activation function than that of the options.
     """
     _refuse_other_networks(options)
     size = {name: _size(options, name) for name in ("n_layer", "n_head", "n_embd", "block_size", "vocab_size")}
@@ -70,9 +75,6 @@ def read_options(options: Mapping[str, Any]) -> OldNetwork:
         raise UserError(
             f"n_embd_wte={rank} is not smaller than n_embd={width}: such a factorization is not supported."
         )
-    activation = options.get("activation_variant", "gelu")
-    if not isinstance(activation, str) or activation not in _ACTIVATIONS:
-        raise UserError(f"activation_variant={_shown(activation)} is not supported, only {', '.join(_ACTIVATIONS)}.")
     dropout = options.get("dropout", 0.0)
     if isinstance(dropout, bool) or not isinstance(dropout, int | float) or not 0 <= dropout < 1:
         raise UserError(f"dropout={_shown(dropout)} is not a probability.")
@@ -84,7 +86,7 @@ def read_options(options: Mapping[str, Any]) -> OldNetwork:
         **size,
         n_embd_wte=rank,
         n_inner=inner,
-        activation=_ACTIVATIONS[activation],
+        activation=_activation(options, activation_function),
         dropout=float(dropout),
         bias=bias,
         up_bias=_switch(options, "mlp_up_bias", bias),
@@ -93,6 +95,20 @@ def read_options(options: Mapping[str, Any]) -> OldNetwork:
         tied=_switch(options, "wte_weight_tying", True) or bool(options.get("import_wte_npy")),
         scales_tied=_switch(options, "n_embd_wte_scale_tying", True),
     )
+
+
+def _activation(options: Mapping[str, Any], asked: str | None) -> str:
+    if NAMES_ACTIVATION not in options:
+        return asked or "gelu"
+    variant = options[NAMES_ACTIVATION]
+    if not isinstance(variant, str) or variant not in _ACTIVATIONS:
+        raise UserError(f"{NAMES_ACTIVATION}={_shown(variant)} is not supported, only {', '.join(_ACTIVATIONS)}.")
+    named = _ACTIVATIONS[variant]
+    if asked not in (None, named):
+        raise UserError(
+            f"activation_function={asked} contradicts the checkpoint's own {NAMES_ACTIVATION}={variant!r}."
+        )
+    return named
 
 
 def _refuse_other_networks(options: Mapping[str, Any]) -> None:
@@ -139,7 +155,7 @@ _ACTIVATIONS = {"gelu": "gelu", "relu": "relu", "squared_relu": "relu2", "silu":
 
 _READ = {
     *("n_layer", "n_head", "n_kv_group", "n_embd", "block_size", "vocab_size", "n_embd_wte", "mlp_size"),
-    *("mlp_expansion_factor", "activation_variant", "dropout", "bias", "mlp_up_bias", "mlp_down_bias"),
+    *("mlp_expansion_factor", NAMES_ACTIVATION, "dropout", "bias", "mlp_up_bias", "mlp_down_bias"),
     *("wte_weight_tying", "n_embd_wte_scale_tying"),
 }
 
@@ -153,6 +169,7 @@ _REQUIRED = {
     "norm_variant_attn": "layernorm",
     "norm_variant_output": "layernorm",
     "layernorm_variant": "layernorm",
+    "softmax_variant": "softmax",
     "softmax_variant_attn": "softmax",
     "softmax_variant_output": "softmax",
     "use_abs_pos_embeddings": True,
@@ -177,7 +194,8 @@ _IDLE = {
     *("attn_resid_const", "mlp_resid_const", "use_attn_resid_const", "use_mlp_resid_const"),
     *("learn_attn_resid_const", "learn_mlp_resid_const", "import_scale_matrices_npz", "export_scale_matrices_npz"),
     *("import_scale_matrices_freeze", "softmax_io_logging", "consmax_beta_gamma_logging"),
-    *("export_wte_each_eval", "export_scale_matrices_each_eval", "plot_statistics"),
+    *("export_wte_each_eval", "export_scale_matrices_each_eval", "plot_statistics", "softmax_IO_interval"),
+    *("shared_mlp_grouping", "shared_attn_grouping", "num_of_points", "quant_level", "max_iters"),
 }
 _IDLE_PREFIXES = (
     *("consmax_", "constantmax_", "exppolymax_", "pfla_", "polymax_", "relu2max_", "relumax_", "sigmoidmax_"),

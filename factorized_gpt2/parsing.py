@@ -4,18 +4,45 @@ import argparse
 import difflib
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from importlib import resources
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from transformers import HfArgumentParser
 
+from .command_names import as_called
 from .errors import UserError, blaming
 from .files import read_json
 from .help_pages import HelpPage, epilog, hide_negations
 from .setting_values import check_values
 
-CONFIG_FOLDERS = (Path("configs"), Path(__file__).resolve().parents[1] / "configs")
+
+def _shipped_configs() -> Path:
+    """Find the configs that come with this package: an installed one holds them, in a checkout they lie beside it."""
+    package = Path(str(resources.files(__package__)))
+    installed = package / "configs"
+    return installed if installed.is_dir() else package.parent / "configs"
+
+
+CONFIG_FOLDERS = (Path("configs"), _shipped_configs())
+
+
+def find_config(name: str) -> Path | None:
+    """Find a config's file by its path, or by its name under `configs/`, here or as it was shipped.
+
+    Args:
+        name: The path or name, as in `baseline.json`, `baseline` or `configs/accelerate/two_gpus.yaml`.
+
+    Returns:
+        The first that there is, `None` where there is none.
+    """
+    folders = [Path(), *CONFIG_FOLDERS]
+    if Path(name).parts[:1] == (CONFIG_FOLDERS[0].name,):
+        folders.append(CONFIG_FOLDERS[1].parent)
+    candidates = [str(folder / (name + suffix)) for suffix in ("", ".json") for folder in folders]
+    return next((Path(path) for path in candidates if os.path.isfile(path)), None)
 
 
 def load_config(name: str, heirs: tuple[Path, ...] = ()) -> dict[str, Any]:
@@ -28,9 +55,7 @@ def load_config(name: str, heirs: tuple[Path, ...] = ()) -> dict[str, Any]:
     Raises:
         UserError: There is no such config (the message lists those there are), or it extends itself.
     """
-    candidates = [Path(name), *(folder / name for folder in CONFIG_FOLDERS)]
-    candidates += [path.with_name(path.name + ".json") for path in candidates]
-    found = next((path for path in candidates if os.path.isfile(path)), None)
+    found = find_config(name)
     if found is None:
         known = sorted({path.name for folder in CONFIG_FOLDERS for path in folder.glob("*.json")})
         near = difflib.get_close_matches(name, known, n=1)
@@ -53,6 +78,9 @@ DEBUG = "--debug"
 _DEBUG_HELP = "Show where an error comes from, with its traceback."
 
 
+_NOTHING = (None, "", False, [], [""])  # ways to leave an option out
+
+
 class ManualParser(HfArgumentParser):
     """`HfArgumentParser` without abbreviations, whose every complaint is a `UserError`, and whose help is a page.
 
@@ -61,6 +89,9 @@ class ManualParser(HfArgumentParser):
         usage: The words that most calls need.
         examples: Whole commands, without `python`.
         remark: What there is to say beside the options.
+        refused: Options that the dataclasses have and the command does not take, with the reason; they may have their
+            defaults, and are not on the page.
+        elsewhere: Options of other programs, with what stands for them here.
         **kwargs: What `ArgumentParser` takes.
     """
 
@@ -70,16 +101,26 @@ class ManualParser(HfArgumentParser):
         usage: str = "%(prog)s [option ...]",
         examples: Sequence[str] = (),
         remark: str = "",
+        refused: Mapping[str, str] = MappingProxyType({}),
+        elsewhere: Mapping[str, str] = MappingProxyType({}),
         **kwargs: Any,
     ):
         page = {"formatter_class": HelpPage, "usage": usage, "epilog": epilog(examples, remark)}
         super().__init__(dataclass_types, allow_abbrev=False, **page, **kwargs)
+        self._refused, self._elsewhere = refused, elsewhere
         hide_negations(self)
+        for action in self._actions:
+            if action.dest in refused:
+                action.help = argparse.SUPPRESS
         taken = next((action for action in self._actions if action.dest == "debug"), None)
         if taken is None:
             self.add_argument(DEBUG, action="store_true", default=argparse.SUPPRESS, help=_DEBUG_HELP)
         else:  # Trainer's own debugging, which needs a value
-            taken.nargs, taken.help = "*", f"{_DEBUG_HELP} With a value: {taken.help}"
+            taken.nargs, taken.type, taken.help = "*", str, _DEBUG_HELP
+
+    def format_help(self) -> str:
+        """Write the page, with the commands' names as this one was called."""
+        return as_called(super().format_help())
 
     def error(self, message: str) -> None:
         """Complain of one argument."""
@@ -101,16 +142,28 @@ class ManualParser(HfArgumentParser):
     def parse_known_args(self, args: list[str] | None = None, namespace: Any = None) -> tuple[Any, list[str]]:
         """Parse what is known, and judge every value by its setting's name."""
         namespace, rest = super().parse_known_args(args, namespace)
+        self._refuse(vars(namespace))
         check_values(vars(namespace))
         return namespace, rest
 
+    def _refuse(self, settings: Mapping[str, Any]) -> None:
+        first = {action.dest: action for action in reversed(self._actions)}  # whose default counts
+        for name, reason in self._refused.items():
+            value, default, kind = settings.get(name), first[name].default, first[name].type
+            if isinstance(default, str) and callable(kind):
+                default = kind(default)  # as argparse does
+            if value != default and (default or value not in _NOTHING):
+                raise UserError(f"{name} is not taken: {reason}")
+
     def refuse_unknown(self, names: Iterable[str], kind: str) -> None:
         """Refuse names that are no argument, and say which known one is nearest."""
-        known = sorted({action.dest for action in self._actions} - {"help", "config", "print_config"})
+        known = {action.dest for action in self._actions} - {"help", "config", "print_config"}
         for name in names:
             if name not in known:
-                near = difflib.get_close_matches(name.lstrip("-"), known, n=1)
-                raise UserError(f"Unknown {kind} {name!r}." + (f" Did you mean {near[0]!r}?" if near else ""))
+                near = difflib.get_close_matches(name.lstrip("-"), sorted(known - set(self._refused)), n=1)
+                hint = f" Did you mean {near[0]!r}?" if near else ""
+                successor = self._elsewhere.get(setting_name(name))
+                raise UserError(f"Unknown {kind} {name!r}" + (f": {successor}." if successor else f".{hint}"))
 
 
 def take_debug(words: Sequence[str]) -> tuple[bool, list[str]]:

@@ -5,10 +5,10 @@ import sys
 from collections.abc import Callable
 from typing import Any, TextIO
 
-import datasets
 import huggingface_hub.utils
 from tqdm import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.utils import is_datasets_available
 from transformers.utils import logging as transformers_logging
 
 logger = logging.getLogger(__name__)
@@ -88,5 +88,8 @@ def hide_bars_of_libraries() -> None:
     """Keep the bars of transformers, datasets and huggingface_hub out of what is no terminal."""
     if not sys.stderr.isatty():
         transformers_logging.disable_progress_bar()
-        datasets.disable_progress_bars()
+        if is_datasets_available():
+            import datasets
+
+            datasets.disable_progress_bars()
         huggingface_hub.utils.disable_progress_bars()

@@ -4,7 +4,8 @@ import platform
 import resource
 import subprocess
 import sys
-from importlib.metadata import version
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
@@ -13,8 +14,12 @@ _REPORTED_LIBRARIES = ("torch", "transformers", "peft", "accelerate", "datasets"
 
 
 def versions() -> dict[str, str]:
-    """Name the versions of Python and of the libraries that results depend on."""
-    return {"python": platform.python_version()} | {name: version(name) for name in _REPORTED_LIBRARIES}
+    """Name the versions of Python and of those libraries that results depend on, as far as they are installed."""
+    found = {"python": platform.python_version()}
+    for name in _REPORTED_LIBRARIES:
+        with suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found
 
 
 def git_commit() -> str | None:

@@ -6,7 +6,7 @@ import math
 import tempfile
 
 import torch
-from datasets import Dataset
+from torch.utils.data import Dataset
 from transformers import PrinterCallback, TrainingArguments
 
 from .adapters import set_dropout
@@ -28,41 +28,50 @@ _FAR = 0.25  # divergence of a start, in nats a token, from which on it learns a
 
 
 def refine(
-    model: FactorizedGPT2, baseline: FactorizedGPT2, blocks: Dataset, steps: int, seed: int = 0, progress: bool = False
+    model: FactorizedGPT2,
+    baseline: FactorizedGPT2,
+    blocks: Dataset,
+    steps: int,
+    seed: int = 0,
+    progress: bool = False,
+    device: torch.device | str = "cpu",
 ) -> FactorizedGPT2:
     """Train `wte`, `scale_up`, `scale_down` (and an untied `lm_head`) on KL(baseline || model); the trunk is frozen.
 
-    AdamW with a cosine schedule down to a twentieth of the learning rate, `TOKENS_PER_STEP` tokens a step, no dropout,
-    in float32, half precision for the teacher where there is CUDA. The divergence is quadratic in the distance of the
-    weights, so the learning rate goes with the root of the start's divergence, up to `LARGEST_LEARNING_RATE`: a good
-    start takes small steps, and keeps what it has.
+    AdamW with a cosine schedule down to a twentieth of the learning rate, `TOKENS_PER_STEP` tokens a step, no dropout.
+    Both models compute in float32: half precision alone moves a teacher by as much as a good start is away from it.
+    The divergence is quadratic in the distance of the weights, so the learning rate goes with the root of the start's
+    divergence, up to `LARGEST_LEARNING_RATE`: a good start takes small steps, and keeps what it has.
 
     Args:
         model: Factorized. It is not changed.
         baseline: The model that it was made of.
-        blocks: Text to match on, column `input_ids`; used more than once if it is too short.
+        blocks: Text to match on, rows of `input_ids`; used more than once if it is too short.
         steps: How many steps.
         seed: Of the order of the blocks.
         progress: Whether to show a bar.
+        device: Where to train; as `check_device` allows.
 
     Returns:
         The refined model, in evaluation mode, in the dtype and on the device of `model`. One that ended further from
         the baseline than it began is warned of.
 
     Raises:
-        UserError: NaN or infinity on the way.
+        UserError: NaN or infinity on the way; a device that cannot be trained on.
     """
-    student = copy.deepcopy(model).float()
+    check_device(device)
+    student = copy.deepcopy(model).to(device, torch.float32)
     for name, weight in student.named_parameters():
         weight.requires_grad_(is_vocabulary(name))
     set_dropout(student, 0.0)
     blocks = spread_blocks(blocks, steps * TOKENS_PER_STEP)
-    distillation = Distillation(copy.deepcopy(baseline), weight=1.0)
+    distillation = Distillation(copy.deepcopy(baseline).to(device, torch.float32), weight=1.0)
     measured = spread_blocks(blocks, 2 * TOKENS_PER_STEP)
     divergence = _finite(_divergence(student, distillation, measured), "before its first step")
     with tempfile.TemporaryDirectory() as folder:
         arguments = TrainingArguments(
             output_dir=folder,
+            use_cpu=torch.device(device).type == "cpu",
             max_steps=steps,
             per_device_train_batch_size=max(1, TOKENS_PER_STEP // len(blocks[0]["input_ids"])),
             learning_rate=LARGEST_LEARNING_RATE * min(1.0, divergence / _FAR) ** 0.5,
@@ -100,17 +109,30 @@ def refine(
         logger.warning(
             "Refinement for %d steps led away from the baseline: from %.4f nats a token to %.4f, over %d tokens of "
             "its text. Give it more text, or other steps.",
-            *(steps, divergence, reached, sum(len(row) for row in measured["input_ids"])),
+            *(steps, divergence, reached, sum(len(row["input_ids"]) for row in measured)),
         )
     refined = copy.deepcopy(model)
     refined.load_state_dict(student.state_dict())
     return refined.eval()
 
 
+def check_device(device: torch.device | str) -> None:
+    """Refuse a device that `Trainer` would not take: in one process it trains on the first GPU, whichever is named.
+
+    Raises:
+        UserError: Any GPU but the first.
+    """
+    index = torch.device(device).index
+    if index:
+        raise UserError(
+            f"Refinement runs on the first GPU, not on {device}: set CUDA_VISIBLE_DEVICES={index} and device=cuda."
+        )
+
+
 @torch.no_grad()
 def _divergence(student: FactorizedGPT2, distillation: Distillation, blocks: Dataset) -> float:
     """Measure KL(baseline || student), in nats a token."""
-    student = student.to(distillation.teacher.device).eval()
+    student.eval()
     nats, tokens = 0.0, 0
     for row in blocks:
         batch = {name: value.to(student.device) for name, value in collate_blocks([row]).items()}

@@ -8,10 +8,10 @@ from typing import Any
 from tabulate import tabulate
 
 from .errors import UserError, one_line
+from .families import FAMILIES
 from .files import replacing_file
 from .markdown import escaped
 from .plots import (
-    FAMILIES,
     plot_loss_against_rank,
     plot_loss_against_size,
     plot_spectrum,
@@ -40,14 +40,14 @@ def results_table(results: Sequence[Results], style: str = "simple") -> str:
         results: In the order of the rows.
         style: A format of `tabulate`, such as "github" for Markdown.
     """
-    baseline = next((row for row in results if row.family == "baseline"), None)
+    baselines = [row for row in results if row.family == "baseline"]
     rows = [
         {
             "run": escaped(row.run_name) if style == "github" else one_line(row.run_name),
             "k": row.n_embd_wte or "-",
             "loss": f"{row.eval_loss:.4f}",
             "perplexity": f"{row.perplexity:.2f}",
-            "gap": f"{row.eval_loss - baseline.eval_loss:+.4f}" if baseline else "",
+            "gap": _gap(row, baselines),
             "parameters": f"{row.parameters:,}",
             "MB": f"{row.bytes / 1e6:.1f}",
             "trained": f"{row.trained_parameters:,}",
@@ -63,6 +63,18 @@ def results_table(results: Sequence[Results], style: str = "simple") -> str:
         disable_numparse=True,
         colalign=("left",) + ("right",) * (len(rows[0]) - 1),
     )
+
+
+def _gap(row: Results, baselines: Sequence[Results]) -> str:
+    """Compare a run's loss with its baseline's: the only one there is, or of several the one that it started from."""
+    if len(baselines) > 1:
+        folder = row.settings.get("output_dir") if row.family == "baseline" else row.baseline
+        baselines = [other for other in baselines if folder and _same(folder, other.settings.get("output_dir"))]
+    return f"{row.eval_loss - baselines[0].eval_loss:+.4f}" if baselines else ""
+
+
+def _same(folder: Any, other: Any) -> bool:
+    return Path(str(folder)).absolute() == Path(str(other)).absolute()
 
 
 _LEGEND = (
@@ -125,11 +137,14 @@ def _draw(results: Sequence[Results], folder: Path) -> dict[str, str]:
     if any(row.has_curve for row in results):
         pictures["training_curves"] = "Training and validation loss against tokens"
         plot_training_curves(results, folder / "training_curves")
-    spectra = [row for row in results if row.spectrum and row.family.startswith("pca")]
+    spectra: dict[tuple[float, ...], set[int]] = {}  # with the ranks to mark, one for each baseline
+    for row in results:
+        if row.spectrum and row.n_embd_wte and row.family.startswith("pca-"):
+            spectra.setdefault(tuple(row.spectrum), set()).add(row.n_embd_wte)
     if spectra:
         pictures["spectrum"] = "Variance of the token embedding that each rank leaves out"
-        ranks = sorted({row.n_embd_wte for row in spectra})
-        plot_spectrum(spectra[0].spectrum, ranks, "pca", folder / "spectrum")
+        first, *others = [(shares, sorted(ranks)) for shares, ranks in spectra.items()]
+        plot_spectrum(*first, "pca", folder / "spectrum", others)
     return pictures
 
 

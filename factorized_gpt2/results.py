@@ -18,8 +18,8 @@ class Results:
     """The outcome of a run, as `results.json` holds it.
 
     Attributes:
-        run_name: The protocol's name of the run.
-        family: Kind of run: baseline, lowrank-scratch, pca-nofinetune, pca-lora or pca-finetune.
+        run_name: As it was given, or the protocol's name of such a run.
+        family: Kind of run, a key of `FAMILIES`.
         n_embd_wte: Rank k; `None` when not factorized.
         eval_loss: Mean over all predicted tokens of the validation split, nats a token.
         perplexity: `exp(eval_loss)`.
@@ -87,6 +87,12 @@ class Results:
             dataset_config_name=self.settings.get("dataset_config_name"),
             split=split,
         )
+
+    @property
+    def baseline(self) -> str | None:
+        """The model that it started from by PCA or as it was, as its settings name it."""
+        name = self.settings.get("baseline")
+        return name if isinstance(name, str) else None
 
     @property
     def tokens_per_step(self) -> float | None:

@@ -5,7 +5,6 @@ from dataclasses import dataclass
 
 import numpy as np
 from scipy.linalg import eigh
-from sklearn.covariance import oas
 
 # Strength of the shared metric, in occurrences of a token: with this many of its own, both count alike.
 PRIOR_OCCURRENCES = 15
@@ -37,6 +36,8 @@ class Side:
 
         The shrinkage is OAS (Chen et al., 2010): the result is regular even with fewer vectors than dimensions.
         """
+        from sklearn.covariance import oas
+
         moment, _ = oas(self.vectors.astype(np.float64), assume_centered=True)
         floor = 1e-9 * np.trace(moment) / len(moment) + 1e-20  # the latter where all vectors are zero
         return moment + floor * np.eye(len(moment))

@@ -2,6 +2,7 @@
 
 import hashlib
 import logging
+import re
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +16,16 @@ from .errors import UserError
 from .files import filling_folder, read_json, remove_folder, write_json
 from .modeling_factorized_gpt2 import FactorizedGPT2
 from .results import RESULTS_NAME, Results
+from .tokenizer_files import save_tokenizer
 from .verification import verify_saved
+from .weight_files import weight_files
 
 logger = logging.getLogger(__name__)
 
 SETTINGS_NAME = "run.json"
 ADAPTER_NAME = "adapter"
 BASE_NAME = "base_model"
+_CHECKPOINT = re.compile(r"(damaged-)?checkpoint-\d+")
 
 # What changes neither the model that comes of a run nor its loss.
 _IMMATERIAL = (
@@ -35,9 +39,10 @@ def weights_fingerprint(name_or_path: str | None) -> str | None:
     """Identify the weights in a model's folder.
 
     Returns:
-        SHA-256 over its safetensors files, as 64 hexadecimal digits; `None` where there is no such local folder.
+        SHA-256 over the files they are loaded from, as 64 hexadecimal digits; `None` where there is no such local
+        folder.
     """
-    files = _weight_files(Path(name_or_path)) if name_or_path else []
+    files = weight_files(Path(name_or_path)) if name_or_path else []
     if not files:
         return None
     digest = hashlib.sha256()
@@ -95,8 +100,9 @@ def _clear(output_dir: Path) -> None:
     (output_dir / RESULTS_NAME).unlink(missing_ok=True)
     if not (output_dir / RECORD_NAME).exists():
         (output_dir / CONFIG_NAME).unlink(missing_ok=True)
-    for path in [*output_dir.glob("checkpoint-*"), *output_dir.glob("damaged-checkpoint-*")]:
-        remove_folder(path)
+    for path in list(output_dir.iterdir()):
+        if path.is_dir() and _CHECKPOINT.fullmatch(path.name):
+            remove_folder(path)
 
 
 def least_bytes(model: torch.nn.Module, training: RunArguments) -> int:
@@ -157,11 +163,7 @@ def finish(
     """
     with filling_folder(output_dir, last=CONFIG_NAME) as temporary:  # without its config, no model is loaded
         model.save_pretrained(temporary)
-        tokenizer.save_pretrained(temporary)
+        save_tokenizer(tokenizer, temporary, model.config.n_positions)
         difference = verify_saved(Path(temporary), probe, expected, model.device, name=output_dir)
     logger.info("Saved and reloaded %s: logits differ by at most %.1e", output_dir, difference)
-    return sum(path.stat().st_size for path in _weight_files(output_dir))
-
-
-def _weight_files(folder: Path) -> list[Path]:
-    return sorted(folder.glob("*.safetensors"))
+    return sum(path.stat().st_size for path in weight_files(output_dir))

@@ -4,6 +4,7 @@ import math
 import os
 import stat
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from .errors import UserError
@@ -106,6 +107,8 @@ def _check_path(name: str, path: str) -> None:
     if not path:
         raise UserError(f"{name} is empty.")
     is_folder_to_write = name in _FOLDERS
+    if is_folder_to_write and not Path(path).absolute().name:
+        raise UserError(f"{name}={path} is the root of all folders; name one in it.")
     try:
         is_file = not stat.S_ISDIR(os.stat(path).st_mode)
     except FileNotFoundError:

@@ -44,7 +44,8 @@ class DataArguments(TextArguments):
     _argument_group_name = "Text"
 
     train_file: list[str] | None = field(
-        default=None, metadata={"help": "Local .txt, .jsonl or .parquet files instead of the dataset's train split."}
+        default=None,
+        metadata={"help": "Local .txt, .jsonl, .parquet files, or .bin of token ids, instead of the dataset's split."},
     )
     validation_file: list[str] | None = field(
         default=None, metadata={"help": "Local files instead of the dataset's validation split."}
@@ -80,7 +81,7 @@ class EvaluationArguments(TextArguments):
     _argument_group_name = "Text to evaluate on"
 
     eval_file: list[str] | None = field(
-        default=None, metadata={"help": "Local .txt, .jsonl or .parquet files instead of a dataset."}
+        default=None, metadata={"help": "Local .txt, .jsonl, .parquet or .bin files instead of a dataset."}
     )
     split: str = field(default="validation", metadata={"help": "Split of the dataset."})
     block_size: int | None = field(default=None, metadata={"help": "Tokens a block. None: the model's positions."})
@@ -95,13 +96,19 @@ class EvaluationArguments(TextArguments):
         """Where the text comes from."""
         return self.source_of(self.eval_file, self.split)
 
-    def block_size_for(self, positions: int) -> int:
+    def block_size_for(self, positions: int | None, name: str = "The model") -> int:
         """Check the block size against a model's positions, which it is by default.
 
+        Args:
+            positions: How many there are; `None` where the model does not say.
+            name: What to call the model.
+
         Raises:
-            UserError: It does not fit.
+            UserError: It does not fit, or neither it nor the positions are known.
         """
+        if positions is None and self.block_size is None:
+            raise UserError(f"{name} does not say how many tokens it reads at once: set block_size.")
         block_size = positions if self.block_size is None else self.block_size
-        if not 2 <= block_size <= positions:
+        if positions is not None and not 2 <= block_size <= positions:
             raise UserError(f"block_size must lie between 2 and the model's {positions} positions, got {block_size}.")
         return block_size

@@ -13,9 +13,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO, TextIO
 
-import pyarrow
-from pyarrow import parquet, types
-
 from .errors import UserError
 from .json_rows import read_json_rows
 
@@ -76,6 +73,8 @@ def _text_rows(path: str, column: str | None) -> Iterator[str | None]:
 
 
 def _parquet_rows(path: str, column: str) -> Iterator[str | None]:
+    from pyarrow import parquet, types
+
     with parquet.ParquetFile(path) as file:
         schema = file.schema_arrow
         if column not in schema.names:
@@ -97,6 +96,8 @@ def _open_bytes(path: str) -> BinaryIO:
 
 
 def _open_zstd(path: str) -> BinaryIO:
+    import pyarrow
+
     if not pyarrow.Codec.is_available("zstd"):
         raise UserError(f"{path} cannot be read: this pyarrow comes without zstd; unpack the file.")
     return pyarrow.input_stream(path, compression="zstd")

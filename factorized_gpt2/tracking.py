@@ -5,8 +5,6 @@ import os
 from pathlib import Path
 from typing import Any
 
-import wandb
-
 from .arguments import RunArguments
 from .errors import UserError, first_line
 
@@ -25,8 +23,10 @@ def start_tracking(training: RunArguments) -> None:
     Raises:
         UserError: W&B does not take the project's or the run's name.
     """
-    if "wandb" not in training.report_to or training.process_index != 0:
+    if not _is_tracked(training):
         return
+    import wandb
+
     mode = os.environ.get("WANDB_MODE") or training.wandb_mode
     if mode == "auto":
         mode = "online" if _has_login() else "offline"
@@ -40,14 +40,24 @@ def start_tracking(training: RunArguments) -> None:
         logger.info("W&B records offline under %s", Path(run.dir).parent)
 
 
-def finish_tracking(summary: dict[str, Any]) -> None:
+def finish_tracking(training: RunArguments, summary: dict[str, Any]) -> None:
     """Add a run's outcome to its W&B summary and close it, where there is one."""
+    if not _is_tracked(training):
+        return
+    import wandb
+
     if wandb.run is not None:
         wandb.run.summary.update(summary)
         wandb.finish()
 
 
+def _is_tracked(training: RunArguments) -> bool:
+    return "wandb" in training.report_to and training.process_index == 0
+
+
 def _opened(mode: str, init: dict[str, Any]) -> Any:
+    import wandb
+
     try:
         return wandb.init(mode=mode, **init)
     except (wandb.errors.Error, ValueError) as error:
@@ -58,6 +68,8 @@ def _opened(mode: str, init: dict[str, Any]) -> Any:
 
 
 def _has_login() -> bool:
+    import wandb
+
     try:
         return bool(wandb.login(prompt=False))
     except (wandb.errors.Error, ValueError):

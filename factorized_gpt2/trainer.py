@@ -9,10 +9,9 @@ from typing import Any
 
 import torch
 from accelerate.utils import TorchDynamoPlugin
-from datasets import Dataset
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset, Subset
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
 from .checkpoints import CheckpointingTrainer
@@ -27,7 +26,8 @@ class FactorizedTrainer(CheckpointingTrainer):
     """`Trainer` whose evaluation loss is the mean over all tokens of the split, whatever batch or world size.
 
     Args:
-        distillation: A teacher that gives a part of the training loss; `None` trains on the text alone.
+        distillation: A teacher that gives a part of the training loss, moved to the device in float32; it computes in
+            the precision that the model trains in. `None` trains on the text alone.
             `evaluation_seconds` sums the wall-clock time of evaluations.
         **kwargs: What `Trainer` takes.
 
@@ -48,9 +48,7 @@ class FactorizedTrainer(CheckpointingTrainer):
         self.evaluation_seconds = 0.0
         self.distillation = distillation
         if distillation is not None:
-            half = torch.bfloat16 if self.args.bf16 else torch.float16
-            on_cuda = self.args.device.type == "cuda"
-            distillation.teacher.to(self.args.device, half if on_cuda else torch.float32)
+            distillation.teacher.to(self.args.device, torch.float32)
 
     def _compile_blocks(self) -> None:
         """Compile block by block, in place, instead of the model as a whole.
@@ -82,7 +80,8 @@ class FactorizedTrainer(CheckpointingTrainer):
         """Mix the divergence from the teacher into the loss, each a mean over the tokens of the whole batch."""
         if self.distillation is None:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        row_loss = self.distillation.row_loss(inputs["input_ids"], inputs["labels"])
+        with self.accelerator.autocast():  # which the model's own forward pass enters by itself
+            row_loss = self.distillation.row_loss(inputs["input_ids"], inputs["labels"])
         outputs = model(input_ids=inputs["input_ids"], row_loss=row_loss)
         processes = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
         loss = outputs["loss"] * processes / num_items_in_batch
@@ -140,14 +139,16 @@ class FactorizedTrainer(CheckpointingTrainer):
         missing = math.ceil(len(blocks) / world_size) - len(own)
         local = sum_loss(
             self.model,
-            blocks.select([*own, *[0] * missing]),
+            Subset(blocks, [*own, *[0] * missing]),
             self.args.eval_batch_size,
             device=self.args.device,
             context=self.compute_loss_context_manager,
             desc=None if self.args.disable_tqdm or not self.is_local_process_zero() else description,
             counted=len(own),
         )
-        totals = torch.tensor([local.nats, local.tokens], dtype=torch.float64, device=self.args.device)
+        # MPS has no float64, and no second process to add to.
+        at = "cpu" if self.args.device.type == "mps" else self.args.device
+        totals = torch.tensor([local.nats, local.tokens], dtype=torch.float64, device=at)
         nats, tokens = self.accelerator.reduce(totals, "sum").tolist()
         self.evaluation_seconds += time.perf_counter() - began
         total = LossSum(nats, int(tokens))

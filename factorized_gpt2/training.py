@@ -7,12 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-from datasets import Dataset, IterableDataset
+import torch
 from peft import PeftModel
+from torch.utils.data import Dataset, Subset
 from transformers import PreTrainedTokenizerBase, PrinterCallback, set_seed
 
 from .adapters import DROPOUTS, add_lora, lora_targets, merge, set_dropout, untie_head
 from .arguments import ModelArguments, Run
+from .attention_loss import LARGEST_WIDTH, attention_runs
 from .baseline import check_tokenizer, load_baseline, load_compressed
 from .compression import RECORD_NAME, Compressor, Recipe
 from .configuration_factorized_gpt2 import FactorizedGPT2Config
@@ -20,9 +22,11 @@ from .data import collate_blocks, load_blocks, load_tokenizer, stream_blocks, vo
 from .distillation import Distillation
 from .errors import UserError, blaming
 from .evaluation import least_parameters, model_size, perplexity
+from .families import run_name
 from .files import read_json, replacing_folder, require_space
 from .folder_lock import compress_alone, run_alone
 from .interruption import PostponedStop, StopWhenSaved
+from .leftovers import sweep
 from .modeling_factorized_gpt2 import FactorizedGPT2
 from .progress import LogLines
 from .provenance import device_name, git_commit, peak_memory_bytes, versions
@@ -56,14 +60,16 @@ def run_experiment(run: Run) -> Results:
     """
     if run.training.process_index != 0:  # the first process holds the folder for all
         return _run_alone(run)
-    with run_alone(Path(run.training.output_dir)):
-        return _run_alone(run)
+    with run_alone(Path(run.training.output_dir)) as is_alone:
+        return _run_alone(run, is_alone)
 
 
-def _run_alone(run: Run) -> Results:
+def _run_alone(run: Run, may_sweep: bool = False) -> Results:
     began = time.perf_counter()
     output_dir = Path(run.training.output_dir)
     finished = claim(run)
+    if may_sweep:  # now that the folder is known to be the run's
+        sweep(output_dir)
     if finished is not None:
         logger.info("%s is finished already; --overwrite_output_dir runs it again.", output_dir)
         return finished
@@ -76,8 +82,12 @@ def _run_alone(run: Run) -> Results:
         validation_blocks = _validation_blocks(run, tokenizer)
         distillation = _distillation(run, model.config.vocab_size)
     model.loss_backend = run.training.loss_backend
+    _check_loss_backend(run, model)
     use_cache = model.config.use_cache  # which Trainer switches off for good
     spectrum = _spectrum(model.name_or_path)
+    rank = model.config.n_embd_wte if model.config.is_factorized else None
+    family = run.family(model.config.is_factorized, _compression_record(run.model.compressed or "").get("method"))
+    run.training.run_name = run.training.run_name or run_name(family, rank, run.adapter.lora_rank)
     if run.adapter.lora_rank:
         lora = run.adapter
         lora_targets(model, lora.lora_rank, lora.lora_target_modules)  # before anything is written
@@ -117,9 +127,9 @@ def _run_alone(run: Run) -> Results:
         model = merge(model)
     disk_bytes = finish(output_dir, model, tokenizer, probe, expected) if run.training.should_save else None
     results = Results(
-        run_name=run.training.run_name or run.family,
-        family=run.family,
-        n_embd_wte=model.config.n_embd_wte if model.config.is_factorized else None,
+        run_name=run.training.run_name,
+        family=family,
+        n_embd_wte=rank,
         eval_loss=eval_loss,
         perplexity=perplexity(eval_loss),
         **asdict(model_size(model)),
@@ -139,12 +149,13 @@ def _run_alone(run: Run) -> Results:
     if run.training.should_save:
         results.write(output_dir)
     finish_tracking(
+        run.training,
         {
             "best_iteration": results.best_step,
             "best_tokens": results.best_tokens,
             "validation_loss": results.eval_loss,
             "training_loss": results.train_loss,
-        }
+        },
     )
     trainer.accelerator.wait_for_everyone()
     return results
@@ -261,6 +272,16 @@ def _compression_record(folder: str) -> dict[str, Any]:
     return read_json(path) if folder and path.exists() else {}
 
 
+def _check_loss_backend(run: Run, model: FactorizedGPT2) -> None:
+    device, width = run.training.device.type, model.config.embedding_size
+    dtype = torch.float16 if run.training.fp16 or run.training.bf16 else torch.float32
+    if model.loss_backend == "attention" and not attention_runs(device, dtype, width):
+        raise UserError(
+            f"loss_backend=attention needs fp16 or bf16 on CUDA, and a head at most {LARGEST_WIDTH} wide; this one is "
+            f"{width} wide, in {str(dtype).removeprefix('torch.')}."
+        )
+
+
 def _keep_base(run: Run, model: FactorizedGPT2) -> None:
     """Save the model under an adapter where no folder holds it yet, so that the adapter can name what it adapts."""
     if model.name_or_path:
@@ -302,7 +323,7 @@ def _train(trainer: FactorizedTrainer, output_dir: Path, block_size: int) -> dic
     }
 
 
-def _training_blocks(run: Run, tokenizer: PreTrainedTokenizerBase) -> Dataset | IterableDataset:
+def _training_blocks(run: Run, tokenizer: PreTrainedTokenizerBase) -> Dataset:
     source, block_size = run.data.source("train"), run.data.block_size
     if run.data.streaming:
         return stream_blocks(source, tokenizer, block_size, run.data.shuffle_buffer, run.training.seed)
@@ -312,4 +333,4 @@ def _training_blocks(run: Run, tokenizer: PreTrainedTokenizerBase) -> Dataset | 
 def _validation_blocks(run: Run, tokenizer: PreTrainedTokenizerBase) -> Dataset:
     source, block_size, limit = run.data.source("validation"), run.data.block_size, run.data.max_eval_samples
     blocks = load_blocks(source, tokenizer, block_size, keep_tail=True, num_proc=run.data.preprocessing_num_workers)
-    return blocks.select(range(min(limit, len(blocks)))) if limit else blocks
+    return Subset(blocks, range(min(limit, len(blocks)))) if limit else blocks

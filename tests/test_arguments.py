@@ -1,13 +1,19 @@
 """Settings: the protocol's figures, flags over configs, and complaints that name the culprit."""
 
 import json
+import re
+from dataclasses import fields
 
 import pytest
+from transformers import TrainingArguments
 
-from factorized_gpt2.arguments import LORA_TARGETS, RunArguments, parse_run
+from factorized_gpt2.arguments import LORA_TARGETS, AdapterArguments, ModelArguments, RunArguments, parse_run
 from factorized_gpt2.cli.train import train
 from factorized_gpt2.errors import UserError
+from factorized_gpt2.families import run_name as derived_name
 from factorized_gpt2.parsing import load_config
+from factorized_gpt2.text_arguments import DataArguments
+from factorized_gpt2.training_fields import ELSEWHERE, SUPPORTED, refused
 
 RANKS = (64, 128, 256, 512)
 
@@ -68,11 +74,12 @@ def test_the_protocol_is_in_the_configs(name):
     family, run_name, folder, rank, figures = PROTOCOL[name]
     config = load_config(f"{name}.json")
     assert {key: config[key] for key in figures} == figures
-    assert config["run_name"] == run_name
+    assert "run_name" not in config  # it follows from the settings
     assert config["output_dir"] == f"model_weights/{folder}"
     assert config.get("n_embd_wte") == rank
     run = parse_run(["--config", name])
-    assert run.family == family
+    assert run.family(is_factorized=rank is not None) == family
+    assert derived_name(family, rank, run.adapter.lora_rank) == run_name
     resolved = run.settings()
     needs_cuda = {"fp16": False, "torch_compile": False}
     here = figures | {key: off for key, off in needs_cuda.items() if key in figures}
@@ -89,7 +96,6 @@ def test_the_printed_config_means_the_same_run(tmp_path, capsys, name):
     (tmp_path / "printed.json").write_text(printed)
     again, run = parse_run(["--config", str(tmp_path / "printed.json")]), parse_run(words)
     assert again.settings() == run.settings()
-    assert again.family == run.family
     config = json.loads(printed)
     assert (config["seed"], config["wandb_mode"]) == (7, "offline")
     assert {key for key, value in load_config(name).items() if value is not None} <= config.keys()
@@ -180,6 +186,7 @@ def test_half_precision_falls_back_without_cuda(monkeypatch, caplog):
         ({"streaming": True, "max_steps": -1, "num_train_epochs": 1}, "streaming needs max_steps"),
         ({"shuffle_buffer": 0}, "shuffle_buffer must be at least 1"),
         ({"loss_backend": "cut_cross_entropy"}, "needs CUDA, fp16 or bf16, and the package"),
+        ({"loss_backend": "attention"}, "loss_backend=attention needs a head that is not trained"),
         ({"loss_backend": "none"}, "loss_backend.*invalid choice"),
         ({"effective_batch_size": 6}, "effective_batch_size=6 cannot be had"),
         ({"dataset_name": None, "train_file": ["x"]}, "No validation text"),
@@ -193,6 +200,83 @@ def test_a_bad_config_is_one_line(tmp_path, config, complaint):
     with pytest.raises(UserError, match=complaint) as caught:
         parse_run(["--config", str(tmp_path / "bad.json")])
     assert "\n" not in str(caught.value)
+
+
+def test_every_option_of_the_trainer_is_supported_or_refused():
+    known = {item.name for item in fields(TrainingArguments)}
+    assert known == (SUPPORTED & known) | refused().keys()
+    assert not SUPPORTED & refused().keys()
+    assert {"save_only_model", "prediction_loss_only", "label_names", "hub_strategy", "debug"} <= refused().keys()
+    assert {"learning_rate", "save_steps", "fsdp", "seed", "report_to"} <= SUPPORTED & known
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "default"),
+    [
+        ("save_only_model", True, False),
+        ("fp16_full_eval", True, False),
+        ("prediction_loss_only", True, False),
+        ("hub_strategy", "checkpoint", "every_save"),
+        ("enable_jit_checkpoint", True, False),
+        ("label_names", ["labels"], None),
+        ("eval_accumulation_steps", 2, None),
+        ("include_for_metrics", ["loss"], None),
+        ("trackio_space_id", "me/space", None),
+        ("ignore_data_skip", True, False),
+        ("use_liger_kernel", True, False),
+        ("resume_from_checkpoint", "checkpoint-3", None),
+        ("debug", "underflow_overflow", ""),
+        ("remove_unused_columns", False, True),
+        ("deepspeed", "ds.json", None),
+    ],
+)
+def test_what_would_do_nothing_is_refused_unless_it_is_the_default(tmp_path, name, value, default):
+    config = tmp_path / "run.json"
+    config.write_text(json.dumps(load_config("baseline.json") | {name: value}))
+    with pytest.raises(UserError, match=f"^{name} is not taken: .*\\.$") as caught:
+        parse_run(["--config", str(config)])
+    assert "\n" not in str(caught.value)
+    config.write_text(json.dumps(load_config("baseline.json") | {name: default}))
+    parse_run(["--config", str(config)])
+
+
+@pytest.mark.parametrize(
+    ("name", "successor"),
+    [
+        ("evaluation_strategy", "it is eval_strategy"),
+        ("no_cuda", "set use_cpu"),
+        ("fp16_backend", "fp16 or bf16"),
+        ("fp16_opt_level", "fp16 or bf16"),
+        ("save_safetensors", "always saved as safetensors"),
+        ("logging_dir", "TENSORBOARD_LOGGING_DIR"),
+        ("warmup_ratio", "warmup_steps"),
+        ("max_iters", "it is max_steps"),
+        ("eval_interval", "it is eval_steps"),
+        ("eval_iters", "max_eval_samples"),
+        ("batch_size", "it is per_device_train_batch_size"),
+        ("eval_batch_size", "it is per_device_eval_batch_size"),
+        ("min_lr", "lr_scheduler_kwargs"),
+        ("lr_decay_iters", "max_steps"),
+        ("grad_clip", "it is max_grad_norm"),
+        ("lora_r", "it is lora_rank"),
+    ],
+)
+def test_a_name_from_elsewhere_is_translated(tmp_path, name, successor):
+    (tmp_path / "run.json").write_text(json.dumps({name: 1}))
+    for words in (["--config", str(tmp_path / "run.json")], ["--config", "baseline", f"--{name}=1"]):
+        with pytest.raises(UserError, match=f"^Unknown (config key '|argument '--){name}': .*{successor}") as caught:
+            parse_run(words)
+        assert "Did you mean" not in str(caught.value)
+
+
+def test_what_names_from_elsewhere_lead_to_exists():
+    known = {
+        item.name for part in (RunArguments, DataArguments, ModelArguments, AdapterArguments) for item in fields(part)
+    }
+    for name, successor in ELSEWHERE.items():
+        assert name not in known
+        for word in re.findall(r"\b[a-z]+(?:_[a-z]+)+\b", successor):
+            assert word in known | {"cosine_with_min_lr", "min_lr"} - {"hub_token"}, successor
 
 
 @pytest.mark.parametrize(

@@ -205,7 +205,27 @@ TABLE = {
     "a model of another baseline": ("compress", ("--baseline", "other"), None, "was not made from other"),
     "a checkpoint cut off": ("import", (), lambda m: {"ckpt.pt": (m / "ckpt.pt").read_bytes()[:300]}, "ckpt.pt"),
     "results that are none": ("report", (), lambda m: {"runs/baseline/results.json": b"[]"}, "results.json"),
-    "a path that no file can have": ("experiments", ("--accelerate_config", 5000 * "x"), None, "too long"),
+    "a path that no file can have": (
+        "experiments",
+        ("--accelerate_config", 5000 * "x"),
+        None,
+        "There is no accelerate config",
+    ),
+    "an empty name of a config": ("train", ("--config", ""), None, "There is no config ''"),
+    "a folder for a config": ("train", ("--config", "."), None, "There is no config '.'"),
+    "the root for a folder": ("train", ("--output_dir", "/"), None, "output_dir=/ is the root of all folders"),
+    "a file in a model's place": (
+        "compress",
+        ("--output_dir", "."),
+        lambda m: {f"gpt_pca_nofinetune_k{RANK}": b"notes"},
+        f"gpt_pca_nofinetune_k{RANK}, where the model of rank {RANK} belongs, is a file",
+    ),
+    "a file for the factors": (
+        "compress",
+        ("--output_dir", "."),
+        lambda m: {"pca_factorized": b""},
+        "pca_factorized",
+    ),
     "a grid without runs": ("experiments", (), lambda m: {"experiments.json": b"{}"}, "experiments"),
 }
 

@@ -1,10 +1,14 @@
 """The benchmark scripts, in miniature: they run and print the tables that the documentation shows."""
 
+import json
 import re
+from pathlib import Path
 
 import ablation
 import baselines
 import decoding
+import gpu
+import gpu_experiments
 import lora
 import loss
 import methods
@@ -12,12 +16,16 @@ import pytest
 import scaling
 import speed
 import text
+import torch
 import training
 from conftest import DOCUMENTS
+from session import Session
 
 from factorized_gpt2 import corpus as corpus_module
+from factorized_gpt2.cli.shell import run_command
 from factorized_gpt2.errors import UserError
 
+CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 SMALL = ["--baseline_steps", "4", "--calibration_tokens", "512", "--eval_tokens", "512"]
 
 
@@ -173,3 +181,89 @@ def test_scaling(capsys):
     assert rows[5][2] == f"{flops * 32 / 1e9 * 1000:.0f} + {reduced / 1e6 * 1000:.0f}"
     for row in rows[9:]:
         assert all(int(figure) > 0 for figure in row[1:3])
+
+
+@pytest.fixture
+def two_experiments(tmp_path, monkeypatch):
+    """Let two experiments stand for the thirteen, and be planned for a machine so slow that their steps are few."""
+    for name in ("baseline", "pca_lora_k64"):
+        (tmp_path / f"{name}.json").write_text(json.dumps({"extends": str(CONFIGS / f"{name}.json")}))
+    (tmp_path / "grid.json").write_text(json.dumps({"experiments": ["baseline", "pca_lora_k64"]}))
+    monkeypatch.setattr(gpu_experiments, "GRID", str(tmp_path / "grid.json"))
+    monkeypatch.setattr(gpu_experiments, "PILOT_STEPS", (2,))
+    monkeypatch.setattr(gpu_experiments, "LEAST_STEPS", 4)
+    measure = gpu_experiments._pace
+
+    def slow(*arguments):
+        pace = measure(*arguments)
+        assert min(pace.step, pace.lora_step, pace.run) > 0
+        return gpu_experiments.Pace(step=100, lora_step=100, run=1)
+
+    monkeypatch.setattr(gpu_experiments, "_pace", slow)
+
+
+@pytest.mark.usefixtures("two_experiments")
+def test_gpu(tmp_path, capsys):
+    words = ["--device", "cpu", "--small", "True", "--output_dir", str(tmp_path / "out")]
+    gpu.main([*words, "--seconds", "1000", "--parts", "decoding", "loss", "experiments"])
+    printed = capsys.readouterr().out
+    assert "Failed: nothing." in printed
+    assert (tmp_path / "out/gpu.md").read_text() == printed
+    found = json.loads((tmp_path / "out/gpu.json").read_text())
+    assert [row["way"] for row in found["tables"]["k = 16, frozen head, 64 tokens, V = 503, bfloat16"]] == [
+        *("materialised", "blockwise")
+    ]
+    assert {row["form"] for row in found["tables"]["Decoding, batch 3, bfloat16, 4 new tokens"]} == {
+        *("eager", "static cache, compiled")
+    }
+    baseline, lora = json.loads((tmp_path / "out/experiments.json").read_text())
+    assert (baseline["run_name"], lora["run_name"]) == ("baseline", "pca-lora-k5-r3")
+    assert (baseline["best_step"], lora["best_step"]) == (5, 3)
+
+
+@pytest.fixture
+def session(tmp_path):
+    """Make a session of 100 seconds whose clock is a list's last number."""
+    times = [0.0]
+    return Session(tmp_path / "out", 100, "here", lambda: times[-1]), times
+
+
+def test_a_session_keeps_its_budget_and_shares_out_what_is_left(session):
+    session, times = session
+    with session.part("first", 0.25):
+        assert session.left == 25
+        seconds = session.in_turns("both", {"slow": lambda: times.append(26) or 1.0, "late": lambda: 2.0}, 3)
+        assert seconds == {"slow": [1.0]}
+    with session.part("second", 1.0):
+        assert session.left == 74
+        assert session.has_time(73)
+        assert not session.has_time(74)
+
+
+def test_a_session_notes_failures_and_goes_on(session, tmp_path, capsys):
+    session, _ = session
+
+    def fail():
+        raise ValueError("too large\nfor this")
+
+    with session.part("first", 0.5):
+        assert session.in_turns("both", {"bad": fail, "good": lambda: 1.0}, 2) == {"good": [1.0, 1.0]}
+        session.table("Table", [{"a": 1}])
+        fail()
+    session.wanted("speed", ">= 2", 2.5)
+    session.wanted("memory", "<= 0.03", 0.04)
+    session.end()
+    found = json.loads((tmp_path / "out/gpu.json").read_text())
+    assert found["failed"] == ["both, bad: ValueError: too large", "first: ValueError: too large"]
+    assert [row[""] for row in found["wanted"]] == ["met", "missed"]
+    assert (tmp_path / "out/failures.txt").read_text().count("Traceback") == 2
+    assert "Failed: both, bad: ValueError: too large; first: ValueError: too large." in capsys.readouterr().out
+
+
+def test_without_cuda_gpu_is_a_line_and_exit_code_2(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert run_command(gpu.main, ["--output_dir", str(tmp_path / "out")]) == 2
+    assert capsys.readouterr().err == (
+        "error: There is no CUDA here, and nothing was measured; --device cpu --small True rehearses it.\n"
+    )
+    assert not (tmp_path / "out").exists()

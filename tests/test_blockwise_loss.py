@@ -143,7 +143,7 @@ def test_value_and_gradients(rows, vocabulary, width, dtype):
 @pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad, torch.inference_mode])
 def test_gradients_nobody_wants_are_not_computed(monkeypatch, wanted, mode):
     seen, sum_blocks = [], blockwise_loss._sum_blocks
-    monkeypatch.setattr(blockwise_loss, "_sum_blocks", lambda *given: seen.append(given[3:]) or sum_blocks(*given))
+    monkeypatch.setattr(blockwise_loss, "_sum_blocks", lambda *given: seen.append(given[3:5]) or sum_blocks(*given))
     hidden, weight, labels = problem()
     expected = exact(hidden, weight, labels)
     tensors = hidden.requires_grad_(wanted[0]), weight.requires_grad_(wanted[1])
@@ -272,7 +272,7 @@ def test_no_tensor_as_large_as_the_logits(monkeypatch, dtype, wanted):
     set_blocks(monkeypatch, 2000)
     hidden, weight, labels = problem(dtype=dtype)
     row_loss = partial(cross_entropy_rows, labels=labels)
-    torch.library.opcheck(blockwise_loss._sum_cross_entropy, (hidden, weight, labels, -100, *wanted))
+    torch.library.opcheck(blockwise_loss._sum_cross_entropy, (hidden, weight, labels, -100, *wanted, False))
     with LargestOutput() as blockwise:
         blockwise_loss._sum_blocks(hidden, weight, row_loss, *wanted)
         loss = sum_row_loss(hidden.requires_grad_(wanted[0]), weight.requires_grad_(wanted[1]), row_loss)
@@ -403,21 +403,35 @@ def test_backends(monkeypatch):
     assert_same(step(model), exact_step(model))
     for model.loss_backend, complaint in (
         ("cut_cross_entropy", "needs.*CUDA"),
-        ("magic", "blockwise, cut_cross_entropy, auto"),
+        ("magic", "blockwise, attention, cut_cross_entropy, auto"),
     ):
         with pytest.raises(ValueError, match=rf"{model.loss_backend}.*{complaint}"):
             step(model)
+
+
+@pytest.mark.parametrize("sums_in_float32", [False, True], ids=["25.1", "newer"])
+def test_cut_cross_entropy_is_called_by_keyword(monkeypatch, sums_in_float32):
+    """The fourth argument is `ignore_index` in one release and a bias in the next, which sums in float32 if asked."""
     given, package = [], ModuleType("cut_cross_entropy")
     losses = torch.full((20,), 1.0078125, dtype=torch.bfloat16)  # the sum needs more digits than bfloat16 has
-    package.linear_cross_entropy = lambda *args, **options: given.append((args, options)) or losses
+
+    def of_25_1(e, c, targets, ignore_index=-100, softcap=None, reduction="mean", shift=False, filter_eps="high"):
+        given.append((e, c, targets, ignore_index, reduction, filter_eps))
+        return losses
+
+    def newer(e, c, targets, bias=None, *, accum_e_fp32=False, accum_c_fp32=False, **options):
+        assert (bias, accum_e_fp32, accum_c_fp32) == (None, True, True)
+        return of_25_1(e, c, targets, **options)
+
+    package.linear_cross_entropy = newer if sums_in_float32 else of_25_1
     monkeypatch.setitem(sys.modules, "cut_cross_entropy", package)
     assert_same(step(tiny_model().train()), exact_step(tiny_model()))  # installed, but not for a CPU
     assert not given
-    monkeypatch.setattr(blockwise_loss, "_uses_cut_cross_entropy", lambda *_: True)
+    monkeypatch.setattr(blockwise_loss, "_choose", lambda *_: "cut_cross_entropy")
     inputs = problem(rows=20, dtype=torch.bfloat16)
     total = sum_cross_entropy(*inputs, ignore_index=3)
     assert (total.dtype, total.item()) == (torch.float32, 20 * 1.0078125)
-    assert given == [((*inputs, 3), {"reduction": "none", "filter_eps": None})]
+    assert given == [(*inputs, 3, "none", None)]
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
@@ -426,16 +440,21 @@ def test_backends(monkeypatch):
 def test_the_choice_of_a_backend(monkeypatch, dtype, of_a_module, runs):
     """As it is made on CUDA, where the package is installed or is not."""
     monkeypatch.setattr(blockwise_loss, "cut_cross_entropy_runs", lambda on_cuda, half: on_cuda and half and runs)
-    hidden, head = SimpleNamespace(dtype=dtype, is_cuda=True), nn.Linear(2, 3)
-    head = head if of_a_module else head.weight
-    usable = runs and dtype != torch.float32 and not of_a_module
-    for backend, expected in (("blockwise", False), ("logits", False), ("auto", usable)):
-        assert blockwise_loss._uses_cut_cross_entropy(backend, hidden, head) is expected
-    if usable:
-        assert blockwise_loss._uses_cut_cross_entropy("cut_cross_entropy", hidden, head)
-    else:
-        with pytest.raises(ValueError, match=r"^The loss backend cut_cross_entropy needs"):
-            blockwise_loss._uses_cut_cross_entropy("cut_cross_entropy", hidden, head)
+    hidden = SimpleNamespace(dtype=dtype, is_cuda=True, device=torch.device("cuda"), requires_grad=True)
+    head = nn.Linear(2, 3, bias=False)
+    for frozen in (False, True):
+        head.requires_grad_(not frozen)
+        matrix = head if of_a_module else head.weight
+        half = dtype != torch.float32 and not of_a_module
+        choose = partial(blockwise_loss._choose, hidden=hidden, head=matrix)
+        assert choose("blockwise") == choose("logits") == "blockwise"
+        assert choose("auto") == ("attention" if half and frozen else "blockwise")
+        for backend, usable in (("attention", half and frozen), ("cut_cross_entropy", half and runs)):
+            if usable:
+                assert choose(backend) == backend
+            else:
+                with pytest.raises(ValueError, match=rf"^The loss backend {backend} needs"):
+                    choose(backend)
 
 
 @pytest.mark.parametrize("of_a_module", [False, True])

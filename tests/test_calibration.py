@@ -66,7 +66,7 @@ def test_tokens_of_chosen_blocks_alone_are_counted(chosen):
 )
 def test_blocks_are_spread_evenly(there, tokens, chosen):
     blocks = Dataset.from_dict({"input_ids": [[index] * 12 for index in range(there)]})
-    places = [row[0] for row in spread_blocks(blocks, tokens)["input_ids"]]
+    places = [row["input_ids"][0] for row in spread_blocks(blocks, tokens)]
     assert len(set(places)) == len(places) == chosen
     assert places[0] == 0
     assert places[-1] == there - 1
@@ -75,7 +75,7 @@ def test_blocks_are_spread_evenly(there, tokens, chosen):
 
 
 def test_at_least_one_block_is_chosen():
-    assert spread_blocks(random_blocks(9), 1)["input_ids"][:] == random_blocks(9)["input_ids"][:1]
+    assert list(spread_blocks(random_blocks(9), 1)) == [random_blocks(9)[0]]
 
 
 # A text has blocks enough that the rows of logits at once, here 5, neither divide them nor hold them.

@@ -187,7 +187,8 @@ def test_training_starts_from_a_compressed_model_and_learns_from_its_baseline(co
     start = ["--compressed", compressed, "--lora_rank", 2]
     train = ["--do_train", True, "--max_steps", 2, "--distillation_weight", 0.5, "--learning_rate", "1e-3"]
     results = run_experiment(parse_run(train_words(corpus, tmp_path / "run", *start, *train)))
-    assert results.family == "compressed-lora"
+    assert results.family == "tokenwise-lora"
+    assert results.run_name == "tokenwise-lora-k6-r2"
     assert results.n_embd_wte == 6
     adapter = json.loads((tmp_path / "run/adapter/adapter_config.json").read_text())
     assert adapter["base_model_name_or_path"] == str(compressed)

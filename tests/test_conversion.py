@@ -109,10 +109,17 @@ def test_round_trip_keeps_every_bit_and_field(overrides):
     back = to_gpt2(from_gpt2(gpt2))
     assert type(back) is GPT2LMHeadModel
     assert_same_state(back, copied_state(gpt2))
-    assert back.config.to_diff_dict() == gpt2.config.to_diff_dict()
+    # What converters of older GPT-2s look up is new.
+    assert back.config.to_diff_dict() == gpt2.config.to_diff_dict() | {"n_ctx": gpt2.config.n_positions}
     assert back.generation_config.to_dict() == gpt2.generation_config.to_dict()
     tied = gpt2.config.tie_word_embeddings
     assert (back.lm_head.weight is back.transformer.wte.weight) is tied
+
+
+def test_n_ctx_follows_the_positions():
+    model = from_gpt2(tiny_gpt2(n_ctx=7))
+    assert not hasattr(model.config, "n_ctx")
+    assert to_gpt2(model).config.n_ctx == SHAPE["n_positions"]
 
 
 @tied_and_untied

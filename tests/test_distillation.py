@@ -83,6 +83,21 @@ def test_the_mixed_loss_of_a_model(monkeypatch, block_logits, weight, temperatur
     assert all(weight.grad is None for weight in teacher.parameters())
 
 
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16, torch.float16])
+def test_the_teacher_computes_in_the_precision_of_autocast(dtype):
+    """In that alone: its weights stay as they are, so that what float32 holds does not overflow on the way."""
+    teacher, ids = tiny_model(n_embd_wte=None, seed=3), random_ids()
+    distillation = Distillation(teacher, weight=1.0)
+    logits = torch.randn(ids.numel(), 99)
+    with torch.autocast("cpu", dtype, enabled=dtype is not None):
+        row_loss = distillation.row_loss(ids, ids)
+        with torch.no_grad():
+            expected, _ = divergence_rows(logits.clone(), teacher(ids).logits.flatten(0, 1))
+    found, counts = row_loss(logits.clone(), slice(0, ids.numel()))
+    assert torch.equal(found, expected * counts)
+    assert {weight.dtype for weight in teacher.parameters()} == {torch.float32}
+
+
 def test_one_process_with_several_devices_is_refused(tmp_path):
     args = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to="none")
     args._n_gpu = 2

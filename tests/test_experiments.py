@@ -9,10 +9,12 @@ from conftest import cut_off_at, random_ids
 from peft import AutoPeftModelForCausalLM, PeftModel
 from transformers import AutoModelForCausalLM
 
-from factorized_gpt2 import FactorizedGPT2
+from factorized_gpt2 import FactorizedGPT2, FactorizedGPT2Config
 from factorized_gpt2.arguments import LORA_TARGETS, parse_run
 from factorized_gpt2.cli.shell import run_command
 from factorized_gpt2.errors import UserError
+from factorized_gpt2.model_card import History, model_card
+from factorized_gpt2.parsing import as_flags
 from factorized_gpt2.training import FactorizedTrainer, Results, run_experiment
 
 TINY = {"n_layer": 2, "n_head": 2, "n_embd": 24, "activation_function": "gelu"}
@@ -198,13 +200,42 @@ def test_an_untied_head_stays_its_own(workshop):
     assert (logits(adapted, random_ids()) - logits(merged, random_ids())).abs().max() < 1e-4
 
 
+def card_of(folder: Path) -> str:
+    return str(model_card("me/it", FactorizedGPT2Config.from_pretrained(folder), (1, 4), History.read(folder)))
+
+
 def test_an_unfactorized_baseline_can_be_adapted(workshop):
     results = workshop.run("adapted", baseline=workshop.baseline, **(LORA | {"n_embd_wte": None}))
     merged = FactorizedGPT2.from_pretrained(workshop.root / "adapted")
     assert results.n_embd_wte is None
+    assert results.family == "lora"
+    card = card_of(workshop.root / "adapted")
+    assert "Made from `gpt_baseline`. Trained with LoRA of rank 4" in card
+    assert "ompressed" not in card
     assert not merged.config.is_factorized
     adapted = AutoPeftModelForCausalLM.from_pretrained(workshop.root / "adapted/adapter")
     assert (logits(adapted, random_ids()) - logits(merged, random_ids())).abs().max() < 1e-4
+
+
+def test_a_name_follows_the_settings_unless_it_is_given(workshop):
+    off = {"do_train": False, "eval_strategy": "no", "save_strategy": "no", "load_best_model_at_end": False}
+    config = ["--config", "pca_lora_k64.json", *as_flags(COMMON | workshop.texts | off | {"report_to": "none"})]
+    config += ["--baseline", workshop.baseline, "--n_embd_wte", "4", "--lora_rank", "3"]
+    names = [
+        run_experiment(parse_run([*config, "--output_dir", str(workshop.root / place), *words])).run_name
+        for place, words in {
+            "derived": (),
+            "trained": ("--do_train", "True", "--max_steps", "1", "--warmup_steps", "0"),
+            "given": ("--run_name", "mine"),
+        }.items()
+    ]
+    assert names == ["pca-nofinetune-k4", "pca-lora-k4-r3", "mine"]
+    assert Results.read(workshop.root / "trained").settings["run_name"] == "pca-lora-k4-r3"
+
+
+def test_an_evaluated_baseline_was_not_compressed(workshop):
+    results = workshop.run("as_it_is", baseline=workshop.baseline, run_name=None, do_train=False)
+    assert (results.family, results.run_name, results.spectrum) == ("evaluation", "evaluation", None)
 
 
 def test_a_baseline_can_be_fine_tuned_whole(workshop):

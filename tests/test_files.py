@@ -19,9 +19,9 @@ from factorized_gpt2.files import (
     replacing_file,
     replacing_folder,
     require_space,
-    sweep,
     write_json,
 )
+from factorized_gpt2.leftovers import marked_beside, marked_for_all, sweep
 
 
 def tree(folder: Path) -> dict[str, str]:
@@ -33,6 +33,11 @@ def fill(folder: Path, **contents: str) -> Path:
     for name, content in contents.items():
         (folder / name).write_text(content)
     return folder
+
+
+def left(path: Path, kind: str = "partial", suffix: str = "") -> Path:
+    """Name what a process that is no more left beside `path`."""
+    return path.with_name(marked_for_all(path.name).removesuffix("partial") + kind + suffix)
 
 
 def test_a_file_is_replaced_at_the_end(tmp_path):
@@ -114,19 +119,72 @@ def test_a_writer_killed_at_any_change_leaves_the_old_or_the_new(tmp_path):
     assert found[-1] == (0, 2)
 
 
-def test_a_sweep_leaves_what_is_not_ours(tmp_path):
-    names = [".git", ".a.partial", ".a.12345678.tmp", "a.12345678.partial", ".old", ".lock"]
-    for name in names:
-        fill(tmp_path / name, x="mine")
-    fill(tmp_path / ".a.1234abcd.partial", x="left")
-    (tmp_path / ".b.npy.1234abcd.partial.npy").write_text("left")
+NOT_OURS = [
+    *(".git", ".old", ".lock", ".bashrc", ".a.partial", ".a.old", ".a.12345678.tmp", "a.12345678.partial"),
+    # Backups by date, in the ways that people and their editors name them.
+    *(".notes.20231224.old", ".zshrc.20240131.old", ".thesis.20240101.old", ".db.deadbeef.old", ".x.00000000.partial"),
+    *(".a.1234abcd.partial", ".a.1234abcd.partial.npy", ".notes.old.20240101", ".notes~", ".#notes", ".notes.swp"),
+    *(".photo.20240101.partial.png", ".run.2024-01-01.old", ".gpt_pca_nofinetune_k4.20240101.old"),
+    # Near misses of the mark.
+    *(".a.fgpt2.old", ".a.fgpt2-1.old", "a.fgpt2-00000000-00000000-0.old", ".a.fgpt2-00000000-00000000-0.bak"),
+    *(".fgpt2-00000000-00000000-0.old", ".a.fgpt2-0000000-00000000-0.old", ".a.FGPT2-00000000-00000000-0.old"),
+]
+
+
+@pytest.mark.parametrize("kind", ["file", "folder", "link"])
+def test_a_sweep_leaves_what_is_not_ours(tmp_path, kind):
+    (tmp_path / "elsewhere").mkdir()
+    root = fill(tmp_path / "home", notes="mine")
+    for name in NOT_OURS:
+        path = root / name
+        if kind == "folder":
+            fill(path, x="mine")
+        elif kind == "file":
+            path.write_text("mine")
+        else:
+            path.symlink_to(tmp_path / "elsewhere")
+    fill(left(root / "a"), x="left")
+    left(root / "b.npy", suffix=".npy").write_text("left")
+    before = tree(root)
+    sweep(root)
+    assert sorted(path.name for path in root.iterdir()) == sorted([*NOT_OURS, "notes"])
+    assert tree(root) == {name: text for name, text in before.items() if text == "mine"}
+
+
+def test_a_sweep_of_some_names_leaves_the_others(tmp_path):
+    fill(left(tmp_path / "gpt_k4"), x="left")
+    fill(left(tmp_path / "run"), x="left")
+    sweep(tmp_path, "gpt_*")
+    assert [path.name for path in tmp_path.iterdir()] == [left(tmp_path / "run").name]
+
+
+def test_a_sweep_leaves_what_a_process_at_work_is_writing(tmp_path):
+    with replacing_folder(tmp_path / "a") as temporary:
+        fill(temporary, x="half")
+        sweep(tmp_path)
+        assert tree(temporary) == {"x": "half"}
+    assert tree(tmp_path) == {"a/x": "half"}
+
+
+def test_a_process_id_that_came_again_does_not_keep_what_is_left(tmp_path):
+    mark = marked_beside(tmp_path / "a", "old").name
+    pid, start = (int(number, 16) for number in re.search(r"fgpt2-(\w+)-(\w+)-", mark).groups())
+    assert pid == os.getpid()
+    fill(tmp_path / mark.replace(f"{start:08x}", f"{start - 3600:08x}"), x="whole")
     sweep(tmp_path)
-    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(names)
+    assert tree(tmp_path) == {"a/x": "whole"}
+
+
+def test_what_is_removed_through_a_link_stays_where_it_is(tmp_path):
+    fill(tmp_path / "elsewhere", x="mine")
+    left(tmp_path / "a").symlink_to(tmp_path / "elsewhere")
+    sweep(tmp_path)
+    assert tree(tmp_path) == {"elsewhere/x": "mine"}
 
 
 def test_a_sweep_puts_back_what_was_about_to_be_replaced(tmp_path):
-    fill(tmp_path / ".a.1234abcd.old", x="whole")
-    fill(tmp_path / ".b.1234abcd.old", x="old")
+    fill(left(tmp_path / "a", "old"), x="whole")
+    fill(left(tmp_path / "b", "old"), x="old")
     fill(tmp_path / "b", x="new")
     sweep(tmp_path)
     assert tree(tmp_path) == {"a/x": "whole", "b/x": "new"}
@@ -139,12 +197,19 @@ def test_a_folder_that_cannot_take_its_place_leaves_the_old_one(tmp_path):
     assert tree(tmp_path) == {"a/x": "old"}
 
 
-def test_a_removed_folder_is_gone_at_once(tmp_path, monkeypatch):
-    folder = fill(tmp_path / "a", x="x", y="y")
-    monkeypatch.setattr(files.shutil, "rmtree", lambda *args, **kwargs: None)  # killed before it begins
+def remove_and_die(folder: Path) -> None:
+    sys.addaudithook(lambda event, args: os._exit(9) if event == "shutil.rmtree" else None)
     remove_folder(folder)
+
+
+def test_a_removed_folder_is_gone_at_once(tmp_path):
+    folder = fill(tmp_path / "a", x="x", y="y")
+    process = multiprocessing.get_context("fork").Process(target=remove_and_die, args=(folder,))
+    process.start()
+    process.join()
+    assert process.exitcode == 9
     assert not folder.exists()
-    monkeypatch.undo()
+    assert list(tmp_path.iterdir())
     sweep(tmp_path)
     assert not list(tmp_path.iterdir())
 
@@ -171,6 +236,33 @@ def test_content_is_on_the_disk_before_it_has_its_name_and_the_name_after(tmp_pa
     before = done[: done.index("rename")]
     assert [path.rpartition(".partial")[2] for path in before] == ["/deep", "/deep/x", ""]
     assert done[-1] == str(tmp_path)
+
+
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.ENOTSUP, errno.ENOSYS])
+def test_a_drive_that_cannot_flush_is_written_to_with_a_warning(tmp_path, monkeypatch, caplog, number):
+    files._warn_of_sync.cache_clear()
+
+    def refuse(descriptor):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(files.os, "fsync", refuse)
+    for name in "ab":
+        with replacing_folder(tmp_path / name) as folder:
+            fill(folder, x="x")
+    assert tree(tmp_path) == {"a/x": "x", "b/x": "x"}
+    assert [record.getMessage() for record in caplog.records] == [
+        f"This drive cannot be told to flush what is written ({os.strerror(number)}); a power cut may lose some of it."
+    ]
+
+
+def test_a_disk_that_fails_to_flush_is_a_refusal(tmp_path, monkeypatch):
+    def fail(descriptor):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(files.os, "fsync", fail)
+    with pytest.raises(UserError, match="a cannot be written: Input/output error"):
+        write_json(tmp_path / "a", {})
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EDQUOT])

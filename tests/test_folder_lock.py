@@ -1,12 +1,15 @@
 """One at a time in a folder: refused at once or made to wait, and free again however the holder ended."""
 
+import errno
 import multiprocessing
+import os
 from pathlib import Path
 
 import pytest
 
 from factorized_gpt2.errors import UserError
 from factorized_gpt2.folder_lock import compress_alone, run_alone
+from factorized_gpt2.leftovers import marked_for_all
 
 
 def _hold(kind, folder: Path, pipe) -> None:
@@ -83,15 +86,44 @@ def test_who_compresses_is_refused_or_waits(tmp_path, hold, caplog, monkeypatch)
 
 
 def test_what_killed_writers_left_is_swept(tmp_path):
-    for folder in ("run", "pca_factorized"):
-        (tmp_path / folder / ".x.1234abcd.partial").mkdir(parents=True)
-    (tmp_path / ".gpt_k4.1234abcd.partial").mkdir()
-    with run_alone(tmp_path / "run"):
-        assert not list((tmp_path / "run").iterdir())
-        assert (tmp_path / ".gpt_k4.1234abcd.partial").exists()  # may be someone's at work
+    for name in ("gpt_k4", "spectrum_pca.png", "run", "thesis", "pca_factorized/wte_pca_k4.npy", "run/adapter"):
+        place = tmp_path / name
+        (place.parent / marked_for_all(place.name)).mkdir(parents=True)
     with compress_alone(tmp_path):
-        assert not list((tmp_path / "pca_factorized").iterdir())
-        assert not (tmp_path / ".gpt_k4.1234abcd.partial").exists()
+        left = {path.relative_to(tmp_path).as_posix().split(".fgpt2")[0] for path in tmp_path.rglob("*.partial")}
+    assert left == {".run", ".thesis", "run/.adapter"}  # not what this command writes
+
+
+USERS = ("notes", "zshrc", "thesis")
+
+
+@pytest.mark.parametrize("kind", [compress_alone, run_alone])
+def test_backups_of_the_user_stay(tmp_path, kind):
+    for name in USERS:
+        (tmp_path / f".{name}.20240101.old").mkdir()
+        (tmp_path / f".{name}.20240101.old/chapter.tex").write_text("mine")
+    (tmp_path / "thesis").mkdir()
+    before = sorted(tmp_path.rglob("*"))
+    for folder in (tmp_path, tmp_path / "models"):
+        with kind(folder):
+            pass
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.EOPNOTSUPP])
+def test_where_there_are_no_locks_work_goes_on_with_a_warning(tmp_path, monkeypatch, caplog, number):
+    def refuse(*args):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr("fcntl.flock", refuse)
+    left = tmp_path / marked_for_all("gpt_k4")
+    left.mkdir()
+    with run_alone(tmp_path / "run") as is_alone:
+        assert not is_alone
+    with compress_alone(tmp_path):
+        assert left.exists()  # perhaps another machine's
+    assert [path.name for path in tmp_path.iterdir()] == [left.name]
+    assert f"has no locks ({os.strerror(number)}): see that no other process writes there." in caplog.text
 
 
 def test_what_cannot_be_written_is_refused(tmp_path):

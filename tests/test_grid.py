@@ -47,12 +47,12 @@ RATES = {"learning_rate": 2.5e-5, "lr_scheduler_kwargs": {"min_lr": 1.25e-6}}
 def test_figures_and_names_at_another_scale():
     shape = {"n_layer": 3, "n_head": 3, "n_embd": 192, "block_size": 512}
     assert changes(QUARTER, "baseline") == shape | STEPS | RATES
-    names = {"run_name": "pca-lora-k16-r8", "output_dir": "model_weights/gpt_pca_lora_k16"}
+    names = {"output_dir": "model_weights/gpt_pca_lora_k16"}
     sizes = {"n_embd_wte": 16, "lora_rank": 8, "lora_alpha": 16.0, "block_size": 512}
     steps = {"max_steps": 1250, "warmup_steps": 25, "eval_steps": 50, "save_steps": 50, "logging_steps": 12}
     rates = {"learning_rate": 1.25e-5, "lr_scheduler_kwargs": {"min_lr": 2.5e-7}}
     assert changes(QUARTER, "pca_lora_k64") == names | sizes | steps | rates
-    names = {"run_name": "pca-lora-k128-r64", "output_dir": "model_weights/gpt_pca_lora_k128"}
+    names = {"output_dir": "model_weights/gpt_pca_lora_k128"}
     sizes = {"n_embd_wte": 128, "lora_rank": 64, "lora_alpha": 128.0}
     assert changes(Scale(width=2), "pca_lora_k64") == names | sizes
 
@@ -173,7 +173,7 @@ class FakeRuns:
         start = config.get("baseline")
         kind = ("lowrank-scratch" if config.get("n_embd_wte") else "baseline") if start is None else "pca-nofinetune"
         figures = (config.get("n_embd_wte"), 1.0, 2.7, 1, 1, 4, 4)
-        results = Results(config["run_name"], kind, *figures, config, {}, kept)
+        results = Results(kind, kind, *figures, config, {}, kept)
         replace(results, start_fingerprint=weights_fingerprint(start)).write(folder)
         return 0
 

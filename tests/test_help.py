@@ -1,14 +1,17 @@
 """`--help` of every command is a page to read, and what it shows is what the parser knows."""
 
 import re
+from dataclasses import fields
 
 import pytest
+from transformers import TrainingArguments
 
 from factorized_gpt2.cli import compress, demo, evaluate, experiments, import_checkpoint, report, train
+from factorized_gpt2.training_fields import SUPPORTED, refused
 
 COMMANDS = {
     "compress.py": compress,
-    "evaluate.py": evaluate,
+    "evaluate_models.py": evaluate,
     "factorized-gpt2-demo": demo,
     "import_checkpoint.py": import_checkpoint,
     "report.py": report,
@@ -79,3 +82,9 @@ def test_examples_use_options_that_exist(pages, name):
 def test_headings_lead_through_the_options_of_a_run(pages):
     headings = re.findall(r"^(\w.*):$", pages["train_hf.py"], re.MULTILINE)
     assert headings[:5] == ["options", "The model and its start", "LoRA adapters", "Distillation", "Text"]
+
+
+def test_the_page_of_a_run_shows_what_a_run_honours(pages):
+    shown = {name.removeprefix("--") for name in options(pages["train_hf.py"])}
+    assert not shown & (refused().keys() - {"debug"})
+    assert {item.name for item in fields(TrainingArguments)} & SUPPORTED <= shown

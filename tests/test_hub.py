@@ -253,8 +253,8 @@ def test_the_code_demands_no_other_package():
 
 def test_what_is_published(published, hub, run):
     assert published["compressed"] == f"{hub.url}/me/compressed"
-    code = {"blockwise_loss.py", "classification_factorized_gpt2.py", "configuration_factorized_gpt2.py"}
-    code |= {"head.py", "modeling_factorized_gpt2.py"}
+    code = {"attention_loss.py", "blockwise_loss.py", "classification_factorized_gpt2.py", "fused_rows.py", "head.py"}
+    code |= {"configuration_factorized_gpt2.py", "modeling_factorized_gpt2.py"}
     assert {path.name for path in code_files()} == code
     always = {".gitattributes", "README.md", "config.json", "generation_config.json", "model.safetensors"}
     always |= code | {"tokenizer.json", "tokenizer_config.json"}

@@ -47,6 +47,16 @@ def test_the_command_with_factors(tmp_path, ids):
     assert load_compressed(str(tmp_path / "model")).config.n_embd_wte == RANK
 
 
+def test_what_else_is_beside_the_model_stays(tmp_path):
+    path = checkpoint(OldNet(NANO), NANO, tmp_path / "ckpt.pt")
+    for name in (".notes.20231224.old", ".gpt_nano.20240101.partial", ".thesis.20240101.old/chapter.tex"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("mine")
+    before = set(tmp_path.rglob("*"))
+    assert run_import("--checkpoint", path, "--output_dir", tmp_path / "gpt_nano") == 0
+    assert {found for found in tmp_path.rglob("*") if "gpt_nano" not in found.parts} == before
+
+
 @pytest.mark.parametrize(
     ("words", "complaint"),
     [

@@ -1,7 +1,9 @@
 """What the card of a published model says, by what the records say."""
 
 import json
+import re
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from conftest import tiny_config
@@ -9,7 +11,14 @@ from hub_server import card_errors
 
 from factorized_gpt2.data import TextSource
 from factorized_gpt2.evaluation import perplexity
-from factorized_gpt2.model_card import Figures, History, Measurement, adapter_card, model_card
+from factorized_gpt2.model_card import (
+    TRANSFORMERS,
+    Figures,
+    History,
+    Measurement,
+    adapter_card,
+    model_card,
+)
 from factorized_gpt2.results import Results
 
 STOCK = "openai-community/gpt2"
@@ -188,3 +197,11 @@ def test_a_run_knows_what_its_start_was_made_from(tmp_path):
     assert History.read(run).recipe == {"baseline": "me/tiny", "method": None}
     assert History.read(start).results is None
     assert "Made from [me/tiny](/me/tiny). Trained" in card(History.read(run), base_model="me/tiny").text
+
+
+def test_the_version_of_transformers_that_a_card_asks_for_is_the_packages():
+    [needed] = re.findall(r"transformers>=([\d.]+)", (Path(__file__).parents[1] / "setup.cfg").read_text())
+    assert needed == TRANSFORMERS
+    lora = {"r": 2, "lora_alpha": 4, "target_modules": ["wte"]}
+    for text in (card(History(RECIPE, None)), adapter_card("me/a-lora", "me/a", lora, History(RECIPE, RESULTS))):
+        assert f"`transformers` {needed} or later" in str(text)

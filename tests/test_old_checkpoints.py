@@ -29,6 +29,66 @@ def test_nanogpt(bias, mask, compiled, ids, tmp_path):
     assert model.lm_head.weight is model.transformer.wte.weight
 
 
+@pytest.mark.parametrize(
+    "wrapped",
+    [
+        lambda name: f"module.{name}",
+        lambda name: f"module._orig_mod.{name}",
+        lambda name: f"_orig_mod.module.{name}",
+        lambda name: f"model.{name}",
+        lambda name: name.replace(".h.0.", ".h.0._orig_mod."),
+    ],
+)
+def test_names_of_a_wrapped_network(wrapped, ids):
+    net = OldNet(DESCENDANT)
+    weights = {wrapped(name): weight for name, weight in net.state_dict().items()}
+    assert_same_logits(from_old_weights(weights, DESCENDANT), net, ids)
+
+
+def test_what_runs_of_2024_save_beside_the_weights(ids, tmp_path):
+    options = DESCENDANT | {"shared_mlp_grouping": 1, "softmax_variant": "softmax", "num_of_points": 8}
+    net = OldNet(options)
+    more = {"nan": None, "nan_iter_num": None, "config": argparse.Namespace(max_iters=3), "a_thing_that_is_off": None}
+    assert_same_logits(load_old_checkpoint(checkpoint(net, options, tmp_path / "ckpt.pt", **more)), net, ids)
+
+
+def test_settings_can_hide_nothing(tmp_path):
+    more = {"config": argparse.Namespace(lr=Hostile(tmp_path / "touched"))}
+    path = checkpoint(OldNet(NANO), NANO, tmp_path / "ckpt.pt", **more)
+    with pytest.raises(UserError, match="more than weights and plain values"):
+        load_old_checkpoint(path)
+    assert not (tmp_path / "touched").exists()
+
+
+@pytest.mark.parametrize(("asked", "taken"), [(None, "gelu"), ("gelu", "gelu"), ("gelu_new", "gelu_new")])
+def test_which_gelu(asked, taken, tmp_path, caplog):
+    caplog.set_level("INFO", "factorized_gpt2")
+    path = checkpoint(OldNet(NANO), NANO, tmp_path / "ckpt.pt")
+    model = load_old_checkpoint(path, activation_function=asked)
+    assert model.config.activation_function == taken
+    assert ("does not say which GELU" in caplog.text) == (asked is None)
+
+
+def test_a_checkpoint_that_names_its_activation(tmp_path, caplog):
+    caplog.set_level("INFO", "factorized_gpt2")
+    path = checkpoint(OldNet(DESCENDANT), DESCENDANT, tmp_path / "ckpt.pt")
+    assert load_old_checkpoint(path, activation_function="gelu").config.activation_function == "gelu"
+    load_old_checkpoint(path)
+    assert "GELU" not in caplog.text
+    with pytest.raises(UserError, match="gelu_new contradicts the checkpoint's own activation_variant='gelu'"):
+        load_old_checkpoint(path, activation_function="gelu_new")
+
+
+@pytest.mark.parametrize("name", ["ckpt.pt", "wte.npy", "scales.npz"])
+def test_a_file_that_git_lfs_did_not_fetch(name, tmp_path):
+    files = {"wte_npy": tmp_path / "wte.npy", "scale_npz": tmp_path / "scales.npz"}
+    np.save(files["wte_npy"], np.ones((VOCAB_SIZE, RANK), np.float32))
+    path = checkpoint(OldNet(NANO), NANO, tmp_path / "ckpt.pt")
+    (tmp_path / name).write_text(f"version https://git-lfs.github.com/spec/v1\noid sha256:{'0' * 64}\nsize 9\n")
+    with pytest.raises(UserError, match=f"{name} is not the file itself"):
+        load_old_checkpoint(path, **files)
+
+
 @pytest.mark.parametrize("norms", [("ln_1", "ln_2"), ("pre_ln_attn", "pre_ln_mlp")])
 @pytest.mark.parametrize(("tied", "scales_tied", "bias"), list(itertools.product([True, False], repeat=3)))
 def test_factorized_descendant(tied, scales_tied, bias, norms, ids, tmp_path):
@@ -115,7 +175,8 @@ def test_a_hostile_pickle_does_nothing(how, where, tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ({"config": argparse.Namespace(a=1)}, "argparse.Namespace"),
+        ({"config": range(3)}, "range"),
+        ({"nan": True, "nan_iter_num": 7}, "its loss had become NaN, at iteration 7"),
         ({"best_val_loss": np.float64(3.0)}, "numpy"),
         ({"ema": {}}, "holds 'ema'"),
         ({"model": None}, "no 'model'"),

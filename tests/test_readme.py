@@ -46,9 +46,9 @@ def test_commands_are_understood(command):
         parts = (CompressArguments, CalibrationArguments, EvaluationArguments, PublishArguments)
         *settings, _ = ManualParser(parts).parse(words[words.index("compress.py") + 1 :])
         check(*settings)
-    elif "evaluate.py" in words:
+    elif "evaluate_models.py" in words:
         parser = ManualParser((EvaluateArguments, EvaluationArguments))
-        assert parser.parse(words[words.index("evaluate.py") + 1 :])[0].models
+        assert parser.parse(words[words.index("evaluate_models.py") + 1 :])[0].models
     elif "import_checkpoint.py" in words:
         assert ManualParser(ImportArguments).parse(words[words.index("import_checkpoint.py") + 1 :])[0].output_dir
     elif "run_experiments.py" in words:
@@ -97,7 +97,7 @@ def test_links_lead_somewhere():
 def test_the_sizes_that_it_names():
     with torch.device("meta"):
         sizes = [FactorizedGPT2(FactorizedGPT2Config(n_embd_wte=rank)).num_parameters() / 1e6 for rank in (None, 64)]
-    assert "GPT-2 (124 M parameters)\nbecomes 89 M" in README
+    assert "GPT-2 (124 M parameters) becomes 89 M" in README.replace("\n", " ")
     assert [int(size) for size in sizes] == [124, 89]
 
 
@@ -107,12 +107,3 @@ def test_the_bytes_of_an_expanded_model_that_it_names():
         expanded, stock = (GPT2LMHeadModel(GPT2Config(tie_word_embeddings=tied)) for tied in (False, True))
     sizes = [round(model_size(model).bytes / 1e6) for model in (compressed, expanded, stock)]
     assert "{} MB become {} MB, where the tied GPT-2 had {} MB".format(*sizes) in README
-
-
-_BY_KIND = ("classification_", "configuration_", "modeling_")
-
-
-def test_every_module_is_in_the_layout():
-    for path in (REPOSITORY / "factorized_gpt2").glob("*.py"):
-        if path.name not in ("__init__.py", "errors.py", "files.py", "corpus.py"):
-            assert path.name in README or path.name.startswith(_BY_KIND), path.name

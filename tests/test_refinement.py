@@ -108,6 +108,33 @@ def test_half_precision_is_refined_in_float32():
     assert_same_weights(weights_of(found), weights_of(expected.to(torch.bfloat16)))
 
 
+def test_the_divergence_is_measured_with_one_teacher_in_float32_before_and_after(monkeypatch):
+    measured = []
+
+    def divergence_and_note(student, distillation, rows):
+        teacher = distillation.teacher
+        measured.append((teacher, weights_of(teacher), {weight.dtype for weight in teacher.parameters()}))
+        return plain(student, distillation, rows)
+
+    plain = module._divergence
+    monkeypatch.setattr(module, "_divergence", divergence_and_note)
+    model, baseline = pair(torch.bfloat16)
+    refine(model, baseline, blocks(), 1)
+    (before, first, dtypes), (after, second, _) = measured
+    assert before is after is not baseline
+    assert dtypes == {torch.float32}
+    assert_same_weights(second, first)
+    assert_same_weights(second, weights_of(copy.deepcopy(baseline).float()))
+
+
+def test_a_baseline_that_overflows_float16_is_refined():
+    model, baseline = pair(torch.bfloat16)
+    for each in (model, baseline):  # far above what float16 holds, and given back by the norm that follows
+        each.transformer.wpe.weight.data *= 1e6
+    refined = refine(model, baseline, blocks(), STEPS)
+    assert all(weight.isfinite().all() for weight in refined.parameters())
+
+
 def test_dropout_has_no_part_in_it():
     without, with_dropout = (
         weights_of(refine(*pair(**dict.fromkeys(DROPOUTS, probability)), blocks(), STEPS)) for probability in (0, 0.1)

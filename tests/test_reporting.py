@@ -249,6 +249,56 @@ def test_the_spectrum_is_what_each_rank_leaves_out(drawn):
     assert axes.get_yscale() == "log"
 
 
+OTHER_WIDTH = [
+    replace(BASELINE, eval_loss=3.5, settings=BASELINE.settings | {"output_dir": "b/small"}),
+    replace(
+        UNTRAINED,
+        eval_loss=8.0,
+        spectrum=[kept / 96 for kept in range(1, 97)],
+        settings=UNTRAINED.settings | {"baseline": "b/small"},
+    ),
+]
+
+
+@pytest.fixture
+def of_two_baselines():
+    own = [
+        replace(row, settings=row.settings | ({"output_dir": "b/$a$"} if row is BASELINE else {"baseline": "b/$a$"}))
+        for row in PROTOCOL
+    ]
+    return own + OTHER_WIDTH
+
+
+def test_runs_of_two_baselines_are_drawn_apart(of_two_baselines, tmp_path, monkeypatch):
+    axes = {}
+
+    def keep(self, path, **_):
+        self.draw_without_rendering()
+        axes[Path(path).name.split(".")[1]] = self.axes[0]
+        Path(path).touch()
+
+    monkeypatch.setattr(Figure, "savefig", keep)
+    write_report(of_two_baselines, tmp_path)
+    spectrum = lines(axes["spectrum"])
+    assert [len(spectrum[label].get_xdata()) for label in ("d = 768", "d = 96")] == [767, 95]
+    assert spectrum["k = 64: 0.667 kept"].get_xydata().tolist() == [[64, 1 - 64 / 96]]
+    assert {"k = 64: 0.083 kept", "k = 512: 0.667 kept"} <= set(legend(axes["spectrum"]))
+    drawn = lines(axes["loss_against_rank"])
+    assert drawn["PCA, no training, from b/small"].get_xydata().tolist() == [[64, 8.0]]
+    assert len(drawn[r"PCA, no training, from b/\$a\$"].get_xdata()) == len(RANKS)
+    assert {r"baseline b/\$a\$ (not factorized)", "baseline b/small (not factorized)"} <= drawn.keys()
+
+
+def test_the_gap_is_to_the_baseline_that_a_run_started_from(of_two_baselines):
+    rows = [line.split("\t") for line in results_table(of_two_baselines, "tsv").splitlines()]
+    gaps = {(row[2].strip(), row[4].strip()) for row in rows}
+    assert {("3.0000", "+0.0000"), ("3.5000", "+0.0000"), ("7.0000", "+4.0000"), ("8.0000", "+4.5000")} <= gaps
+
+
+def test_a_rank_beyond_the_spectrum_is_not_marked(tmp_path):
+    assert write_report([replace(UNTRAINED, spectrum=[0.5, 1.0])], tmp_path).exists()
+
+
 def test_the_command_prints_the_table_and_where_the_report_is(tmp_path, capsys):
     bare(BASELINE).write(tmp_path / "gpt_baseline")
     assert run_command(report, ["--results", str(tmp_path)]) == 0

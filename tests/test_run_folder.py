@@ -14,8 +14,10 @@ from factorized_gpt2 import FactorizedGPT2
 from factorized_gpt2.arguments import Run, RunArguments, parse_run
 from factorized_gpt2.data import load_tokenizer
 from factorized_gpt2.errors import UserError
+from factorized_gpt2.leftovers import marked_for_all
 from factorized_gpt2.parsing import as_flags
 from factorized_gpt2.run_folder import claim, finish, least_bytes, mark, weights_fingerprint
+from factorized_gpt2.training import run_experiment
 from factorized_gpt2.verification import probe_logits
 
 COMMON = {
@@ -184,6 +186,8 @@ def filled(folder: Path) -> set[str]:
         "config.json",
         "adapter/a.txt",
         "my-notes.txt",
+        "checkpoint-notes.txt",
+        "checkpoint-good/model.safetensors",
     ):
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_text(name)
@@ -198,6 +202,15 @@ def test_overwriting_removes_checkpoints_results_and_what_a_model_is_loaded_by(f
     assert removed == {"checkpoint-2", "checkpoint-10", "damaged-checkpoint-9", "results.json", "config.json"}
     assert (folder / "adapter/a.txt").read_text() == "adapter/a.txt"
     assert (folder / "my-notes.txt").read_text() == "my-notes.txt"
+
+
+def test_a_folder_that_is_refused_is_not_swept(folder):
+    (folder / "gpt_k4").mkdir(parents=True)
+    left = folder / marked_for_all("gpt_k8")
+    left.mkdir()
+    with pytest.raises(UserError, match="holds gpt_k4 and is no run's folder"):
+        run_experiment(parse(folder))
+    assert left.exists()
 
 
 def test_only_the_process_that_saves_overwrites(folder, monkeypatch):

@@ -7,11 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import Dataset
+from torch.utils.data import Dataset
+from transformers.utils import is_matplotlib_available
 
 from ..baseline import check_tokenizer, load_baseline
 from ..compression import METHODS, RECORD_NAME, CalibrationText, Compressor, Recipe
 from ..data import TextSource, load_blocks, load_tokenizer
+from ..devices import DeviceArguments
 from ..errors import UserError
 from ..evaluation import LossSum, model_size, perplexity, sum_loss
 from ..files import read_json, require_space
@@ -77,7 +79,7 @@ class CalibrationArguments:
     _argument_group_name = "Text to learn from"
 
     calibration_file: list[str] | None = field(
-        default=None, metadata={"help": "Local .txt, .jsonl or .parquet files instead of the dataset's split."}
+        default=None, metadata={"help": "Local .txt, .jsonl, .parquet or .bin files instead of the dataset's split."}
     )
     calibration_split: str = field(default="train", metadata={"help": "Split of the dataset."})
     calibration_tokens: int = field(
@@ -103,8 +105,8 @@ class PublishArguments:
 
 def compress(argv: list[str]) -> None:
     """Load the baseline, choose ranks, factorize, write the folders, print what it cost, publish it if asked."""
-    arguments, calibration, evaluation, publishing = ManualParser(
-        (CompressArguments, CalibrationArguments, EvaluationArguments, PublishArguments),
+    arguments, calibration, evaluation, computing, publishing = ManualParser(
+        (CompressArguments, CalibrationArguments, EvaluationArguments, DeviceArguments, PublishArguments),
         prog="compress.py",
         description="Factorize the token embedding and head of a trained GPT-2.",
         usage="%(prog)s --baseline FOLDER --ranks K [K ...] [option ...]",
@@ -117,13 +119,14 @@ def compress(argv: list[str]) -> None:
     ).parse(argv)
     check(arguments, calibration, evaluation)
     with compress_alone(Path(arguments.output_dir)):
-        _compress(arguments, calibration, evaluation, publishing)
+        _compress(arguments, calibration, evaluation, computing.found, publishing)
 
 
 def _compress(
     arguments: CompressArguments,
     calibration: CalibrationArguments,
     evaluation: EvaluationArguments,
+    device: torch.device,
     publishing: PublishArguments,
 ) -> None:
     if publishing.push_to_hub:
@@ -146,7 +149,6 @@ def _compress(
         source = evaluation.source_of(calibration.calibration_file, calibration.calibration_split)
         blocks = load_blocks(source, tokenizer, block_size, keep_tail=False)
         text = CalibrationText(blocks, calibration.calibration_tokens, source.name)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     compressor = Compressor(
         baseline, recipe, Path(arguments.output_dir), tokenizer, text, arguments.overwrite, device, progress=True
     )
@@ -194,7 +196,7 @@ def check(arguments: CompressArguments, calibration: CalibrationArguments, evalu
 class _Measure:
     """Sizes of models, and their losses where there is text."""
 
-    def __init__(self, baseline: FactorizedGPT2, blocks: Dataset | None, batch_size: int, device: str):
+    def __init__(self, baseline: FactorizedGPT2, blocks: Dataset | None, batch_size: int, device: torch.device):
         self.baseline_size = model_size(baseline)
         self.blocks, self.batch_size, self.device = blocks, batch_size, device
         self.losses: dict[int | str, LossSum] = {}  # by rank; the baseline's under "-"
@@ -267,6 +269,9 @@ def _choose(arguments: CompressArguments, compressor: Compressor, measure: _Meas
 
 def _plot(compressor: Compressor, ranks: list[int], measure: _Measure, with_spectrum: bool) -> None:
     """Draw the spectrum, and loss against bytes where there are losses, beside the model folders."""
+    if not is_matplotlib_available():
+        logger.warning("No plots: the package matplotlib is not installed.")
+        return
     label, root = compressor.label, compressor.root
     path = root / f"spectrum_{label}.png"
     if with_spectrum or not path.with_suffix(".svg").exists():

@@ -7,7 +7,6 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 import torch
-from datasets import disable_progress_bars
 from transformers import set_seed
 from transformers.utils import logging as transformers_logging
 
@@ -44,10 +43,12 @@ def demo(argv: list[str]) -> None:
         prog="factorized-gpt2-demo",
         description="Run the whole path on a small GPT-2, offline, on a CPU.",
     ).parse(argv)[0]
+    import datasets
+
     began = time.perf_counter()
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
-    disable_progress_bars()
+    datasets.disable_progress_bars()
     root = Path(arguments.output_dir)
     _prepare_corpus(root / "corpus")
     models, corpus = root / "model_weights", root / "corpus"

@@ -1,15 +1,16 @@
-"""`evaluate.py`: loss and size of models that are already there, on one text."""
+"""`evaluate_models.py`: loss and size of models that are already there, on one text."""
 
 import sys
 from dataclasses import dataclass, field
 
-import torch
-
 from ..baseline import check_tokenizer, load_causal_lm
 from ..bits_per_byte import measure_bits_per_byte
 from ..data import load_blocks, load_tokenizer
+from ..devices import DeviceArguments
 from ..errors import UserError
 from ..evaluation import model_size, perplexity, sum_loss
+from ..foreign_models import LossOfLogits, positions_of
+from ..modeling_factorized_gpt2 import FactorizedGPT2
 from ..parsing import ManualParser
 from ..text_arguments import EvaluationArguments
 from .shell import print_table, run_command
@@ -33,30 +34,33 @@ class EvaluateArguments:
 
 def evaluate(argv: list[str]) -> None:
     """Measure every model on the whole text and print a table."""
-    arguments, evaluation = ManualParser(
-        (EvaluateArguments, EvaluationArguments),
-        prog="evaluate.py",
+    arguments, evaluation, computing = ManualParser(
+        (EvaluateArguments, EvaluationArguments, DeviceArguments),
+        prog="evaluate_models.py",
         description="Measure the loss of causal language models over a whole text, in nats a token.",
         usage="%(prog)s --models FOLDER [FOLDER ...] --eval_file FILE [option ...]",
-        examples=(
-            "evaluate.py --models openai-community/gpt2 model_weights/gpt_pca_nofinetune_k64 --eval_file held_out.txt",
-        ),
+        examples=("evaluate_models.py --models gpt2 model_weights/gpt_pca_nofinetune_k64 --eval_file held_out.txt",),
     ).parse(argv)
     if not evaluation.is_asked_for:
         raise UserError("No text to evaluate on: set eval_file or dataset_name.")
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if arguments.bits_per_byte and evaluation.source().is_tokenized:
+        raise UserError("bits_per_byte needs text, and eval_file holds token ids.")
+    device = computing.found
     rows = []
     for name in arguments.models:
         model = load_causal_lm(name).to(device)
         tokenizer = load_tokenizer(arguments.tokenizer or name)
         check_tokenizer(model, tokenizer)
-        block_size = evaluation.block_size_for(model.config.max_position_embeddings)
+        block_size = evaluation.block_size_for(positions_of(model.config), name)
+        measurable = model if isinstance(model, FactorizedGPT2) else LossOfLogits(model)
+        if isinstance(measurable, LossOfLogits):
+            measurable.check(block_size, name)
         blocks = load_blocks(evaluation.source(), tokenizer, block_size, keep_tail=True)
-        measured = sum_loss(model, blocks, evaluation.eval_batch_size, device, desc=f"Evaluating {name}")
+        measured = sum_loss(measurable, blocks, evaluation.eval_batch_size, device, desc=f"Evaluating {name}")
         row = {"loss": f"{measured.loss:.4f}", "perplexity": f"{perplexity(measured.loss):.2f}"}
         if arguments.bits_per_byte:
             text = (evaluation.source(), tokenizer, block_size, evaluation.eval_batch_size)
-            bits = measure_bits_per_byte(model, *text, device, desc=f"Evaluating {name}, documents")
+            bits = measure_bits_per_byte(measurable, *text, device, desc=f"Evaluating {name}, documents")
             row["bits per byte"] = f"{bits:.4f}"
         size = model_size(model)
         rows.append(
@@ -72,5 +76,5 @@ def evaluate(argv: list[str]) -> None:
 
 
 def main() -> None:
-    """Entry point of the console command and of `evaluate.py`."""
+    """Entry point of the console command and of `evaluate_models.py`."""
     sys.exit(run_command(evaluate))

@@ -13,7 +13,7 @@ from ..arguments import check_words, launched_processes
 from ..errors import UserError, blaming
 from ..experiments import Experiment, Scale, load_grid, select
 from ..files import replacing_file
-from ..parsing import ManualParser
+from ..parsing import ManualParser, find_config
 from ..reporting import read_results, write_report
 from ..results import RESULTS_NAME, Results
 from ..run_folder import SETTINGS_NAME, weights_fingerprint
@@ -36,7 +36,10 @@ class GridArguments:
     )
     accelerate_config: str | None = field(
         default=None,
-        metadata={"help": "Config of accelerate, by which every run is launched. None: one process, all it sees."},
+        metadata={
+            "help": "Config of accelerate, by which every run is launched: a path, or a name under configs/. None: "
+            "one process, all it sees."
+        },
     )
     overwrite: bool = field(
         default=False, metadata={"help": "Replace what had other settings; start afresh what was cut off."}
@@ -131,10 +134,11 @@ def check(arguments: GridArguments, scale: Scale, flags: Sequence[str]) -> None:
             "in --accelerate_config configs/accelerate/two_gpus.yaml."
         )
     if arguments.accelerate_config:
-        if not Path(arguments.accelerate_config).is_file():
+        found = find_config(arguments.accelerate_config)
+        if found is None:
             raise UserError(f"There is no accelerate config {arguments.accelerate_config!r}.")
         with blaming(f"{arguments.accelerate_config} is no config of accelerate"):
-            load_config_from_file(arguments.accelerate_config)
+            load_config_from_file(str(found))
     if scale != Scale() and not arguments.output_dir:
         raise UserError("A grid at another scale needs a folder of its own: name one with --output_dir.")
     taken = {"config", "print_config", "output_dir", "run_name", "overwrite_output_dir", "baseline", "compressed"}
@@ -153,7 +157,8 @@ class _Grid:
         self.root, self.flags, self.overwrite = root, list(flags), arguments.overwrite
         self.launcher = [sys.executable]
         if arguments.accelerate_config:
-            self.launcher += ["-m", "accelerate.commands.launch", "--config_file", arguments.accelerate_config]
+            config = str(find_config(arguments.accelerate_config))
+            self.launcher += ["-m", "accelerate.commands.launch", "--config_file", config]
 
     def run(self, experiments: Sequence[Experiment]) -> dict[str, str]:
         """Run what is not finished; return how each ended, by name."""

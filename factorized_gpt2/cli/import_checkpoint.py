@@ -1,5 +1,6 @@
 """`import_checkpoint.py`: a checkpoint of nanoGPT, or of its factorized descendant, to a model folder."""
 
+import glob
 import logging
 import sys
 from dataclasses import dataclass, field
@@ -17,6 +18,7 @@ from ..folder_lock import compress_alone
 from ..modeling_factorized_gpt2 import FactorizedGPT2
 from ..old_checkpoints import load_old_checkpoint
 from ..parsing import ManualParser
+from ..tokenizer_files import save_tokenizer
 from ..verification import verify_copy
 from .shell import run_command
 
@@ -32,6 +34,14 @@ class ImportArguments:
     wte_npy: str | None = field(default=None, metadata={"help": "Embedding (V, k) instead of the checkpoint's, .npy."})
     scale_npz: str | None = field(
         default=None, metadata={"help": "scale_up and scale_down instead of the checkpoint's, either way round, .npz."}
+    )
+    activation_function: str | None = field(
+        default=None,
+        metadata={
+            "help": "Where the checkpoint does not name it: gelu, nanoGPT's since May 2023, or gelu_new, the tanh "
+            "approximation before. None: gelu.",
+            "choices": ["gelu", "gelu_new"],
+        },
     )
     tokenizer: str | None = field(
         default=None, metadata={"help": "Folder or Hub id of the tokenizer to put beside the model."}
@@ -59,15 +69,21 @@ def import_checkpoint(argv: list[str]) -> None:
     _check_place(folder, arguments.overwrite)
     tokenizer = None if arguments.tokenizer is None else load_tokenizer(arguments.tokenizer)
     logger.info("Reading %s", arguments.checkpoint)
-    model = load_old_checkpoint(arguments.checkpoint, wte_npy=arguments.wte_npy, scale_npz=arguments.scale_npz)
+    model = load_old_checkpoint(
+        arguments.checkpoint,
+        wte_npy=arguments.wte_npy,
+        scale_npz=arguments.scale_npz,
+        activation_function=arguments.activation_function,
+    )
     if tokenizer is not None:
         _fit(model, tokenizer, arguments.cut_vocabulary)
-    with compress_alone(folder.parent, wait=True), replacing_folder(folder) as temporary:
+    alone = compress_alone(folder.parent, wait=True, names=(glob.escape(folder.name),))
+    with alone, replacing_folder(folder) as temporary:
         _check_place(folder, arguments.overwrite)
         model.save_pretrained(temporary)
         verify_copy(model, temporary, name=folder)
         if tokenizer is not None:
-            tokenizer.save_pretrained(temporary)
+            save_tokenizer(tokenizer, temporary, model.config.n_positions)
     config = model.config
     logger.info(
         "%s: %d layers, d = %d, V = %d, %s, %s, %s parameters",

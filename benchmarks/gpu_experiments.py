@@ -1,0 +1,145 @@
+"""A part of `gpu.py`: the thirteen experiments, by their configs, with as many steps as there is time for."""
+
+import logging
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from pydoc_data import topics
+
+import numpy as np
+from gpu_parts import Plan
+from session import Session, release_memory
+
+from factorized_gpt2.arguments import parse_run
+from factorized_gpt2.corpus import train_tokenizer
+from factorized_gpt2.errors import UserError
+from factorized_gpt2.experiments import Experiment, Scale, load_grid
+from factorized_gpt2.files import read_json
+from factorized_gpt2.reporting import read_results, results_table
+from factorized_gpt2.results import RESULTS_NAME, Results
+from factorized_gpt2.token_file import write_token_file
+from factorized_gpt2.training import run_experiment
+
+GRID = "experiments.json"
+BASELINE, LORA = "baseline", "pca_lora_k64"  # the pilots
+KEPT = "experiments.json"
+LEAST_STEPS = 10  # of training from scratch, below which results would say nothing
+PILOT_STEPS = (4, 12)  # the first of two runs compiles, the second is timed
+RESERVE = 0.15  # share of the time that is not planned for
+
+
+@dataclass(frozen=True)
+class Pace:
+    """What runs take, in seconds.
+
+    Attributes:
+        step: An optimizer step.
+        lora_step: One with LoRA.
+        run: All of a run but its steps.
+    """
+
+    step: float
+    lora_step: float
+    run: float
+
+    def of_steps(self, experiment: Experiment) -> float:
+        """Estimate what the steps of an experiment take."""
+        return (self.lora_step if experiment.config.get("lora_rank") else self.step) * _steps(experiment)
+
+
+def thirteen_experiments(session: Session, plan: Plan) -> None:
+    """Plan equal steps for the time that is left, run the grid, and keep its results and its table."""
+    logging.getLogger("factorized_gpt2").setLevel(logging.WARNING)
+    with tempfile.TemporaryDirectory() as folder:
+        bundle = _miniature(Path(folder) / "text") if plan.is_small else plan.bundle
+        if not (bundle / "train.bin").is_file():
+            raise UserError(f"There is no {bundle / 'train.bin'}: `make gpu-bundle` collects the text.")
+        flags = _flags(plan, bundle)
+        pace = _pace(session, plan, Path(folder) / "pilots", flags)
+        root = Path(folder) / "runs"
+        whole = load_grid(GRID, _scale(plan, 1.0), root)
+        spare = (1 - RESERVE) * session.left - pace.run * len(whole)
+        factor = min(1.0, spare / sum(map(pace.of_steps, whole)))
+        longest = max(map(_steps, whole))
+        if factor * longest < LEAST_STEPS:
+            session.leave_out(f"the experiments: time for {max(0, int(factor * longest))} of {longest} steps alone")
+            return
+        experiments = load_grid(GRID, _scale(plan, factor), root)
+        lengths = sorted({_steps(experiment) for experiment in experiments} - {0}, reverse=True)
+        session.say(f"\nSteps of a run: {' or '.join(map(str, lengths))}, {factor:.1%} of the protocol's.")
+        _run(session, experiments, pace, flags)
+        results = read_results(root, missing_ok=True)
+        if results:
+            session.say(f"\n{results_table(results, 'github')}")
+
+
+def _pace(session: Session, plan: Plan, folder: Path, flags: Sequence[str]) -> Pace:
+    """Run the baseline and a LoRA run twice each, shortly."""
+    for steps in PILOT_STEPS:
+        scale = _scale(plan, steps / max(map(_steps, load_grid(GRID))))
+        pilots = [pilot for pilot in load_grid(GRID, scale, folder / str(steps)) if pilot.name in (BASELINE, LORA)]
+        results = [_results(pilot, flags) for pilot in pilots]
+    step, lora_step = (result.train_seconds / _steps(pilot) for pilot, result in zip(pilots, results, strict=True))
+    pace = Pace(step, lora_step, max(result.seconds - result.train_seconds for result in results))
+    session.say(f"\nA step takes {step:.3f} s, one with LoRA {lora_step:.3f} s, a run {pace.run:.1f} s more.")
+    return pace
+
+
+def _run(session: Session, experiments: Sequence[Experiment], pace: Pace, flags: Sequence[str]) -> None:
+    done = set()
+    for experiment in experiments:
+        if experiment.needs and experiment.needs not in done:
+            session.leave_out(f"{experiment.name}, which starts from {experiment.needs}")
+        elif not session.has_time(pace.run + pace.of_steps(experiment)):
+            session.leave_out(experiment.name)
+        else:
+            results = session.attempt(experiment.name, lambda: _results(experiment, flags))  # noqa: B023
+            if results:
+                done.add(experiment.name)
+                folders = [other.folder for other in experiments if other.name in done]
+                session.keep(KEPT, [read_json(folder / RESULTS_NAME) for folder in folders])
+                session.say(f"\n{experiment.name}: loss {results.eval_loss:.4f}, {results.seconds:.0f} s.")
+
+
+def _results(experiment: Experiment, flags: Sequence[str]) -> Results:
+    release_memory()
+    return run_experiment(parse_run([*experiment.words, *flags]))
+
+
+def _steps(experiment: Experiment) -> int:
+    return experiment.config["max_steps"] if experiment.config["do_train"] else 0
+
+
+def _scale(plan: Plan, steps: float) -> Scale:
+    return Scale(layers=1 / 6, width=1 / 12, block=1 / 64, steps=steps) if plan.is_small else Scale(steps=steps)
+
+
+def _flags(plan: Plan, bundle: Path) -> list[str]:
+    """What every run is told beside its config: the text at hand, and to keep no checkpoints."""
+    words = {
+        "train_file": bundle / "train.bin",
+        "validation_file": bundle / "validation.bin",
+        "tokenizer": bundle / "tokenizer",
+        "document_start": "",
+        "max_eval_samples": 32,
+        "save_strategy": "no",
+        "load_best_model_at_end": False,
+        "report_to": "none",
+        "disable_tqdm": True,
+        "torch_compile_backend": plan.compiler,
+    }
+    if plan.device == "cpu":
+        words |= {"use_cpu": True, "fp16": False}
+    return [f"--{name}={value}" for name, value in words.items()]
+
+
+def _miniature(folder: Path) -> Path:
+    """Make a small bundle of the language reference that every Python carries."""
+    texts = [text for _, text in sorted(topics.topics.items())][:40]
+    tokenizer = train_tokenizer(texts, 400)
+    tokenizer.save_pretrained(folder / "tokenizer")
+    ids = [np.array(tokenizer(text)["input_ids"] + [tokenizer.eos_token_id]) for text in texts]
+    write_token_file(folder / "train.bin", ids[4:], len(tokenizer))
+    write_token_file(folder / "validation.bin", ids[:4], len(tokenizer))
+    return folder

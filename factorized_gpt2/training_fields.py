@@ -1,0 +1,113 @@
+"""The options of `TrainingArguments` that a run honours, those that change its result, and names from elsewhere."""
+
+from dataclasses import fields
+
+from transformers import TrainingArguments
+
+# What changes the weights that come of a run, or their loss.
+MATERIAL = frozenset(
+    (
+        *("do_train", "max_steps", "num_train_epochs", "per_device_train_batch_size", "gradient_accumulation_steps"),
+        *("auto_find_batch_size", "average_tokens_across_devices", "learning_rate", "lr_scheduler_type", "optim"),
+        *("lr_scheduler_kwargs", "warmup_steps", "optim_args", "optim_target_modules", "weight_decay", "adam_beta1"),
+        *("adam_beta2", "adam_epsilon", "max_grad_norm", "label_smoothing_factor", "neftune_noise_alpha", "bf16"),
+        *("fp16", "tf32", "torch_compile", "torch_compile_backend", "torch_compile_mode", "seed", "data_seed"),
+        *("full_determinism", "dataloader_drop_last", "dataloader_in_order", "train_sampling_strategy"),
+        *("load_best_model_at_end", "metric_for_best_model", "greater_is_better"),
+    )
+)
+# When it is evaluated and saved changes which weights are the best, if the best are kept.
+MATERIAL_FOR_THE_BEST = frozenset(
+    ("eval_strategy", "eval_steps", "eval_delay", "eval_on_start", "save_strategy", "save_steps")
+)
+# Where, how fast and how verbosely it runs.
+_IMMATERIAL = frozenset(
+    (
+        *("output_dir", "run_name", "project", "report_to", "disable_tqdm", "log_level", "log_level_replica"),
+        *("log_on_each_node", "logging_strategy", "logging_steps", "logging_first_step", "logging_nan_inf_filter"),
+        *("do_eval", "per_device_eval_batch_size", "save_total_limit", "use_cpu", "torch_empty_cache_steps"),
+        *("push_to_hub", "hub_model_id", "hub_private_repo", "hub_revision"),
+        *("gradient_checkpointing", "gradient_checkpointing_kwargs"),
+        *("activation_checkpointing", "activation_checkpointing_kwargs"),  # their names in later versions
+        *("dataloader_num_workers", "dataloader_pin_memory", "dataloader_persistent_workers"),
+        *("dataloader_prefetch_factor", "dataloader_multiprocessing_context"),
+        *("ddp_find_unused_parameters", "ddp_bucket_cap_mb", "ddp_broadcast_buffers", "ddp_static_graph"),
+        *("ddp_backend", "ddp_timeout", "fsdp", "fsdp_config"),
+    )
+)
+SUPPORTED = MATERIAL | MATERIAL_FOR_THE_BEST | _IMMATERIAL
+
+_REASONS = {
+    "save_only_model": "a run that was cut off could not go on as it was without the optimizer's state.",
+    "ignore_data_skip": "a run that was cut off would see its first blocks twice.",
+    "enable_jit_checkpoint": "these runs save a checkpoint by themselves when they are told to stop.",
+    "resume_from_checkpoint": "a run goes on from the checkpoints in its output_dir.",
+    "use_liger_kernel": "this model has kernels of its own (loss_backend).",
+    "do_predict": "a run ends with its validation loss; evaluate.py measures any other text.",
+    "hub_strategy": "a run publishes its model once, at its end.",
+    "hub_always_push": "a run publishes its model once, at its end.",
+    "deepspeed": "models are sharded by FSDP (fsdp, or accelerate launch).",
+    "debug": "these runs look for NaN and overflow by themselves.",
+    "include_num_input_tokens_seen": "results.json has the tokens that were seen.",
+    **dict.fromkeys(("bf16_full_eval", "fp16_full_eval"), "evaluations compute as training does."),
+    "hub_token": "log in with `hf auth login`, or set HF_TOKEN.",
+    "use_cache": "training needs no cache, and the saved model has one.",
+}
+_NOTHING = "it would do nothing in these runs."
+
+
+def refused() -> dict[str, str]:
+    """Say of every option of the installed `TrainingArguments` that a run does not honour why it is not taken."""
+    names = (item.name for item in fields(TrainingArguments))
+    return {name: _REASONS.get(name, _NOTHING) for name in names if name not in SUPPORTED}
+
+
+# Options of earlier versions of transformers, of its example scripts, of nanoGPT and of PEFT: what stands for them.
+ELSEWHERE = {
+    **dict.fromkeys(("evaluation_strategy", "evaluate_during_training"), "it is eval_strategy"),
+    **dict.fromkeys(("no_cuda", "use_mps_device"), "set use_cpu for a CPU; any other device is found"),
+    **dict.fromkeys(("fp16_backend", "half_precision_backend", "fp16_opt_level"), "fp16 or bf16 alone say it"),
+    "dtype": "set bf16 or fp16, or neither",
+    "save_safetensors": "weights are always saved as safetensors",
+    "logging_dir": "TensorBoard's folder is TENSORBOARD_LOGGING_DIR in the environment",
+    "warmup_ratio": "set warmup_steps: below 1 it is a share of all steps",
+    "group_by_length": "all blocks are equally long",
+    "adafactor": "set optim=adafactor",
+    "torchdynamo": "set torch_compile",
+    "jit_mode_eval": "set torch_compile",
+    "xpu_backend": "it is ddp_backend",
+    "sharded_ddp": "it is fsdp",
+    "push_to_hub_model_id": "it is hub_model_id",
+    "push_to_hub_organization": "it is a part of hub_model_id",
+    "model_name_or_path": "it is baseline",
+    "tokenizer_name": "it is tokenizer",
+    "max_train_samples": "set max_steps",
+    "validation_split_percentage": "give the held-out part as validation_file",
+    "max_iters": "it is max_steps",
+    "lr_decay_iters": "the schedule ends with max_steps",
+    "decay_lr": "set lr_scheduler_type",
+    "warmup_iters": "it is warmup_steps",
+    "eval_interval": "it is eval_steps",
+    "eval_iters": "it is max_eval_samples, which counts blocks",
+    "log_interval": "it is logging_steps",
+    "save_interval": "it is save_steps",
+    **dict.fromkeys(("batch_size", "per_gpu_train_batch_size"), "it is per_device_train_batch_size"),
+    **dict.fromkeys(("eval_batch_size", "per_gpu_eval_batch_size"), "it is per_device_eval_batch_size"),
+    "min_lr": 'set lr_scheduler_type=cosine_with_min_lr and lr_scheduler_kwargs={"min_lr": ...}',
+    "lr": "it is learning_rate",
+    "epochs": "it is num_train_epochs",
+    "grad_clip": "it is max_grad_norm",
+    **{f"beta{number}": f"it is adam_beta{number}" for number in (1, 2)},
+    "out_dir": "it is output_dir",
+    "init_from": "set baseline, or nothing for a random start",
+    "compile": "it is torch_compile",
+    "device": "set use_cpu for a CPU; any other device is found",
+    "dataset": "set dataset_name, or train_file and validation_file",
+    "eval_only": "set do_train=false",
+    "bias": "every layer has one, as GPT-2's do",
+    "wandb_log": "set report_to=wandb",
+    "wandb_project": "it is project",
+    "wandb_run_name": "it is run_name",
+    **dict.fromkeys(("lora_r", "r"), "it is lora_rank"),
+    "target_modules": "it is lora_target_modules",
+}
