@@ -51,7 +51,8 @@ class TextSource:
         split: Split of that dataset.
         text_column: Column that holds the text.
         document_start: Regular expression: a row that it matches at its beginning starts a document. `None`: every
-            row is a document, except that a text file is one document.
+            row is a document, except that a text file is one document. In files of token ids, documents are joined
+            already.
     """
 
     files: tuple[str, ...] = ()
@@ -73,14 +74,12 @@ class TextSource:
         """Whether it is files of token ids, rather than text.
 
         Raises:
-            UserError: It is both, or has a `document_start` that token ids cannot match.
+            UserError: It is both.
         """
         names = [name for name in self.files if is_token_file(name)]
         if names and len(names) < len(self.files):
             other = next(name for name in self.files if not is_token_file(name))
             raise UserError(f"{names[0]} holds token ids, {other} text: give files of one kind.")
-        if names and self.document_start:
-            raise UserError(f"{names[0]} holds documents joined already: document_start is for text.")
         return bool(names)
 
     def load(self, streaming: bool = False) -> list[tuple[Dataset | IterableDataset, re.Pattern | None]]:
@@ -107,7 +106,7 @@ class TextSource:
             path = Path(name)
             if not path.is_file():
                 raise UserError(f"The file {name} does not exist.")
-            if path.suffix == TOKEN_SUFFIX:
+            if is_token_file(name):
                 raise UserError(f"{name} holds token ids: this needs text.")
             loaded.append((self._load_file(path, streaming), pattern if kind_of(path) == "text" else every_row))
         return loaded

@@ -63,7 +63,7 @@ class TokenBlocks(Dataset):
 
 def is_token_file(name: str) -> bool:
     """Say by a file's name whether it holds token ids."""
-    return Path(name).suffix == SUFFIX
+    return Path(name).suffix.lower() == SUFFIX
 
 
 def load_token_blocks(files: Sequence[str], vocab_size: int, block_size: int, keep_tail: bool) -> TokenBlocks:

@@ -15,7 +15,7 @@ from factorized_gpt2.errors import UserError
 from factorized_gpt2.token_file import write_token_file
 
 PACKAGE = Path(provenance.__file__).parent
-OPTIONAL = ("datasets", "sklearn", "wandb", "matplotlib", "pandas")
+OPTIONAL = ("datasets", "sklearn", "wandb", "matplotlib", "pandas", "pyarrow")
 
 WITHOUT = """
 import importlib.machinery, sys
@@ -59,6 +59,7 @@ COMMON = {
     **{"do_train": True, "max_steps": 4, "block_size": 16, "per_device_train_batch_size": 4, "report_to": ["none"]},
     **{"eval_strategy": "steps", "eval_steps": 2, "save_strategy": "steps", "save_steps": 2, "use_cpu": True},
     **{"load_best_model_at_end": True, "learning_rate": 1e-2, "logging_steps": 1, "max_eval_samples": 8},
+    "document_start": "^ = [^=]",  # which the protocol's configs have for its text
 }
 CONFIGS = {
     "baseline": COMMON | {"n_layer": 1, "n_head": 2, "n_embd": 16, "run_name": "baseline"},
@@ -101,7 +102,7 @@ def test_token_files_are_trained_on_without_them(corpus, tokenizer, tmp_path):
     for name in ("train", "validation"):
         source = TextSource(files=(str(corpus / f"{name}.jsonl"),))
         write_token_file(tmp_path / f"{name}.bin", token_stream(source, tokenizer), vocabulary_size(tokenizer))
-    code = WITHOUT.format(packages=["datasets", "wandb", "pandas", "matplotlib"]) + WHOLE_PATH
+    code = WITHOUT.format(packages=["datasets", "wandb", "pandas", "pyarrow", "matplotlib"]) + WHOLE_PATH
     words = json.dumps([f"--{name}_file={name}.bin" for name in ("train", "validation")])
     finished = python(code, words, folder=tmp_path)
     assert finished.returncode == 0, finished.stderr

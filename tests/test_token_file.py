@@ -58,8 +58,8 @@ def rows_of(blocks) -> list[list[int]]:
 def test_blocks_are_those_of_the_text(corpus, tokens, tokenizer, block_size, keep_tail):
     for name in ("train", "validation"):
         blocks, prepared = (
-            load_blocks(TextSource(files=(str(path),)), tokenizer, block_size, keep_tail)
-            for path in (tokens / f"{name}.bin", corpus / f"{name}.jsonl")
+            load_blocks(TextSource(files=(str(path),), document_start=start), tokenizer, block_size, keep_tail)
+            for path, start in ((tokens / f"{name}.bin", "^ = [^=]"), (corpus / f"{name}.jsonl", None))
         )
         assert rows_of(blocks) == rows_of(prepared)
         assert len(blocks) == len(prepared) > 1
@@ -138,7 +138,6 @@ def test_bits_per_byte_need_text(tokens, tmp_path):
         ([7], {}, "has 1 tokens, too few for one block of 50"),
         ([], {}, "has 0 tokens, too few for one block of 50"),
         ([7] * 99 + [300], {}, "text.bin holds the token id 300, and the tokenizer has 300 ids"),
-        ([7] * 99, {"document_start": "#"}, "text.bin holds documents joined already: document_start is for text"),
         ([7] * 99, {"files": ["text.txt"]}, "text.bin holds token ids, text.txt text: give files of one kind"),
         ([7] * 99, {"files": ["gone.bin"]}, "gone.bin does not exist"),
         (b"abc" * 99, {}, "text.bin has 297 bytes, an odd number"),
