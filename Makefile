@@ -11,10 +11,13 @@ FAST := arguments blockwise_loss calibration classification compress_command com
 	distillation evaluation experiments factorization forward generation modeling peft progress refinement reporting \
 	results run_folder training
 
-.PHONY: demo test test-oldest soak lint format clean conformance
+.PHONY: demo gpu-bundle test test-oldest soak lint format clean conformance
 
 demo: $(INSTALLED)  ## train, compress, heal and compare a small GPT-2 on text that every Python carries
 	$(BIN)/factorized-gpt2-demo --output_dir demo_output
+
+gpu-bundle: $(INSTALLED)  ## what the tests and the benchmark need on a machine with a GPU and no network
+	$(BIN)/python benchmarks/gpu_bundle.py
 
 test: lint  ## lint, format check and every test, offline
 	$(OFFLINE) $(BIN)/pytest -n 2

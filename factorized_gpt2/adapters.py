@@ -45,6 +45,8 @@ def add_lora(
     with warnings.catch_warnings():
         # PEFT cannot know that this head follows wte's adapter, and warns of tied weights.
         warnings.filterwarnings("ignore", message=".*tie_word_embeddings.*")
+        # It asks transformers by a name that is on its way out.
+        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
         adapted = get_peft_model(model, config)
     for module in adapted.modules():
         if isinstance(module, LoraEmbedding):

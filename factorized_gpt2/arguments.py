@@ -48,7 +48,8 @@ class ModelArguments:
         metadata={"help": "Folder or Hub id of a model that compress.py made, to start from instead of a baseline."},
     )
     n_embd_wte: int | None = field(
-        default=None, metadata={"help": "Rank k of the token embedding. None or the width d: not factorized."}
+        default=None,
+        metadata={"help": "Rank k of the token embedding. None, or d for a random start: not factorized."},
     )
     n_layer: int | None = field(default=None, metadata={"help": "Blocks (random start only). Default: 12."})
     n_head: int | None = field(default=None, metadata={"help": "Attention heads (random start only). Default: 12."})
@@ -152,6 +153,7 @@ class RunArguments(TrainingArguments):
 
     def __post_init__(self) -> None:
         has_cuda = torch.cuda.is_available() and not self.use_cpu
+        self.as_configured = {name: getattr(self, name) for name in ("fp16", "bf16", "torch_compile")}
         # A CPU asked for in so many words can do these two.
         if not has_cuda and (self.fp16 or ((self.bf16 or self.torch_compile) and not self.use_cpu)):
             if os.environ.get("LOCAL_RANK", "0") == "0":
@@ -232,11 +234,11 @@ class Run:
     def config(self) -> dict[str, Any]:
         """Collect what was asked for, and what else differs from the defaults: a config that means the same run.
 
-        Values are those that count on this machine.
+        It does on other machines too: precision and compilation stand as they were asked for.
         """
         asked = {setting_name(word) for word in self.words if word.startswith("--")}
         defaults = Run(*(part() for part in _PARTS)).settings()
-        settings = self.settings()
+        settings = self.settings() | self.training.as_configured
         config = {name: value for name, value in settings.items() if name in asked or value != defaults[name]}
         return config if config.get("report_to", True) else config | {"report_to": ["none"]}
 

@@ -25,10 +25,12 @@ from transformers.utils import CONFIG_NAME, find_adapter_config_file
 from .configuration_factorized_gpt2 import FactorizedGPT2Config
 from .conversion import fingerprint, from_gpt2
 from .data import vocabulary_size
-from .errors import UserError, blaming, silenced
+from .errors import UNREADABLE, UserError, blaming, silenced
 from .evaluation import least_parameters
+from .lfs_pointers import refuse_pointers
+from .model_places import refuse_missing_folder
 from .modeling_factorized_gpt2 import FactorizedGPT2
-from .weight_files import refuse_pointers, weight_files
+from .weight_files import weight_files
 from .weight_names import plain_name, some_names, wrapped_name
 
 logger = logging.getLogger(__name__)
@@ -96,7 +98,7 @@ def load_baseline(name_or_path: str) -> Baseline:
     model = load_complete(name_or_path)
     if isinstance(model, FactorizedGPT2) and model.config.is_factorized:
         raise UserError(f"{name_or_path} is factorized already (n_embd_wte={model.config.n_embd_wte}).")
-    with blaming(f"The weights of {name_or_path} cannot be read"):
+    with blaming(f"The weights of {name_or_path} cannot be read", ValueError):
         converted = from_gpt2(model)
     return Baseline(converted, name_or_path, fingerprint(converted))
 
@@ -139,26 +141,27 @@ def load_causal_lm(name_or_path: str) -> PreTrainedModel:
     config = _load_config(name_or_path)
     if config.is_encoder_decoder or type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise UserError(f"{name_or_path} is a {config.model_type!r} model, which is no causal language model.")
-    return _load(AutoModelForCausalLM, config, name_or_path, ("missing_keys", "mismatched_keys")).eval()
+    model = _load(AutoModelForCausalLM, config, name_or_path, ("missing_keys", "mismatched_keys")).eval()
+    if getattr(model, "loss_type", None) is None:
+        model.loss_type = "ForCausalLM"  # which transformers falls back to, with a warning
+    return model
 
 
 def _load_config(name_or_path: str) -> PretrainedConfig:
+    refuse_missing_folder(name_or_path)
     folder = Path(name_or_path)
     refuse_pointers([folder / CONFIG_NAME, *weight_files(folder)])
-    with blaming(f"No model can be loaded from {name_or_path!r}"):
+    with blaming(f"No model can be loaded from {name_or_path!r}", *UNREADABLE):
         try:
             return AutoConfig.from_pretrained(name_or_path, trust_remote_code=False)
-        except (OSError, ValueError):
-            _refuse_adapter(name_or_path)
+        except (OSError, ValueError) as error:
+            if error.__cause__ is None:  # an answer; a Hub that does not answer is not asked once more
+                _refuse_adapter(name_or_path)
             raise
 
 
 def _refuse_adapter(name_or_path: str) -> None:
-    try:
-        is_adapter = find_adapter_config_file(name_or_path) is not None
-    except OSError:
-        return
-    if is_adapter:
+    if find_adapter_config_file(name_or_path) is not None:
         raise UserError(
             f"{name_or_path} is an adapter, no model by itself: if train_hf.py made it, name the folder above it, "
             "which holds the merged model; else merge it into its base with PEFT (`merge_and_unload`) and save that."
@@ -174,7 +177,8 @@ def _load(
             f"{name_or_path}: config.json describes at least {least_parameters(config):,} weights, and the files of "
             f"weights have {stored:,} bytes; they do not belong together."
         )
-    model, loading = _load_as_stored(model_class, config, name_or_path)
+    load = _load_as_stored if isinstance(config, GPT2Config) else load_weights
+    model, loading = load(model_class, name_or_path, config=config)
     surplus = {name for name in loading["unexpected_keys"] if not _MASK.search(name)}
     beside = {name for name in surplus if plain_name(name).startswith(_HEADS_BESIDE)}
     loading["unexpected_keys"] = surplus - beside
@@ -205,9 +209,9 @@ def _load(
 
 
 def _load_as_stored(
-    model_class: type, config: PretrainedConfig, name_or_path: str
-) -> tuple[PreTrainedModel, dict[str, Any]]:
-    """Load a model with its weights as they are stored, under whatever names wrappers gave them.
+    model_class: type, name_or_path: str, config: GPT2Config
+) -> tuple[GPT2LMHeadModel | FactorizedGPT2, dict[str, Any]]:
+    """Load a GPT-2 with its weights as they are stored, under whatever names wrappers gave them.
 
     The dtype is that of the stored weights, whatever the config says; only a wider one of the config's is taken, which
     rounds nothing.
@@ -218,7 +222,7 @@ def _load_as_stored(
     if isinstance(model, GPT2LMHeadModel) and loading["missing_keys"]:
         wrapped = {wrapped_name(name): name for name in loading["missing_keys"]}
         model, loading = load_weights(model_class, name_or_path, config=config, key_mapping=wrapped)
-    if isinstance(named, torch.dtype) and named != model.dtype:
+    if named in _DTYPES and model.dtype in _DTYPES and named != model.dtype:
         if torch.promote_types(named, model.dtype) == named:
             model.config.dtype = named
             return model.to(named), loading
@@ -258,7 +262,7 @@ def load_weights(model_class: type, name_or_path: str, **options: Any) -> tuple[
         UserError: It cannot be found or read, or only by running code.
     """
     options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}  # rather than an error without names
-    with blaming(f"The weights of {name_or_path} cannot be read"), silenced(transformers_logging):
+    with blaming(f"The weights of {name_or_path} cannot be read", *UNREADABLE), silenced(transformers_logging):
         try:
             return model_class.from_pretrained(name_or_path, trust_remote_code=False, **options)
         except UnpicklingError as error:

@@ -22,6 +22,7 @@ from .errors import UserError
 from .factor_files import pca_factors
 from .factorization import Factors, explained_shares, factorize_ranks
 from .files import read_json, replacing_folder, write_json
+from .fingerprints import config_fingerprint, tokenizer_fingerprint
 from .modeling_factorized_gpt2 import FactorizedGPT2
 from .refinement import check_device, refine
 from .tokenizer_files import save_tokenizer
@@ -237,10 +238,16 @@ class Compressor:
             difference = f"was not made from {self.baseline.name}"
         else:
             changed = sorted(name for name in _WHAT_MAKES_A_MODEL if stored.get(name) != asked[name])
+            unknown = [what for name, what in _WHAT_IS_TAKEN_OVER.items() if name not in stored]
+            changed += [
+                what for name, what in _WHAT_IS_TAKEN_OVER.items() if stored.get(name, asked[name]) != asked[name]
+            ]
             if not changed and not isinstance(stored.get("explained_variance_ratio"), float):
                 changed = ["explained_variance_ratio"]
             if not changed:
                 logger.info("%s was made in this way before and is reused.", folder)
+                if unknown:
+                    logger.warning("%s does not say of which %s it was made.", folder, " and ".join(unknown))
                 return load_compressed(str(folder))
             difference = f"was made with another {', '.join(changed)}"
         if not self.overwrite:
@@ -254,6 +261,8 @@ class Compressor:
             "n_embd_wte": rank,
             "baseline": self.baseline.name,
             "baseline_fingerprint": self.baseline.fingerprint,
+            "config_fingerprint": config_fingerprint(self.baseline.model.config),
+            "tokenizer_fingerprint": tokenizer_fingerprint(self.tokenizer),
             "calibration": calibration,
         }
 
@@ -284,3 +293,4 @@ class Compressor:
 
 
 _WHAT_MAKES_A_MODEL = ("method", "tied", "refine_steps", "seed", "n_embd_wte", "calibration")
+_WHAT_IS_TAKEN_OVER = {"config_fingerprint": "config", "tokenizer_fingerprint": "tokenizer"}  # of the baseline

@@ -9,6 +9,7 @@ import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -18,7 +19,9 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
-from .errors import UserError, blaming, first_line, silenced
+from .documents import parts_of_documents, pieces_of_documents
+from .errors import UserError, blaming, first_line, is_defect, silenced
+from .fingerprints import files_fingerprint
 from .text_files import kind_of, read_rows
 from .token_file import SUFFIX as TOKEN_SUFFIX
 from .token_file import TokenBlocks, is_token_file, load_token_blocks
@@ -30,7 +33,10 @@ if TYPE_CHECKING:
     import datasets
     from datasets import Dataset, IterableDataset
 
+_FILE_SETTINGS = "train_file, validation_file, eval_file, calibration_file"
 IGNORED_LABEL = -100
+
+_FORMAT = 2  # of what is cached on disk; to be raised with every change to what this module makes of a text
 
 
 @dataclass(frozen=True)
@@ -115,7 +121,7 @@ class TextSource:
         for dataset, document_start in self.load():
             parts: list[str] = []
             for rows in dataset.iter(batch_size=1000):
-                for text, starts in zip(*_parts_of_documents(rows["text"], document_start), strict=True):
+                for text, starts in zip(*parts_of_documents(rows["text"], document_start), strict=True):
                     if starts and parts:
                         yield "".join(parts)
                         parts = []
@@ -125,8 +131,24 @@ class TextSource:
 
     def _load_dataset(self, streaming: bool) -> Dataset | IterableDataset:
         name, column = self.dataset_name, self.text_column
+        if any((Path(name) / file).is_file() for file in ("state.json", "dataset_dict.json")):
+            raise UserError(
+                f"{name} was written by save_to_disk and is no dataset as on the Hub: write it with to_parquet, and "
+                f"name that file ({_FILE_SETTINGS})."
+            )
         with _reading(name):
-            dataset = _datasets().load_dataset(name, self.dataset_config_name, split=self.split, streaming=streaming)
+            try:
+                dataset = _datasets().load_dataset(
+                    name, self.dataset_config_name, split=self.split, streaming=streaming
+                )
+            except ValueError as error:  # among others of a split that is not there
+                splits = _datasets().get_dataset_split_names(name, self.dataset_config_name)
+                if re.split(r"[\[+]", self.split)[0] in splits:
+                    raise
+                raise UserError(
+                    f"{name} has no split {self.split!r}; its splits are {', '.join(splits)}: name one (split, "
+                    f"calibration_split), or local files instead ({_FILE_SETTINGS})."
+                ) from error
             # A stream may know its columns from its rows alone.
             columns = dataset.column_names or list(next(iter(dataset), {}))
         if column not in columns:
@@ -142,23 +164,25 @@ class TextSource:
         settings = {"path": str(path), "column": self.text_column}
         making = {"generator": read_rows, "gen_kwargs": settings, "features": _text_features()}
         with _reading(str(path)):
+            if next(read_rows(**settings), None) is None:  # also, what cannot be read is better known before a run
+                raise UserError(f"{path} has no text: it is empty.")
             if streaming:
-                rows = _datasets().IterableDataset.from_generator(**making)
-                next(iter(rows), None)  # what a stream cannot read is better known before a run begins
-                return rows
-            file = path.stat()
-            identity = (str(path.resolve()), file.st_mtime_ns, file.st_size, self.text_column)
+                return _datasets().IterableDataset.from_generator(**making)
+            identity = (files_fingerprint([path]), self.text_column)
             return _datasets().Dataset.from_generator(**making, fingerprint=_hash(identity))
 
 
 def _datasets() -> ModuleType:
-    with blaming(f"Text is read with the package datasets, which files of token ids ({TOKEN_SUFFIX}) do without"):
+    with blaming(
+        f"Text is read with the package datasets, which files of token ids ({TOKEN_SUFFIX}) do without", ImportError
+    ):
         import datasets
     return datasets
 
 
 def _hash(value: Any) -> str:
-    return _datasets().fingerprint.Hasher.hash(value)
+    """Hash for the cache on disk."""
+    return _datasets().fingerprint.Hasher.hash((_FORMAT, value))
 
 
 @contextmanager
@@ -169,8 +193,10 @@ def _reading(name: str) -> Iterator[None]:
             yield
     except UserError:
         raise
-    except Exception as error:
+    except Exception as error:  # of datasets, and of every reader of files below it
         cause = error.__cause__ or error  # datasets wraps what a builder or a generator raises
+        if is_defect(cause):
+            raise
         message = str(cause) if isinstance(cause, UserError) else f"{name} cannot be read: {first_line(cause)}"
         raise UserError(message) from error
 
@@ -192,7 +218,7 @@ def load_blocks(
         tokenizer: Its `eos_token` marks the end of a document.
         block_size: Tokens a block, at least 2.
         keep_tail: Whether the rest that fills no block becomes a shorter one (evaluation) or is dropped (training).
-        num_proc: Processes that tokenize; `None` for one.
+        num_proc: Processes that tokenize rows which are documents; `None` for one.
 
     Returns:
         Rows of `input_ids`, int64 arrays of `block_size`.
@@ -243,7 +269,7 @@ def stream_blocks(
         raise UserError(f"streaming does nothing for {source.name}: token ids are read while training anyway.")
     settings = {"block_size": block_size, "eos_token_id": end_of_text(tokenizer), "keep_tail": False}
     loaded = source.load(streaming=True)
-    tokenized = tuple(text.map(**_tokenizing(tokenizer, document_start)) for text, document_start in loaded)
+    tokenized = tuple(_tokenize(text, document_start, tokenizer) for text, document_start in loaded)
     blocks = _datasets().IterableDataset.from_generator(
         _pack, features=_block_features(), gen_kwargs={"tokenized": tokenized, **settings}
     )
@@ -288,56 +314,72 @@ def _tokenized(source: TextSource, tokenizer: PreTrainedTokenizerBase, num_proc:
     tokenizer_hash = _hash((rules, tokenizer.eos_token_id))
     tokenized = []
     for text, document_start in source.load():
-        text_hash = text._fingerprint
-        tokenized.append(
-            text.map(
-                **_tokenizing(tokenizer, document_start),
-                num_proc=num_proc if num_proc and len(text) > 10_000 else None,
-                new_fingerprint=_hash((text_hash, tokenizer_hash, document_start and document_start.pattern)),
-                desc="Tokenizing",
-            )
-        )
+        fingerprint = _hash((text._fingerprint, tokenizer_hash, document_start and document_start.pattern))
+        processes = num_proc if num_proc and len(text) > 10_000 else None
+        tokenized.append(_tokenize(text, document_start, tokenizer, fingerprint=fingerprint, num_proc=processes))
     return tokenized
 
 
-def _tokenizing(tokenizer: PreTrainedTokenizerBase, document_start: re.Pattern | None) -> dict[str, Any]:
-    """What `map` is told to tokenize rows."""
-    return {
-        "function": _tokenize,
-        "fn_kwargs": {"tokenizer": tokenizer, "document_start": document_start},
-        "batched": True,
-        "remove_columns": ["text"],
-        "features": _block_features(starts_document="bool"),
-    }
-
-
 def _tokenize(
-    rows: dict[str, list[str | None]], tokenizer: PreTrainedTokenizerBase, document_start: re.Pattern | None
-) -> dict[str, list]:
-    texts, starts = _parts_of_documents(rows["text"], document_start)
-    # Rows are tokenized whole and packed afterwards: that one is longer than a block is nothing to warn of.
-    with blaming("The text cannot be tokenized"):
-        encoded = tokenizer(texts, add_special_tokens=False, verbose=False)
-    # As arrays they keep their type where a stream joins rows without a token to others.
-    return {"input_ids": [np.array(ids, np.int32) for ids in encoded["input_ids"]], "starts_document": starts}
+    text: Dataset | IterableDataset,
+    document_start: re.Pattern | None,
+    tokenizer: PreTrainedTokenizerBase,
+    **cached: Any,
+) -> Dataset | IterableDataset:
+    """Tokenize documents, each whole or in pieces that change no token, whether it came as one row or as many.
+
+    Args:
+        text: As `TextSource.load` returns it.
+        document_start: As `TextSource.load` returns it.
+        tokenizer: Any.
+        **cached: `fingerprint` and `num_proc` of what is kept on disk; nothing for a stream.
+
+    Returns:
+        Dataset with the columns `input_ids` and `starts_document`, a row a piece.
+    """
+    features = _block_features(starts_document="bool")
+    if document_start is not None and not document_start.pattern:  # every row is a document
+        settings = {"fn_kwargs": {"tokenizer": tokenizer}, "batched": True, "remove_columns": ["text"]}
+        if cached:
+            cached = {"new_fingerprint": cached["fingerprint"], "num_proc": cached["num_proc"], "desc": "Tokenizing"}
+        return text.map(_tokenize_rows, **settings, features=features, **cached)
+    settings = {"rows": text, "document_start": document_start, "tokenizer": tokenizer}
+    making = {"generator": _tokenize_parts, "gen_kwargs": settings, "features": features}
+    if not cached:
+        return _datasets().IterableDataset.from_generator(**making)
+    return _datasets().Dataset.from_generator(**making, fingerprint=cached["fingerprint"])
 
 
-def _parts_of_documents(rows: Sequence[str | None], document_start: re.Pattern | None) -> tuple[list[str], list[bool]]:
-    """Return the text of rows, and which of them start a document."""
-    texts = [text or "" for text in rows]
-    if not all(isinstance(text, str) for text in texts):  # a stream does not know before
-        raise UserError("The column of text does not hold text alone.")
-    starts = [document_start is not None and bool(document_start.match(text)) for text in texts]
-    if document_start is not None and document_start.pattern:
-        texts = [text if text.endswith("\n") else text + "\n" for text in texts]  # rows are parts of one text
-    return texts, starts
+def _tokenize_rows(rows: dict[str, list[str | None]], tokenizer: PreTrainedTokenizerBase) -> dict[str, list]:
+    texts, starts = parts_of_documents(rows["text"], re.compile(""))
+    encoded = [*_encode(pieces_of_documents(zip(texts, starts, strict=True)), tokenizer)]
+    return {name: [row[name] for row in encoded] for name in ("input_ids", "starts_document")}
+
+
+def _tokenize_parts(
+    rows: Dataset | IterableDataset, document_start: re.Pattern | None, tokenizer: PreTrainedTokenizerBase
+) -> Iterator[dict]:
+    batches = (parts_of_documents(batch["text"], document_start) for batch in rows.iter(batch_size=1000))
+    parts = (part for texts, starts in batches for part in zip(texts, starts, strict=True))
+    yield from _encode(pieces_of_documents(parts), tokenizer)
+
+
+def _encode(pieces: Iterator[tuple[str, bool]], tokenizer: PreTrainedTokenizerBase) -> Iterator[dict]:
+    while batch := list(islice(pieces, 64)):  # as many at a time as fit into memory when they are long
+        texts, starts = zip(*batch, strict=True)
+        with blaming("The text cannot be tokenized", Exception):  # tokenizers has no narrower
+            encoded = tokenizer(list(texts), add_special_tokens=False, verbose=False)
+        for ids, starts_document in zip(encoded["input_ids"], starts, strict=True):
+            # As arrays they keep their type where a stream joins rows without a token to others.
+            yield {"input_ids": np.array(ids, np.int32), "starts_document": starts_document}
 
 
 def _pack(
     tokenized: Sequence[Dataset | IterableDataset], block_size: int, eos_token_id: int, keep_tail: bool
 ) -> Iterator[dict]:
     rest = np.empty(0, np.int32)
-    with blaming("The text cannot be read to its end"):  # which a stream finds out while it trains
+    # Which a stream finds out while it trains, by the errors of any reader of files.
+    with blaming("The text cannot be read to its end", Exception):
         for stream in _token_stream(tokenized, eos_token_id):
             tokens = np.concatenate([rest, stream])
             whole = len(tokens) - len(tokens) % block_size

@@ -1,9 +1,15 @@
 """The one error that commands show as a line, without a traceback."""
 
+import argparse
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import ModuleType
 
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
+
+_LINES, _ENDS = 4, (".", "!", "?")  # of a message: so many are shown at most, if none before ends a sentence
 _RUST_PANIC = "PanicException"  # of tokenizers, of a class that no module exports, and no Exception
 
 
@@ -21,24 +27,53 @@ def one_line(text: object) -> str:
     return "".join(letter if letter.isprintable() else " " for letter in str(text)).strip()
 
 
+UNCHECKED = (AttributeError, LookupError, TypeError)
+"""What libraries raise where they do not check what they are given; raised by this package itself, a defect."""
+
+REFUSED_SETTINGS = (argparse.ArgumentError, ImportError, OSError, RuntimeError, ValueError, *UNCHECKED)
+"""What libraries raise at settings that they do not take."""
+
+UNREADABLE = (
+    EOFError,
+    ImportError,
+    OSError,
+    RuntimeError,
+    ValueError,
+    SafetensorError,
+    StrictDataclassError,
+    *UNCHECKED,
+)
+"""What libraries raise at files of models that are missing, cut off or of another kind."""
+
+
 @contextmanager
-def blaming(culprit: str) -> Iterator[None]:
-    """Turn every error of the block, which hands to a library what a person has given, into one that names it.
+def blaming(culprit: str, *kinds: type[BaseException]) -> Iterator[None]:
+    """Turn errors of the block, which hands to a library what a person has given, into one that names it.
 
     Args:
         culprit: What the message begins with, as in "optim cannot be used".
+        *kinds: Which errors. Those of `UNCHECKED` are turned only where a library raised them.
 
     Raises:
-        UserError: In the place of any other error.
+        UserError: In the place of such an error. Others pass as they are.
     """
     try:
         yield
     except UserError:
         raise
-    except BaseException as error:  # libraries, and those below them, have too many kinds to list
-        if isinstance(error, Exception) or type(error).__name__ == _RUST_PANIC:
-            raise UserError(f"{culprit}: {first_line(error)}") from error
-        raise
+    except BaseException as error:
+        is_panic = type(error).__name__ == _RUST_PANIC
+        if not is_panic and (not isinstance(error, kinds) or is_defect(error)):
+            raise
+        raise UserError(f"{culprit}: {first_line(error)}") from error
+
+
+def is_defect(error: BaseException) -> bool:
+    """Tell whether an error is one of `UNCHECKED` that a line of this package raised, and no library."""
+    if not isinstance(error, UNCHECKED) or error.__traceback__ is None:
+        return False
+    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+    return frame.f_globals.get("__name__", "").partition(".")[0] == __package__
 
 
 @contextmanager
@@ -59,9 +94,12 @@ def silenced(library_logging: ModuleType) -> Iterator[None]:
 def first_line(error: BaseException) -> str:
     """Say in one line what an error of a library says in several, or in none.
 
-    That is its first line, with the next where it ends in a colon. A key alone, as a `KeyError` says it, says nothing.
+    That is its first sentence, however many lines it goes on for. A key alone, as a `KeyError` says it, says nothing.
     """
     text = repr(error) if isinstance(error, KeyError) else str(error).strip() or repr(error)
-    lines = [line.strip() for line in text.splitlines()]
-    last = next((number for number, line in enumerate(lines) if not line.endswith(":")), len(lines) - 1)
-    return " ".join(lines[: last + 1])
+    said: list[str] = []
+    for line in text.splitlines()[:_LINES]:
+        if not line.strip() or (said and said[-1].endswith(_ENDS)):
+            break
+        said.append(line.strip())
+    return " ".join(said)

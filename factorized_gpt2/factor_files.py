@@ -8,7 +8,7 @@ import numpy as np
 
 from .baseline import Baseline
 from .conversion import vocabulary_matrices
-from .errors import UserError
+from .errors import UserError, is_defect
 from .factorization import Factors, factorize_ranks
 from .files import replacing_file
 
@@ -101,6 +101,8 @@ def read_factors(folder: Path, rank: int, baseline: Baseline, overwrite: bool = 
                 return stored
         problem = "belong to another baseline"
     except Exception as error:  # numpy, zipfile and zlib each have their own kinds
+        if is_defect(error):
+            raise
         problem = f"cannot be read ({str(error) or type(error).__name__})"
     if overwrite:
         return None

@@ -16,6 +16,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 from .errors import UserError
 from .leftovers import marked_beside, remove
 
@@ -27,6 +29,7 @@ _REFUSALS = (
     *(errno.ENOTDIR, errno.EISDIR, errno.EEXIST),  # a file where a folder belongs, and the other way round
 )
 _NO_SYNC = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP)  # of some network drives
+_UNSAID = (OSError, RuntimeError, SafetensorError)  # what a full disk can be behind
 _FULL_BYTES = 1 << 20  # a disk with less room than this counts as full
 
 
@@ -120,7 +123,8 @@ def explaining_refusals(path: Path) -> Iterator[None]:
     except Exception as error:
         reason = refusal(error)
         # Libraries tell of a full disk in words of their own, or in none.
-        if reason is None and ("No space left" in str(error) or _free_bytes(path.parent) < _FULL_BYTES):
+        is_full = isinstance(error, _UNSAID) and _free_bytes(path.parent) < _FULL_BYTES
+        if reason is None and (is_full or "No space left" in str(error)):
             reason = os.strerror(errno.ENOSPC)
         if reason is None:
             raise

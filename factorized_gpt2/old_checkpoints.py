@@ -13,10 +13,10 @@ import torch
 
 from .configuration_factorized_gpt2 import FactorizedGPT2Config
 from .errors import UserError, first_line
+from .lfs_pointers import refuse_pointers
 from .modeling_factorized_gpt2 import FactorizedGPT2
 from .old_factor_files import SCALE_BIAS, replace_vocabulary
 from .old_options import NAMES_ACTIVATION, OldNetwork, read_options
-from .weight_files import refuse_pointers
 from .weight_names import plain_name
 
 logger = logging.getLogger(__name__)
@@ -134,11 +134,8 @@ def _read_checkpoint(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any
     for name in ("model", "model_args"):
         if not isinstance(content.get(name), dict):
             raise UserError(f"{path} is not a checkpoint of nanoGPT: it has no {name!r}.")
-    if content.get("nan"):
-        raise UserError(
-            f"{path} was saved when its loss had become NaN, at iteration {content.get('nan_iter_num')!r}: take an "
-            "earlier checkpoint."
-        )
+    if content.get("nan") is True:
+        raise UserError(f"{path} was saved when its loss had become NaN; take an earlier checkpoint.")
     unknown = sorted(repr(name) for name in content.keys() - _CONTENT if content[name] is not None)
     if unknown:
         raise UserError(f"{path} holds {', '.join(unknown[:3])}, which a checkpoint of nanoGPT does not.")

@@ -14,8 +14,8 @@ import torch
 from .errors import UserError, first_line
 from .factorization import Factors
 from .files import replacing_file
+from .lfs_pointers import refuse_pointers
 from .modeling_factorized_gpt2 import FactorizedGPT2
-from .weight_files import refuse_pointers
 from .weight_names import plain_name
 
 SCALE_BIAS = "transformer.scale_up.bias"  # a name that no checkpoint has, for the mean in the protocol's files

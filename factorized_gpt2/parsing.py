@@ -13,7 +13,7 @@ from typing import Any
 from transformers import HfArgumentParser
 
 from .command_names import as_called
-from .errors import UserError, blaming
+from .errors import REFUSED_SETTINGS, UserError, blaming
 from .files import read_json
 from .help_pages import HelpPage, epilog, hide_negations
 from .setting_values import check_values
@@ -132,7 +132,7 @@ class ManualParser(HfArgumentParser):
         Raises:
             UserError: A word that is unknown, mistyped or refused by a dataclass, by name.
         """
-        with blaming("The settings cannot be used"):
+        with blaming("The settings cannot be used", *REFUSED_SETTINGS):
             *parts, rest = self.parse_args_into_dataclasses(
                 words, return_remaining_strings=True, look_for_args_file=False
             )

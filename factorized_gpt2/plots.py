@@ -245,7 +245,7 @@ def _pareto_front(points: Sequence[tuple[float, float]]) -> list[tuple[float, fl
 @contextmanager
 def _saved_axes(path: Path, panels: int = 1) -> Iterator[list[Axes]]:
     """Yield axes to draw on; save their figure when the block ends well."""
-    with blaming("Plots are drawn with the package matplotlib"):
+    with blaming("Plots are drawn with the package matplotlib", ImportError):
         from matplotlib import rc_context
         from matplotlib.figure import Figure
     # Not through pyplot, which has a backend and figures that are to be closed.

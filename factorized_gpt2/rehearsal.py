@@ -11,7 +11,7 @@ from transformers import PreTrainedModel, Trainer, get_scheduler
 from transformers.integrations import get_reporting_integration_callbacks
 
 from .arguments import RunArguments
-from .errors import blaming
+from .errors import REFUSED_SETTINGS, blaming
 
 
 def rehearse(training: RunArguments, model: PreTrainedModel) -> None:
@@ -24,26 +24,26 @@ def rehearse(training: RunArguments, model: PreTrainedModel) -> None:
     Raises:
         UserError: They cannot; the message names the settings.
     """
-    with blaming("report_to cannot be used"):
+    with blaming("report_to cannot be used", *REFUSED_SETTINGS):
         for callback in get_reporting_integration_callbacks(training.report_to):
             callback()
     if not training.do_train:
         return
     if training.torch_compile:
-        with blaming("torch_compile_backend and torch_compile_mode cannot be used"):
+        with blaming("torch_compile_backend and torch_compile_mode cannot be used", *REFUSED_SETTINGS):
             TorchDynamoPlugin(backend=training.torch_compile_backend)
             nn.Identity().compile(backend=training.torch_compile_backend, mode=training.torch_compile_mode)
     if training.gradient_checkpointing:
-        with blaming("gradient_checkpointing_kwargs cannot be used"):
+        with blaming("gradient_checkpointing_kwargs cannot be used", *REFUSED_SETTINGS):
             options = {"use_reentrant": False} | (training.gradient_checkpointing_kwargs or {})
             checkpoint(nn.Identity(), torch.zeros(1), **options)
     parameter = nn.Parameter(torch.zeros(1))
     optimizer = torch.optim.SGD([parameter], lr=training.learning_rate)
-    with blaming("optim and optim_args cannot be used"):
+    with blaming("optim and optim_args cannot be used", *REFUSED_SETTINGS):
         kind, options = Trainer.get_optimizer_cls_and_kwargs(training, model)
         if isinstance(kind, type) and issubclass(kind, torch.optim.Optimizer) and "params" not in options:
             optimizer = kind([parameter], **options)
-    with blaming("lr_scheduler_type and lr_scheduler_kwargs cannot be used"):
+    with blaming("lr_scheduler_type and lr_scheduler_kwargs cannot be used", *REFUSED_SETTINGS):
         _rehearse_schedule(training, optimizer)
 
 

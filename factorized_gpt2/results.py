@@ -31,6 +31,8 @@ class Results:
         git_commit: Commit of this code, with `-dirty` where files differ from it; `None` outside a checkout.
         start_fingerprint: SHA-256 of the weights that the run started from; `None` for a random start, or one that is
             not in a local folder.
+        fingerprint: SHA-256 of the weights that the run left; `None` in results of earlier versions.
+        content: What identifies the text, tokenizer, start and teacher that the run read; empty in such results.
         device: What it ran on, such as "cpu" or a GPU's name.
         processes: How many processes trained.
         disk_bytes: Of the model's weight files.
@@ -63,6 +65,8 @@ class Results:
     words: list[str] = field(default_factory=list)
     git_commit: str | None = None
     start_fingerprint: str | None = None
+    fingerprint: str | None = None
+    content: dict[str, str] = field(default_factory=dict)
     device: str | None = None
     processes: int = 1
     disk_bytes: int | None = None

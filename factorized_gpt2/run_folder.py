@@ -1,19 +1,18 @@
 """The folder of a run: whose it is, how far it came, and what ends up in it."""
 
-import hashlib
 import logging
 import re
 from pathlib import Path
-from typing import Any
 
 import torch
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import CONFIG_NAME
 
-from .arguments import Run, RunArguments, default_settings
+from .arguments import Run, RunArguments
 from .compression import RECORD_NAME, compressed_folder
 from .errors import UserError
 from .files import filling_folder, read_json, remove_folder, write_json
+from .identity import Differences, differences, identity
 from .modeling_factorized_gpt2 import FactorizedGPT2
 from .results import RESULTS_NAME, Results
 from .tokenizer_files import save_tokenizer
@@ -26,31 +25,6 @@ SETTINGS_NAME = "run.json"
 ADAPTER_NAME = "adapter"
 BASE_NAME = "base_model"
 _CHECKPOINT = re.compile(r"(damaged-)?checkpoint-\d+")
-
-# What changes neither the model that comes of a run nor its loss.
-_IMMATERIAL = (
-    *("use_cpu", "output_dir", "run_name", "project", "report_to", "wandb_mode", "log_level", "log_level_replica"),
-    *("push_to_hub", "hub_model_id", "hub_base_model_id", "hub_private_repo", "hub_revision", "hub_strategy"),
-    *("dataloader_num_workers", "dataloader_pin_memory", "preprocessing_num_workers", "per_device_eval_batch_size"),
-)
-
-
-def weights_fingerprint(name_or_path: str | None) -> str | None:
-    """Identify the weights in a model's folder.
-
-    Returns:
-        SHA-256 over the files they are loaded from, as 64 hexadecimal digits; `None` where there is no such local
-        folder.
-    """
-    files = weight_files(Path(name_or_path)) if name_or_path else []
-    if not files:
-        return None
-    digest = hashlib.sha256()
-    for path in files:
-        with path.open("rb") as file:
-            while chunk := file.read(1 << 24):
-                digest.update(chunk)
-    return digest.hexdigest()
 
 
 def claim(run: Run) -> Results | None:
@@ -72,15 +46,30 @@ def claim(run: Run) -> Results | None:
         if run.training.should_save:
             _clear(output_dir)
         return None
-    stored, asked, defaults = read_json(settings_path), _identity(run), default_settings()
-    # A setting that came with a later version counts as having had its default.
-    changed = sorted(name for name, value in asked.items() if stored.get(name, defaults.get(name)) != value)
-    if changed:
+    found = _compare(run)
+    if run.training.process_index == 0:
+        _tell(found, output_dir)
+    return Results.read(output_dir)
+
+
+def _compare(run: Run, with_dataset: bool = False) -> Differences:
+    output_dir = Path(run.training.output_dir)
+    found = differences(read_json(output_dir / SETTINGS_NAME), run, with_dataset)
+    if found.material:
         raise UserError(
-            f"{output_dir} holds a run with other settings ({', '.join(changed[:5])}); choose another "
+            f"{output_dir} holds a run with other settings ({', '.join(found.material[:5])}); choose another "
             "--output_dir, or replace it with --overwrite_output_dir."
         )
-    return Results.read(output_dir)
+    return found
+
+
+def _tell(found: Differences, output_dir: Path) -> None:
+    if found.harmless:
+        names = ", ".join(found.harmless[:5]) + (" and more" if len(found.harmless) > 5 else "")
+        logger.info("%s was begun with another %s, which makes no difference to its result.", output_dir, names)
+    if found.unknown:
+        names = ", ".join(found.unknown)
+        logger.warning("%s does not say what identifies %s: see that nothing was edited since.", output_dir, names)
 
 
 def _refuse_foreign(run: Run) -> None:
@@ -121,19 +110,15 @@ def least_bytes(model: torch.nn.Module, training: RunArguments) -> int:
 
 
 def mark(run: Run) -> None:
-    """Write down whose folder it is, before anything else goes into it."""
-    write_json(Path(run.training.output_dir) / SETTINGS_NAME, _identity(run))
+    """Write down whose folder it is, before anything else goes into it.
 
-
-def _identity(run: Run) -> dict[str, Any]:
-    settings = run.settings()
-    if run.training.effective_batch_size is not None:
-        # Follows from how many processes there are, and does not change what is computed.
-        settings.pop("gradient_accumulation_steps")
-    for name in _IMMATERIAL:
-        settings.pop(name, None)
-    start = weights_fingerprint(run.start)
-    return settings if start is None else settings | {"start_fingerprint": start}
+    Raises:
+        UserError: It was another run's, which shows only now that all that it reads is there.
+    """
+    path = Path(run.training.output_dir) / SETTINGS_NAME
+    if path.exists() and not run.training.overwrite_output_dir:
+        _compare(run, with_dataset=True)
+    write_json(path, identity(run))
 
 
 def finish(

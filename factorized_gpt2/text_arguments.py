@@ -18,22 +18,27 @@ class TextArguments:
         default=None,
         metadata={"help": "Regular expression; a row that it matches starts a document. None: every row is one."},
     )
+    dataset_document_start: str | None = field(
+        default=None, metadata={"help": "The same for the dataset alone, not for local files. None: document_start."}
+    )
 
     def __post_init__(self) -> None:
-        try:
-            re.compile(self.document_start or "")
-        except re.error as error:
-            raise UserError(f"document_start={self.document_start!r} is no regular expression: {error}.") from error
+        for name in ("document_start", "dataset_document_start"):
+            try:
+                re.compile(getattr(self, name) or "")
+            except re.error as error:
+                raise UserError(f"{name}={getattr(self, name)!r} is no regular expression: {error}.") from error
 
     def source_of(self, files: list[str] | None, split: str) -> TextSource:
         """Text of local files, or where there are none of a split of the dataset."""
+        is_own = bool(files) or self.document_start is not None
         return TextSource(
             files=tuple(files or ()),
             dataset_name=self.dataset_name,
             dataset_config_name=self.dataset_config_name,
             split=split,
             text_column=self.text_column,
-            document_start=self.document_start,
+            document_start=self.document_start if is_own else self.dataset_document_start,
         )
 
 
@@ -53,7 +58,10 @@ class DataArguments(TextArguments):
     tokenizer: str | None = field(
         default=None, metadata={"help": "Folder or Hub id of the tokenizer. None: the baseline's."}
     )
-    block_size: int = field(default=1024, metadata={"help": "Tokens a block; positions of a model made from scratch."})
+    block_size: int | None = field(
+        default=None,
+        metadata={"help": "Tokens a block. None: the positions of the model it starts from; from scratch, 1024."},
+    )
     preprocessing_num_workers: int | None = field(default=None, metadata={"help": "Processes that tokenize."})
     streaming: bool = field(
         default=False,

@@ -128,7 +128,7 @@ def _check(name: str, vocab_size: int) -> None:
     size = path.stat().st_size
     if size % _TYPE.itemsize:
         raise UserError(f"{name} has {size:,} bytes, an odd number: it is no file of uint16 token ids.")
-    with blaming(f"{name} cannot be read"):
+    with blaming(f"{name} cannot be read", OSError, ValueError):
         tokens = np.memmap(path, _TYPE, mode="r") if size else np.empty(0, _TYPE)
         for start in range(0, len(tokens), _CHECKED_AT_ONCE):
             largest = int(tokens[start : start + _CHECKED_AT_ONCE].max())

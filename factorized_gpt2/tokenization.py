@@ -14,6 +14,7 @@ from transformers import (
 )
 
 from .errors import UserError, blaming
+from .model_places import refuse_missing_folder
 
 logger = logging.getLogger(__name__)
 
@@ -35,7 +36,8 @@ def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
         UserError: There is none, or one with a chat template that would be saved elsewhere.
     """
     culprit = f"No tokenizer can be loaded from {name_or_path!r}"
-    with blaming(culprit):
+    refuse_missing_folder(name_or_path)
+    with blaming(culprit, Exception):  # tokenizers has no narrower
         if _has_file(name_or_path, "tokenizer.json"):
             tokenizer_class = PreTrainedTokenizerFast
         elif (Path(name_or_path) / "vocab.json").is_file():

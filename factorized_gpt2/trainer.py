@@ -117,6 +117,12 @@ class FactorizedTrainer(CheckpointingTrainer):
                 "loaded. Remove that folder, and the run goes on from the checkpoint before."
             ) from error
 
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        """Leave out of what a checkpoint lacks the weights that are tied to others, and so were not saved."""
+        tied = getattr(self.model, "all_tied_weights_keys", None) or {}
+        missing = [name for name in load_result.missing_keys if name not in tied]
+        super()._issue_warnings_after_load(load_result._replace(missing_keys=missing))
+
     def _maybe_log_save_evaluate(
         self, tr_loss: torch.Tensor, grad_norm: torch.Tensor | float | None, *args: Any, **kwargs: Any
     ) -> None:

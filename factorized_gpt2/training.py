@@ -2,12 +2,13 @@
 
 import logging
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from peft import PeftModel
 from torch.utils.data import Dataset, Subset
 from transformers import PreTrainedTokenizerBase, PrinterCallback, set_seed
@@ -20,11 +21,13 @@ from .compression import RECORD_NAME, Compressor, Recipe
 from .configuration_factorized_gpt2 import FactorizedGPT2Config
 from .data import collate_blocks, load_blocks, load_tokenizer, stream_blocks, vocabulary_size
 from .distillation import Distillation
-from .errors import UserError, blaming
+from .errors import REFUSED_SETTINGS, UserError, blaming
 from .evaluation import least_parameters, model_size, perplexity
 from .families import run_name
 from .files import read_json, replacing_folder, require_space
+from .fingerprints import weights_fingerprint
 from .folder_lock import compress_alone, run_alone
+from .identity import contents
 from .interruption import PostponedStop, StopWhenSaved
 from .leftovers import sweep
 from .modeling_factorized_gpt2 import FactorizedGPT2
@@ -32,13 +35,14 @@ from .progress import LogLines
 from .provenance import device_name, git_commit, peak_memory_bytes, versions
 from .rehearsal import rehearse
 from .results import Results
-from .run_folder import ADAPTER_NAME, BASE_NAME, claim, finish, least_bytes, mark, weights_fingerprint
+from .run_folder import ADAPTER_NAME, BASE_NAME, claim, finish, least_bytes, mark
 from .tracking import finish_tracking, start_tracking
 from .trainer import FactorizedTrainer
 from .verification import probe_logits
 
 logger = logging.getLogger(__name__)
 
+_POSITIONS = 1024  # of a model from scratch for which no block size is set
 PROBE_TOKENS = 256  # of a block, to compare a saved model with the trained one
 
 
@@ -77,6 +81,7 @@ def _run_alone(run: Run, may_sweep: bool = False) -> Results:
     with run.training.main_process_first(desc="preparing model and data"):
         tokenizer = load_tokenizer(run.data.tokenizer or run.model.compressed or run.model.baseline)
         model = build_model(run, tokenizer)
+        asked, run = run, replace(run, data=replace(run.data, block_size=_block_size(run, model)))
         rehearse(run.training, model)
         train_blocks = _training_blocks(run, tokenizer) if run.training.do_train else None
         validation_blocks = _validation_blocks(run, tokenizer)
@@ -91,11 +96,12 @@ def _run_alone(run: Run, may_sweep: bool = False) -> Results:
     if run.adapter.lora_rank:
         lora = run.adapter
         lora_targets(model, lora.lora_rank, lora.lora_target_modules)  # before anything is written
-        _keep_base(run, model)
+        _keep_base(asked, model)
+        model.name_or_path = _from_anywhere(model.name_or_path)
         model = add_lora(model, lora.lora_rank, lora.lora_alpha, lora.lora_dropout, lora.lora_target_modules)
     if run.training.should_save:
         require_space(output_dir, least_bytes(model, run.training), "the run")
-    with blaming("The Trainer cannot use these settings"):
+    with blaming("The Trainer cannot use these settings", *REFUSED_SETTINGS):
         trainer = FactorizedTrainer(
             distillation=distillation,
             model=model,
@@ -109,7 +115,7 @@ def _run_alone(run: Run, may_sweep: bool = False) -> Results:
         trainer.remove_callback(PrinterCallback)
         trainer.add_callback(LogLines)
     if run.training.should_save:
-        mark(run)
+        mark(asked)
     start_tracking(run.training)
     trainer.accelerator.wait_for_everyone()  # all look for the same checkpoint in the same folder
     outcome = _train(trainer, output_dir, run.data.block_size) if run.training.do_train else {}
@@ -124,6 +130,7 @@ def _run_alone(run: Run, may_sweep: bool = False) -> Results:
         if run.training.should_save:
             with replacing_folder(output_dir / ADAPTER_NAME) as folder:
                 model.save_pretrained(folder)
+                (folder / "README.md").unlink(missing_ok=True)  # PEFT's card, which tells of a folder on this machine
         model = merge(model)
     disk_bytes = finish(output_dir, model, tokenizer, probe, expected) if run.training.should_save else None
     results = Results(
@@ -139,6 +146,8 @@ def _run_alone(run: Run, may_sweep: bool = False) -> Results:
         words=list(run.words),
         git_commit=git_commit(),
         start_fingerprint=weights_fingerprint(run.start),
+        fingerprint=weights_fingerprint(str(output_dir)) if run.training.should_save else None,
+        content=contents(run),
         device=device_name(run.training.device),
         processes=run.training.world_size,
         disk_bytes=disk_bytes,
@@ -175,7 +184,8 @@ def build_model(run: Run, tokenizer: PreTrainedTokenizerBase) -> FactorizedGPT2:
     """
     arguments = run.model
     if run.is_from_scratch:
-        model = FactorizedGPT2(_scratch_config(arguments, tokenizer, run.data.block_size))
+        block_size = run.data.block_size or _POSITIONS
+        model = FactorizedGPT2(_scratch_config(arguments, tokenizer, block_size))
     else:
         model = _trained_start(run, tokenizer)
         if arguments.dropout is not None:
@@ -186,18 +196,23 @@ def build_model(run: Run, tokenizer: PreTrainedTokenizerBase) -> FactorizedGPT2:
     return model.float() if run.training.do_train else model  # optimizers and merges need more than half precision
 
 
+def _block_size(run: Run, model: FactorizedGPT2) -> int:
+    """Say how many tokens a block has: as asked, else as many as the model has positions."""
+    return run.data.block_size or model.config.n_positions
+
+
 def _trained_start(run: Run, tokenizer: PreTrainedTokenizerBase) -> FactorizedGPT2:
     arguments, training = run.model, run.training
     baseline = None if arguments.compressed else load_baseline(arguments.baseline)
     model = baseline.model if baseline else load_compressed(arguments.compressed)
     check_tokenizer(model, tokenizer)
-    if run.data.block_size > model.config.n_positions:
+    if _block_size(run, model) > model.config.n_positions:
         raise UserError(
             f"block_size {run.data.block_size} exceeds the {model.config.n_positions} positions of the baseline."
         )
     if baseline is None:
         model.name_or_path = arguments.compressed
-    elif arguments.n_embd_wte in (None, model.config.n_embd):
+    elif arguments.n_embd_wte is None:
         model.name_or_path = ""
     else:
         root = Path(training.output_dir).parent
@@ -226,7 +241,7 @@ def _scratch_config(
             pad_token_id=tokenizer.pad_token_id,
             **{name: value for name, value in (shape | dropouts).items() if value is not None},
         )
-    except Exception as error:  # the validation errors of strict dataclasses have no public common base here
+    except (StrictDataclassError, ValueError) as error:
         raise UserError(str(error).strip().splitlines()[-1].strip()) from error
     needed, there = 4 * least_parameters(config), psutil.virtual_memory().total
     if needed > there:
@@ -286,12 +301,17 @@ def _keep_base(run: Run, model: FactorizedGPT2) -> None:
     """Save the model under an adapter where no folder holds it yet, so that the adapter can name what it adapts."""
     if model.name_or_path:
         return
-    folder = Path(run.training.output_dir) / BASE_NAME
+    folder = Path(run.training.output_dir).absolute() / BASE_NAME
     model.name_or_path = str(folder)
     if run.training.should_save:
         mark(run)
         with replacing_folder(folder) as temporary:
             model.save_pretrained(temporary)
+
+
+def _from_anywhere(name_or_path: str) -> str:
+    """Name a model so that it is found from every folder: a local one by its whole path, others by their Hub id."""
+    return str(Path(name_or_path).absolute()) if Path(name_or_path).exists() else name_or_path
 
 
 def _train(trainer: FactorizedTrainer, output_dir: Path, block_size: int) -> dict[str, Any]:

@@ -32,11 +32,11 @@ SHARED = {
     "tie_word_embeddings": True,
     "dataset_name": "Salesforce/wikitext",
     "dataset_config_name": "wikitext-103-raw-v1",
-    "tokenizer": "openai-community/gpt2",
     "load_best_model_at_end": True,
     "report_to": ["wandb"],
 }
 SCRATCH = SHARED | {
+    "tokenizer": "openai-community/gpt2",
     "n_layer": 12,
     "n_head": 12,
     "n_embd": 768,
@@ -100,6 +100,14 @@ def test_the_printed_config_means_the_same_run(tmp_path, capsys, name):
     assert (config["seed"], config["wandb_mode"]) == (7, "offline")
     assert {key for key, value in load_config(name).items() if value is not None} <= config.keys()
     assert len(config) < 60  # one screen, not all that there is
+
+
+def test_the_printed_config_is_that_of_a_machine_with_a_gpu(capsys):
+    train(["--config", "baseline", "--print_config"])
+    config = json.loads(capsys.readouterr().out)
+    assert (config["fp16"], config["torch_compile"]) == (True, True)
+    train(["--config", "baseline", "--fp16", "False", "--print_config"])
+    assert json.loads(capsys.readouterr().out)["fp16"] is False
 
 
 def test_printing_a_config_touches_nothing(tmp_path, monkeypatch, capsys):

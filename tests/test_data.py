@@ -4,9 +4,11 @@ import json
 from itertools import chain
 
 import datasets
+import pyarrow
 import pytest
 import torch
 from conftest import DOCUMENTS
+from pyarrow import parquet
 
 from factorized_gpt2.data import (
     IGNORED_LABEL,
@@ -168,6 +170,37 @@ def test_text_that_cannot_be_used(tmp_path, tokenizer, kind, complaint):
     with pytest.raises(UserError, match=complaint) as caught:
         load_blocks(make_bad_source(tmp_path, kind), tokenizer, 50, keep_tail=False)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_split_that_is_not_there(tmp_path, streaming):
+    write_rows(tmp_path / "train.parquet", DOCUMENTS[:3])
+    source = TextSource(dataset_name=str(tmp_path), split="train[1:2]" if not streaming else "train")
+    assert next(iter(source.load(streaming)[0][0]))["text"] == DOCUMENTS[0 if streaming else 1]
+    for split in ("validation", "validation[:5]", "validation+train"):
+        with pytest.raises(UserError, match=r"no split 'val.*'; its splits are train: .*validation_file") as caught:
+            TextSource(dataset_name=str(tmp_path), split=split).load(streaming)
+        assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", [datasets.Dataset, datasets.DatasetDict])
+def test_a_dataset_of_save_to_disk(tmp_path, kind):
+    rows = datasets.Dataset.from_dict({"text": DOCUMENTS[:3]})
+    (rows if kind is datasets.Dataset else kind(train=rows)).save_to_disk(tmp_path / "a")
+    with pytest.raises(UserError, match=r"a was written by save_to_disk .* to_parquet, .*train_file"):
+        TextSource(dataset_name=str(tmp_path / "a")).load()
+
+
+@pytest.mark.parametrize("kind", [pyarrow.string_view(), pyarrow.binary()])
+def test_text_types_of_a_dataset(tmp_path, kind):
+    texts = pyarrow.array(["One", None, ""]).cast(pyarrow.string() if kind != pyarrow.binary() else kind)
+    parquet.write_table(pyarrow.table({"text": texts.cast(kind)}), tmp_path / "train.parquet")
+    source = TextSource(dataset_name=str(tmp_path))
+    if kind != pyarrow.binary():
+        assert [row["text"] for row in source.load()[0][0]] == ["One", None, ""]
+        return
+    with pytest.raises(UserError, match="the column 'text' does not hold text but binary"):
+        source.load()
 
 
 @pytest.mark.parametrize("streaming", [False, True])

@@ -1,6 +1,7 @@
 """Whole runs on tiny models: scratch, PCA, PCA + LoRA; resumed, repeated, refused."""
 
 import json
+import warnings
 from pathlib import Path
 
 import pytest
@@ -12,10 +13,11 @@ from transformers import AutoModelForCausalLM
 from factorized_gpt2 import FactorizedGPT2, FactorizedGPT2Config
 from factorized_gpt2.arguments import LORA_TARGETS, parse_run
 from factorized_gpt2.cli.shell import run_command
+from factorized_gpt2.data import load_tokenizer
 from factorized_gpt2.errors import UserError
 from factorized_gpt2.model_card import History, model_card
 from factorized_gpt2.parsing import as_flags
-from factorized_gpt2.training import FactorizedTrainer, Results, run_experiment
+from factorized_gpt2.training import FactorizedTrainer, Results, _training_blocks, run_experiment
 
 TINY = {"n_layer": 2, "n_head": 2, "n_embd": 24, "activation_function": "gelu"}
 COMMON = {
@@ -198,6 +200,52 @@ def test_an_untied_head_stays_its_own(workshop):
     assert results.parameters == base.num_parameters() + base.transformer.wte.weight.numel()
     adapted = AutoPeftModelForCausalLM.from_pretrained(workshop.root / "untied/adapter")
     assert (logits(adapted, random_ids()) - logits(merged, random_ids())).abs().max() < 1e-4
+
+
+def test_an_adapter_finds_its_base_from_any_folder(workshop, tmp_path, monkeypatch):
+    monkeypatch.chdir(workshop.root)
+    base = {"baseline": Path(workshop.baseline).name}
+    kinds = {"pca": LORA | base, "whole": LORA | base | {"n_embd_wte": None}, "untied": {"tie_word_embeddings": False}}
+    for name, settings in kinds.items():
+        workshop.run(f"here_{name}", **(kinds["pca"] | settings | {"output_dir": f"here_{name}", "max_steps": 1}))
+    monkeypatch.chdir(tmp_path)
+    for name in kinds:
+        adapter = workshop.root / f"here_{name}/adapter"
+        adapted = AutoPeftModelForCausalLM.from_pretrained(adapter)
+        merged = FactorizedGPT2.from_pretrained(adapter.parent)
+        assert (logits(adapted, random_ids()) - logits(merged, random_ids())).abs().max() < 1e-4
+        assert Path(json.loads((adapter / "adapter_config.json").read_text())["base_model_name_or_path"]).is_absolute()
+        assert not (adapter / "README.md").exists()
+
+
+def test_one_config_heals_any_baseline(workshop, tmp_path, monkeypatch, caplog):
+    """Blocks as long as the baseline's positions, the baseline's own tokenizer, rows that stay documents."""
+    monkeypatch.chdir(tmp_path)
+    texts = [f"--{split}={workshop.texts[split][0]}" for split in ("train_file", "validation_file")]
+    words = ["--config", "heal.json", "--baseline", workshop.baseline, "--n_embd_wte", "6", *texts]
+    words += ["--max_steps", "2", "--warmup_steps", "0", "--report_to", "none", "--use_cpu", "True"]
+    words += ["--torch_compile", "False", "--eval_steps", "1", "--save_steps", "1", "--output_dir", "out/healed"]
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*is_gradient_checkpointing.*")
+        results = run_experiment(parse_run(words))
+    positions = FactorizedGPT2Config.from_pretrained(workshop.baseline).n_positions
+    assert (results.run_name, results.settings["block_size"]) == ("pca-lora-k6-r32", positions)
+    assert results.settings["tokenizer"] is None
+    saved, own = (load_tokenizer(folder) for folder in ("out/healed", workshop.baseline))
+    assert saved.get_vocab() == own.get_vocab()
+    assert "missing keys" not in caplog.text
+    again = run_experiment(parse_run(words))
+    assert again == results  # it is known to be finished
+    blocks = _training_blocks(parse_run([*words, "--block_size", "16"]), own)
+    ends = sum(int(token) == own.eos_token_id for row in blocks for token in row["input_ids"])
+    rows = Path(workshop.texts["train_file"][0]).read_text().splitlines()
+    assert ends >= len(rows) - 1
+
+
+def test_a_rank_that_would_not_factorize_is_refused(workshop):
+    for rank in (24, 64):
+        with pytest.raises(UserError, match=f"Rank {rank} is out of range"):
+            workshop.run("refused", baseline=workshop.baseline, n_embd_wte=rank)
 
 
 def card_of(folder: Path) -> str:

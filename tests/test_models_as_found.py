@@ -10,11 +10,11 @@ from conftest import VOCAB_SIZE, perturb, random_ids, tiny_model
 from safetensors.torch import load_file, save_file
 from transformers import GPT2Config, GPT2DoubleHeadsModel, GPT2ForSequenceClassification, GPT2LMHeadModel
 
-from factorized_gpt2 import FactorizedGPT2, from_gpt2, to_gpt2
+from factorized_gpt2 import FactorizedGPT2, baseline, from_gpt2, to_gpt2
 from factorized_gpt2.baseline import load_baseline, load_causal_lm, load_complete
 from factorized_gpt2.conversion import fingerprint, vocabulary_matrices
 from factorized_gpt2.errors import UserError
-from factorized_gpt2.run_folder import weights_fingerprint
+from factorized_gpt2.fingerprints import weights_fingerprint
 from factorized_gpt2.weight_names import plain_name, wrapped_name
 
 SIZES = {"vocab_size": VOCAB_SIZE, "n_positions": 48, "n_embd": 32, "n_layer": 2, "n_head": 4}
@@ -155,6 +155,15 @@ def test_no_weight_is_rounded_because_a_config_says_so(stored, named, loaded, ke
     assert is_told == (f"though its config says {named}" in caplog.text)
 
 
+@pytest.mark.parametrize("half", ["transformer.wte.weight", "transformer.ln_f.bias", "transformer.h.0.ln_1.bias"])
+def test_of_several_precisions_the_widest_is_taken(half, tmp_path):
+    stock(tmp_path)
+    rewrite(tmp_path, lambda weights: weights | {half: weights[half].half()})
+    model, weights = load_complete(str(tmp_path)), load_file(tmp_path / "model.safetensors")
+    for name, weight in model.named_parameters():
+        assert torch.equal(weight, weights[name].float()), name
+
+
 @pytest.mark.parametrize(
     ("name", "plain"),
     [
@@ -228,6 +237,17 @@ def test_a_file_that_is_not_read_need_not_be_fetched(tmp_path):
     stock(tmp_path)
     (tmp_path / "pytorch_model.bin").write_text(POINTER)
     load_baseline(str(tmp_path))
+
+
+@pytest.mark.parametrize(("cause", "told"), [(None, True), (ConnectionError(), False)])
+def test_the_hub_is_asked_for_an_adapter_if_it_answers(cause, told, monkeypatch):
+    def fail(*args, **kwargs):
+        raise OSError("me/lora does not appear to have a file named config.json.") from cause
+
+    monkeypatch.setattr(baseline.AutoConfig, "from_pretrained", fail)
+    monkeypatch.setattr(baseline, "find_adapter_config_file", lambda name: "adapter_config.json")
+    with pytest.raises(UserError, match="is an adapter" if told else "does not appear to have"):
+        load_causal_lm("me/lora")
 
 
 def test_an_adapter_is_told_from_a_model(tmp_path):

@@ -80,7 +80,7 @@ def test_bars_of_libraries_are_for_terminals(stream, expected, monkeypatch):
     hidden = []
     monkeypatch.setattr("sys.stderr", stream)
     monkeypatch.setattr(progress.transformers_logging, "disable_progress_bar", lambda: hidden.append("transformers"))
-    monkeypatch.setattr(progress.datasets, "disable_progress_bars", lambda: hidden.append("datasets"))
+    monkeypatch.setattr("datasets.disable_progress_bars", lambda: hidden.append("datasets"))
     monkeypatch.setattr(progress.huggingface_hub.utils, "disable_progress_bars", lambda: hidden.append("hub"))
     progress.hide_bars_of_libraries()
     assert hidden == expected

@@ -1,6 +1,7 @@
 """The folder of a run: claimed, marked, refused, replaced, and filled with the model that was trained."""
 
 import json
+import os
 import re
 import shutil
 from pathlib import Path
@@ -14,9 +15,10 @@ from factorized_gpt2 import FactorizedGPT2
 from factorized_gpt2.arguments import Run, RunArguments, parse_run
 from factorized_gpt2.data import load_tokenizer
 from factorized_gpt2.errors import UserError
+from factorized_gpt2.fingerprints import _digest, weights_fingerprint
 from factorized_gpt2.leftovers import marked_for_all
 from factorized_gpt2.parsing import as_flags
-from factorized_gpt2.run_folder import claim, finish, least_bytes, mark, weights_fingerprint
+from factorized_gpt2.run_folder import claim, finish, least_bytes, mark
 from factorized_gpt2.training import run_experiment
 from factorized_gpt2.verification import probe_logits
 
@@ -119,6 +121,127 @@ def test_other_settings_are_refused_by_name(folder, settings, names):
     assert (folder / "run.json").read_bytes() == before
 
 
+@pytest.fixture
+def texts(tmp_path, monkeypatch) -> Path:
+    """Write the texts that runs name, and work where they are."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("train.txt", "validation.txt"):
+        (tmp_path / name).write_text(f"text of {name}")
+    return tmp_path
+
+
+@pytest.mark.parametrize("name", ["train.txt", "validation.txt"])
+def test_an_edited_text_is_refused_by_name(folder, texts, name):
+    mark(parse(folder))
+    state = (texts / name).stat()
+    assert claim(parse(folder)) is None
+    (texts / name).write_text((texts / name).read_text().upper())  # as long
+    os.utime(texts / name, ns=(state.st_atime_ns, state.st_mtime_ns))
+    _digest.cache_clear()  # as in another process
+    for finished in (False, True):
+        if finished:
+            UNTRAINED.write(folder)
+        with pytest.raises(UserError, match=rf"other settings \(the text of {name}\); choose another"):
+            claim(parse(folder))
+
+
+def test_a_text_that_was_touched_or_moved_is_the_same(folder, texts):
+    mark(parse(folder))
+    os.utime(texts / "train.txt", ns=(1, 1))
+    assert claim(parse(folder)) is None
+    (texts / "train.txt").rename(texts / "moved.txt")
+    assert claim(parse(folder, train_file=["moved.txt"])) is None
+
+
+def test_text_that_is_not_trained_on_does_not_matter(folder, texts, tmp_path):
+    settings = {"baseline": save(tmp_path / "baseline", n_embd_wte=None), "do_train": False, "tokenizer": None}
+    mark(parse(folder, **settings))
+    (texts / "train.txt").unlink()
+    assert claim(parse(folder, **settings, learning_rate=1.0)) is None
+
+
+@pytest.mark.parametrize(
+    ("settings", "names"),
+    [
+        ({"logging_steps": 7}, "logging_steps"),
+        ({"save_total_limit": 3, "ddp_timeout": 99}, "ddp_timeout, save_total_limit"),
+        ({"eval_strategy": "steps", "eval_steps": 2}, "eval_steps, eval_strategy"),
+        ({"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2}, "gradient_accumulation_steps"),
+        ({"effective_batch_size": 2, "per_device_train_batch_size": 1}, "effective_batch_size"),
+        ({"run_name": "mine", "num_train_epochs": 5}, "num_train_epochs, run_name"),
+        ({"preprocessing_num_workers": 2, "wandb_mode": "offline"}, "preprocessing_num_workers, wandb_mode"),
+        ({"shuffle_buffer": 3, "gradient_checkpointing": True}, "gradient_checkpointing, shuffle_buffer"),
+    ],
+)
+def test_settings_that_make_no_difference_are_only_told(folder, caplog, settings, names):
+    mark(parse(folder))
+    caplog.set_level("INFO", "factorized_gpt2")
+    assert claim(parse(folder, **settings)) is None
+    (told,) = [record.getMessage() for record in caplog.records]
+    assert told.startswith(f"{folder} was begun with another ")
+    assert set(names.split(", ")) <= set(re.findall(r"\w+", told))
+
+
+def test_when_it_is_evaluated_matters_where_the_best_is_kept(folder):
+    best = {"load_best_model_at_end": True, "eval_strategy": "steps", "save_strategy": "steps", "save_steps": 2}
+    mark(parse(folder, **best, eval_steps=2))
+    with pytest.raises(UserError, match=r"\(eval_steps\)"):
+        claim(parse(folder, **best, eval_steps=1))
+
+
+def test_a_folder_of_an_earlier_version_goes_on_and_says_what_it_does_not_know(folder, texts, caplog):
+    run = parse(folder)
+    mark(run)
+    stored = json.loads((folder / "run.json").read_text())
+    for name in ("content", "blocks_a_step", "logging_steps", "output_dir"):
+        stored.pop(name, None)
+    (folder / "run.json").write_text(json.dumps(stored))
+    assert claim(run) is None
+    assert "does not say what identifies the text of train.txt, the text of validation.txt" in caplog.text
+    with pytest.raises(UserError, match=r"\(per_device_train_batch_size\)"):
+        claim(parse(folder, per_device_train_batch_size=1))
+    mark(run)
+    caplog.clear()
+    assert claim(run) is None
+    assert not caplog.text
+
+
+def test_a_tokenizer_is_known_by_its_content(folder, texts, tokenizer):
+    tokenizer.save_pretrained(texts / "tokenizer")
+    mark(parse(folder))
+    (texts / "tokenizer").rename(texts / "elsewhere")
+    assert claim(parse(folder, tokenizer="elsewhere")) is None
+    path = texts / "elsewhere/tokenizer.json"
+    path.write_text(path.read_text() + " ")
+    with pytest.raises(UserError, match=r"\(the tokenizer in elsewhere\)"):
+        claim(parse(folder, tokenizer="elsewhere"))
+
+
+def test_a_dataset_that_changed_on_the_hub_is_seen_before_the_run_goes_on(folder, monkeypatch):
+    class Builder:
+        hash = "one"
+
+    monkeypatch.setattr("factorized_gpt2.identity.load_dataset_builder", lambda *args: Builder)
+    run = parse(folder, dataset_name="me/text", train_file=None, validation_file=None)
+    mark(run)
+    mark(run)
+    Builder.hash = "two"
+    with pytest.raises(UserError, match=r"\(the dataset me/text\)"):
+        mark(run)
+
+
+def test_a_start_on_the_hub_is_known_by_its_commit(folder, monkeypatch):
+    commit = "a" * 40
+    cached = lambda name, file: f"/cache/models--{name}/snapshots/{commit}/{file}"  # noqa: E731
+    monkeypatch.setattr("factorized_gpt2.fingerprints.try_to_load_from_cache", cached)
+    run = parse(folder, baseline="me/gpt2")
+    mark(run)
+    assert claim(run) is None
+    commit = "b" * 40
+    with pytest.raises(UserError, match=r"\(the model in me/gpt2, the tokenizer in tokenizer\)"):
+        claim(run)
+
+
 def test_only_five_of_many_other_settings_are_named(folder):
     mark(parse(folder))
     settings = {"seed": 3, "block_size": 8, "n_layer": 2, "n_head": 2, "n_embd": 24, "dropout": 0.0, "max_steps": 3}
@@ -140,7 +263,7 @@ def test_another_model_in_the_starts_place_is_refused(tmp_path, folder):
     assert json.loads((folder / "run.json").read_text())["start_fingerprint"] == weights_fingerprint(start)
     assert claim(run) is None
     save(tmp_path / "baseline", n_embd_wte=None, seed=6)
-    with pytest.raises(UserError, match=r"other settings \(start_fingerprint\)"):
+    with pytest.raises(UserError, match=r"other settings \(the model in .*baseline\)"):
         claim(run)
 
 

@@ -10,13 +10,14 @@ from pathlib import Path
 from accelerate.commands.config.config_args import load_config_from_file
 
 from ..arguments import check_words, launched_processes
-from ..errors import UserError, blaming
+from ..errors import REFUSED_SETTINGS, UserError, blaming
 from ..experiments import Experiment, Scale, load_grid, select
 from ..files import replacing_file
+from ..fingerprints import files_fingerprint, weights_fingerprint
 from ..parsing import ManualParser, find_config
 from ..reporting import read_results, write_report
 from ..results import RESULTS_NAME, Results
-from ..run_folder import SETTINGS_NAME, weights_fingerprint
+from ..run_folder import SETTINGS_NAME
 from .shell import print_table, run_command
 
 
@@ -137,7 +138,7 @@ def check(arguments: GridArguments, scale: Scale, flags: Sequence[str]) -> None:
         found = find_config(arguments.accelerate_config)
         if found is None:
             raise UserError(f"There is no accelerate config {arguments.accelerate_config!r}.")
-        with blaming(f"{arguments.accelerate_config} is no config of accelerate"):
+        with blaming(f"{arguments.accelerate_config} is no config of accelerate", *REFUSED_SETTINGS):
             load_config_from_file(str(found))
     if scale != Scale() and not arguments.output_dir:
         raise UserError("A grid at another scale needs a folder of its own: name one with --output_dir.")
@@ -182,8 +183,8 @@ class _Grid:
     def state(self, experiment: Experiment) -> str:
         """Say how far a run came.
 
-        It is finished if it was with just these words, from the weights that are there now; what finished otherwise is
-        left to `train_hf.py`, which compares what the words mean.
+        It is finished if it was with just these words, from the weights and texts that are there now; what finished
+        otherwise is left to `train_hf.py`, which compares what the words mean.
         """
         if not (experiment.folder / RESULTS_NAME).exists():
             return "was begun" if (experiment.folder / SETTINGS_NAME).exists() else "not begun"
@@ -192,6 +193,9 @@ class _Grid:
         except UserError:
             return "results cannot be read"
         is_same = results.words == experiment.words + self.flags
+        for name in ("train_file", "validation_file"):
+            text = results.content.get(name)
+            is_same = is_same and text in (None, files_fingerprint(results.settings.get(name) or ()))
         if is_same and results.start_fingerprint == weights_fingerprint(experiment.start):
             return FINISHED
         return "finished otherwise"

@@ -1,0 +1,27 @@
+"""What Git LFS leaves in the place of files that it did not fetch."""
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from .errors import UserError
+
+_START = b"version https://git-lfs.github.com/spec/"
+
+
+def refuse_pointers(paths: Iterable[Path]) -> None:
+    """Refuse pointers in the place of files; what is not there is passed over.
+
+    Raises:
+        UserError: Naming the file and the command that fetches it.
+    """
+    for path in paths:
+        if path.is_file() and _starts_as_pointer(path):
+            raise UserError(
+                f"{path} is not the file itself but the pointer that Git LFS keeps in its place: run `git lfs pull` "
+                "in its repository, or download it again."
+            )
+
+
+def _starts_as_pointer(path: Path) -> bool:
+    with path.open("rb") as file:
+        return file.read(len(_START)) == _START
