@@ -210,7 +210,7 @@ def less(monkeypatch):
     small, models = replace(gpu.SMALL, batches=(3,), rounds=1, steps=1), training.models
     for module in (gpu, gpu_parts):
         monkeypatch.setattr(module, "SMALL", small)
-    monkeypatch.setattr(training, "models", lambda arguments: list(models(arguments))[:4])
+    monkeypatch.setattr(training, "models", lambda arguments: list(models(arguments))[1:3])
 
 
 @pytest.mark.usefixtures("two_experiments", "less")
@@ -226,7 +226,7 @@ def test_gpu(tmp_path, capsys):
     assert {row["form"] for row in found["tables"]["Decoding, batch 3, bfloat16, 4 new tokens"]} == {
         *("eager", "static cache, compiled")
     }
-    names = ["stock", "unfactorized", "k = 8", "k = 8, LoRA"]
+    names = ["unfactorized", "k = 8"]
     for dtype in ("bfloat16", "float32"):
         rows = found["tables"][f"Training, {dtype}, 2 x 32 tokens, compiled"]
         assert [row["model"] for row in rows] == names
