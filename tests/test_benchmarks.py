@@ -258,7 +258,7 @@ def test_a_session_notes_failures_and_goes_on(session, tmp_path, capsys):
     session, _ = session
 
     def fail():
-        raise ValueError("too large\nfor this")
+        raise ValueError("too large")
 
     with session.part("first", 0.5):
         assert session.in_turns("both", {"bad": fail, "good": lambda: 1.0}, 2) == {"good": [1.0, 1.0]}
