@@ -177,12 +177,11 @@ def training_steps(session: Session, plan: Plan) -> None:
             steps=sizes.steps,
             **sizes.shape,
         )
-        with_lora = f"k = {sizes.ranks[0]}, LoRA"
-        steps = {
-            name: training.TrainerSteps(model, arguments)
-            for name, model in training.models(arguments)
-            if "LoRA" not in name or name == with_lora
-        }
+        models, smallest = dict(training.models(arguments)), f"k = {sizes.ranks[0]}"
+        # Those that figures are wanted of come first: compiling may take all the time.
+        names = ["unfactorized", smallest, "stock", f"{smallest}, LoRA", *(f"k = {rank}" for rank in sizes.ranks[1:])]
+        steps = {name: training.TrainerSteps(models[name], arguments) for name in names if name in models}
+        del models
         seconds = session.in_turns(f"training, {dtype}", steps, sizes.rounds)
         if not seconds:
             continue

@@ -161,6 +161,7 @@ class TrainerSteps:
             "fp16": arguments.dtype == "float16",
             "torch_compile": arguments.compile,
             "torch_compile_backend": arguments.compile_backend if arguments.compile else None,
+            "tf32": False,  # or it would be on, beside bfloat16, for all that follows in the process
             "use_cpu": on_cpu,
             "dataloader_pin_memory": not on_cpu,
             "report_to": "none",

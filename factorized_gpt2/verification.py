@@ -1,5 +1,7 @@
 """A saved model is what it was in memory, or it is not kept."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -15,7 +17,24 @@ TOLERANCE = 1e-4  # largest difference of a logit, relative to the largest where
 def probe_logits(model: torch.nn.Module, input_ids: torch.Tensor) -> torch.Tensor:
     """Compute logits in evaluation mode, (B, T, V) float32 on the CPU."""
     device = next(model.parameters()).device
-    return model.eval()(input_ids=input_ids.to(device), use_cache=False).logits.float().cpu()
+    with _full_float32():
+        return model.eval()(input_ids=input_ids.to(device), use_cache=False).logits.float().cpu()
+
+
+@contextmanager
+def _full_float32() -> Iterator[None]:
+    """Multiply float32 with all its bits on CUDA too.
+
+    `TrainingArguments` turn TF32 on where bfloat16 is compiled, for all that follows in the process. Its 11 bits would
+    tell a merged adapter from the adapter beside its matrix.
+    """
+    products = torch.backends.cuda.matmul
+    before = products.fp32_precision
+    products.fp32_precision = "ieee"
+    try:
+        yield
+    finally:
+        products.fp32_precision = before
 
 
 def verify_saved(folder: Path, probe: torch.Tensor, expected: torch.Tensor, device: torch.device, name: Path) -> float:

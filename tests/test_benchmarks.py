@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import ablation
@@ -9,6 +10,7 @@ import baselines
 import decoding
 import gpu
 import gpu_experiments
+import gpu_parts
 import lora
 import loss
 import methods
@@ -202,10 +204,19 @@ def two_experiments(tmp_path, monkeypatch):
     monkeypatch.setattr(gpu_experiments, "_pace", slow)
 
 
-@pytest.mark.usefixtures("two_experiments")
+@pytest.fixture
+def less(monkeypatch):
+    """Rehearse with fewer models and rounds."""
+    small, models = replace(gpu.SMALL, batches=(3,), rounds=1, steps=1), training.models
+    for module in (gpu, gpu_parts):
+        monkeypatch.setattr(module, "SMALL", small)
+    monkeypatch.setattr(training, "models", lambda arguments: list(models(arguments))[1:3])
+
+
+@pytest.mark.usefixtures("two_experiments", "less")
 def test_gpu(tmp_path, capsys):
     words = ["--device", "cpu", "--small", "True", "--output_dir", str(tmp_path / "out")]
-    gpu.main([*words, "--seconds", "1000", "--parts", "decoding", "loss", "experiments"])
+    gpu.main([*words, "--seconds", "1000"])
     printed = capsys.readouterr().out
     assert "Failed: nothing." in printed
     assert (tmp_path / "out/gpu.md").read_text() == printed
@@ -215,6 +226,10 @@ def test_gpu(tmp_path, capsys):
     assert {row["form"] for row in found["tables"]["Decoding, batch 3, bfloat16, 4 new tokens"]} == {
         *("eager", "static cache, compiled")
     }
+    names = ["unfactorized", "k = 8"]
+    for dtype in ("bfloat16", "float32"):
+        rows = found["tables"][f"Training, {dtype}, 2 x 32 tokens, compiled"]
+        assert [row["model"] for row in rows] == names
     baseline, lora = json.loads((tmp_path / "out/experiments.json").read_text())
     assert (baseline["run_name"], lora["run_name"]) == ("baseline", "pca-lora-k5-r3")
     assert (baseline["best_step"], lora["best_step"]) == (5, 3)
@@ -243,7 +258,7 @@ def test_a_session_notes_failures_and_goes_on(session, tmp_path, capsys):
     session, _ = session
 
     def fail():
-        raise ValueError("too large\nfor this")
+        raise ValueError("too large")
 
     with session.part("first", 0.5):
         assert session.in_turns("both", {"bad": fail, "good": lambda: 1.0}, 2) == {"good": [1.0, 1.0]}

@@ -78,6 +78,33 @@ def test_a_compiled_run_with_adapters_is_the_run(tmp_path, corpus, tokenizer):
     assert losses[1] == pytest.approx(losses[0], rel=1e-5)
 
 
+def compiling_trainer(tmp_path, gpus: int) -> FactorizedTrainer:
+    args = RunArguments(
+        output_dir=str(tmp_path), max_steps=1, use_cpu=True, torch_compile=True, torch_compile_backend="aot_eager"
+    )
+    args._n_gpu = gpus
+    rows = [{"input_ids": row} for row in random_ids(16, 12)]
+    return FactorizedTrainer(model=tiny_model(), args=args, train_dataset=rows, data_collator=collate_blocks)
+
+
+def compiled_blocks(model) -> list[bool]:
+    return [block._compiled_call_impl is not None for block in model.transformer.h]
+
+
+def test_a_trained_model_leaves_the_compiler_behind(tmp_path):
+    trainer = compiling_trainer(tmp_path, gpus=1)
+    assert compiled_blocks(trainer.model) == [True, True]
+    model = trainer.trained_model()
+    assert compiled_blocks(model) == [False, False]
+    assert model(random_ids()).logits.shape[-1] == VOCAB_SIZE
+
+
+def test_one_process_with_several_gpus_does_not_compile(tmp_path, caplog):
+    trainer = compiling_trainer(tmp_path, gpus=2)
+    assert compiled_blocks(trainer.model) == [False, False]
+    assert "One process with 2 GPUs cannot compile" in caplog.text
+
+
 def test_a_static_cache_decodes_in_one_graph(model):
     prompt = random_ids(1, 5)
     expected = model.generate(prompt, max_new_tokens=NEW_TOKENS, do_sample=False)

@@ -26,6 +26,7 @@ from factorized_gpt2.data import collate_blocks
 from factorized_gpt2.data_aware_factorization import factorize_data_aware
 from factorized_gpt2.refinement import refine
 from factorized_gpt2.trainer import FactorizedTrainer
+from factorized_gpt2.verification import probe_logits
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing", "ignore:.*tie_word_embeddings")
 
@@ -227,7 +228,7 @@ def trained_weights(of: FactorizedTrainer) -> dict[str, torch.Tensor]:
 def test_a_compiled_step_is_the_step(device, tmp_path):
     """On CUDA in bfloat16 by inductor, on a CPU in float32 by what only traces."""
     sizes = {"n_layer": 2, "n_embd": 128, "n_head": 2, "vocab_size": 997, "n_positions": 128}
-    settings = {"max_steps": 3, "save_strategy": "no", "bf16": device == "cuda", "fp16": False}
+    settings = {"max_steps": 3, "save_strategy": "no", "bf16": device == "cuda", "fp16": False, "tf32": False}
     losses = []
     for compiled in (False, True):
         torch.manual_seed(0)
@@ -262,6 +263,13 @@ def test_a_merged_model_is_the_adapted_one_after_reloading(device, tmp_path):
         merge(adapted).save_pretrained(tmp_path / "merged")
         merged = FactorizedGPT2.from_pretrained(tmp_path / "merged").to(device)
         assert error(merged(ids).logits, expected) < 1e-5
+        products = torch.backends.cuda.matmul
+        before, products.fp32_precision = products.fp32_precision, "tf32"
+        try:
+            assert error(probe_logits(merged, ids), probe_logits(reloaded, ids)) < 1e-5
+            assert products.fp32_precision == "tf32"
+        finally:
+            products.fp32_precision = before
 
 
 def draw_on_cpu(probabilities: torch.Tensor, count: int, replacement: bool, generator: torch.Generator):
