@@ -1,5 +1,7 @@
 """Text to packed blocks of token ids, through `datasets`: cached on disk and flat in memory, or streamed."""
 
+import errno
+import os
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -11,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 from datasets import Dataset, Features, IterableDataset, List, Value, load_dataset
+from datasets import config as datasets_config
 from datasets import logging as datasets_logging
 from datasets.fingerprint import Hasher
 from torch.nn.utils.rnn import pad_sequence
@@ -71,8 +74,9 @@ class TextSource:
             where the whole dataset is one.
 
         Raises:
-            UserError: A file or dataset that cannot be read, or has no such column.
+            UserError: A file or dataset that cannot be read, or has no such column; a cache that cannot be written.
         """
+        _require_cache()
         pattern = re.compile(self.document_start) if self.document_start else None
         every_row = pattern or re.compile("")
         load = partial(self._load, streaming=streaming)
@@ -152,6 +156,20 @@ class TextSource:
             return lines.map(**parsing)
         fingerprint = Hasher.hash((_FORMAT, lines._fingerprint, self.text_column))
         return lines.map(**parsing, new_fingerprint=fingerprint, desc=f"Reading {path.name}")
+
+
+def _require_cache() -> None:
+    """See that the folder can be written that texts and tokens are cached in."""
+    folder = Path(datasets_config.HF_DATASETS_CACHE)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if not os.access(folder, os.W_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+    except OSError as error:
+        raise UserError(
+            f"{folder}, where texts are cached, cannot be written ({error.strerror}): set HF_DATASETS_CACHE, or "
+            "HF_HOME, to a folder that can."
+        ) from error
 
 
 @contextmanager
