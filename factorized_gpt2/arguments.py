@@ -24,6 +24,7 @@ logger = logging.getLogger(__name__)
 
 PRINT_CONFIG = "--print_config"
 _TOKEN = "hub_token"
+_YES = ("1", "true", "yes", "on")  # in the environment
 
 LORA_TARGETS = ("wte", "scale_up", "scale_down", "q_proj", "k_proj", "v_proj", "c_proj", "mlp_up", "mlp_down")
 
@@ -152,6 +153,7 @@ class RunArguments(TrainingArguments):
     )
 
     def __post_init__(self) -> None:
+        self._take_up_the_launchers_precision()
         has_cuda = torch.cuda.is_available() and not self.use_cpu
         self.as_configured = {name: getattr(self, name) for name in ("fp16", "bf16", "torch_compile")}
         # A CPU asked for in so many words can do these two.
@@ -168,10 +170,24 @@ class RunArguments(TrainingArguments):
         # Without a GPU, processes find each other only if they are told that it is a CPU they run on.
         self.use_cpu = self.use_cpu or (launched > 1 and not has_cuda)
         super().__post_init__()
+        self.mixed_precision = "fp16" if self.fp16 else "bf16" if self.bf16 else "no"  # and not the environment's
+        if os.environ.get("WANDB_DISABLED", "").lower() in _YES and "wandb" in self.report_to:
+            logger.info("WANDB_DISABLED is set: nothing is reported to W&B.")
+            self.report_to = [name for name in self.report_to if name != "wandb"]
         if launched > 1 and self.world_size != launched:
             raise UserError(f"{launched} processes were launched, but each sees {self.world_size}.")
         if self.effective_batch_size is not None:
             self.gradient_accumulation_steps = self._accumulation_for(self.effective_batch_size)
+
+    def _take_up_the_launchers_precision(self) -> None:
+        """Count `accelerate launch --mixed_precision` as the setting that it stands for."""
+        if os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() in _YES:
+            raise UserError("The launcher asks for DeepSpeed, which these runs do not take: shard by FSDP instead.")
+        precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no").lower()
+        if precision not in ("no", "fp16", "bf16"):
+            raise UserError(f"The launcher asks for mixed_precision {precision}; these runs take no, fp16 and bf16.")
+        if precision != "no" and not (self.fp16 or self.bf16):
+            setattr(self, precision, True)
 
     def _accumulation_for(self, effective_batch_size: int) -> int:
         per_pass = self.train_batch_size * self.world_size

@@ -13,6 +13,7 @@ from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
+    GenerationConfig,
     GPT2Config,
     GPT2LMHeadModel,
     PretrainedConfig,
@@ -128,7 +129,36 @@ def load_complete(name_or_path: str) -> GPT2LMHeadModel | FactorizedGPT2:
         model_class = GPT2LMHeadModel
     else:
         raise UserError(f"{name_or_path} is a {config.model_type!r} model; the baseline must be a GPT-2.")
-    return _load(model_class, config, name_or_path, ("missing_keys", "mismatched_keys", "unexpected_keys"))
+    model = _load(model_class, config, name_or_path, ("missing_keys", "mismatched_keys", "unexpected_keys"))
+    _mend_generation_config(model.generation_config, name_or_path)
+    return model
+
+
+def _mend_generation_config(config: GenerationConfig, name_or_path: str) -> None:
+    """Leave out what transformers reads but would not save again, which would end a run after its training.
+
+    Raises:
+        UserError: It would not save it all the same.
+    """
+    try:
+        config.validate(strict=True)
+    except ValueError:
+        idle = () if config.do_sample else _SAMPLING
+        idle += () if (config.num_beams or 1) > 1 else _BEAMS
+        idle += () if config.return_dict_in_generate else _OUTPUTS
+        unused = [name for name in idle if getattr(config, name, None) not in (None, False)]
+        for name in unused:
+            setattr(config, name, getattr(GenerationConfig(), name))
+        with blaming(f"The generation_config.json of {name_or_path} is not valid; mend or remove it"):
+            config.validate(strict=True)
+        logger.warning(
+            "%s sets %s, which nothing there uses: left out of what is made of it.", name_or_path, ", ".join(unused)
+        )
+
+
+_BEAMS = ("early_stopping", "length_penalty", "diversity_penalty")
+_OUTPUTS = ("output_attentions", "output_hidden_states", "output_scores", "output_logits")
+_SAMPLING = ("temperature", "top_p", "top_k", "top_h", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff")
 
 
 def load_causal_lm(name_or_path: str) -> PreTrainedModel:

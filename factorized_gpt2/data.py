@@ -5,6 +5,8 @@ Files of token ids need neither, and so `datasets` is imported only where text i
 
 from __future__ import annotations
 
+import errno
+import os
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -93,8 +95,9 @@ class TextSource:
             where the whole dataset is one.
 
         Raises:
-            UserError: A file or dataset that cannot be read, or has no such column.
+            UserError: A file or dataset that cannot be read, or has no such column; a cache that cannot be written.
         """
+        _require_cache()
         pattern = re.compile(self.document_start) if self.document_start else None
         every_row = pattern or re.compile("")
         if not self.files:
@@ -182,6 +185,20 @@ def _datasets() -> ModuleType:
 def _hash(value: Any) -> str:
     """Hash for the cache on disk."""
     return _datasets().fingerprint.Hasher.hash((_FORMAT, value))
+
+
+def _require_cache() -> None:
+    """See that the folder can be written that texts and tokens are cached in."""
+    folder = Path(_datasets().config.HF_DATASETS_CACHE)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if not os.access(folder, os.W_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+    except OSError as error:
+        raise UserError(
+            f"{folder}, where texts are cached, cannot be written ({error.strerror}): set HF_DATASETS_CACHE, or "
+            "HF_HOME, to a folder that can."
+        ) from error
 
 
 @contextmanager

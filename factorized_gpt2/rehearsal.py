@@ -1,6 +1,7 @@
 """What a training will be made of by its settings, made once and thrown away before anything is written."""
 
 import math
+import os
 
 import torch
 from accelerate.utils import TorchDynamoPlugin
@@ -11,7 +12,7 @@ from transformers import PreTrainedModel, Trainer, get_scheduler
 from transformers.integrations import get_reporting_integration_callbacks
 
 from .arguments import RunArguments
-from .errors import REFUSED_SETTINGS, blaming
+from .errors import REFUSED_SETTINGS, UserError, blaming
 
 
 def rehearse(training: RunArguments, model: PreTrainedModel) -> None:
@@ -29,6 +30,7 @@ def rehearse(training: RunArguments, model: PreTrainedModel) -> None:
             callback()
     if not training.do_train:
         return
+    _check_sharding(training, model)
     if training.torch_compile:
         with blaming("torch_compile_backend and torch_compile_mode cannot be used", *REFUSED_SETTINGS):
             TorchDynamoPlugin(backend=training.torch_compile_backend)
@@ -45,6 +47,18 @@ def rehearse(training: RunArguments, model: PreTrainedModel) -> None:
             optimizer = kind([parameter], **options)
     with blaming("lr_scheduler_type and lr_scheduler_kwargs cannot be used", *REFUSED_SETTINGS):
         _rehearse_schedule(training, optimizer)
+
+
+def _check_sharding(training: RunArguments, model: PreTrainedModel) -> None:
+    """See that the blocks that FSDP is to wrap, by the launcher's config or by the settings, are this model's."""
+    names = os.environ.get("FSDP_TRANSFORMER_CLS_TO_WRAP", "") if "ACCELERATE_USE_FSDP" in os.environ else ""
+    asked = (training.fsdp_config or {}).get("transformer_layer_cls_to_wrap") or []
+    wrapped = [name.strip() for name in names.split(",")] + ([asked] if isinstance(asked, str) else list(asked))
+    own = {type(module).__name__ for module in model.modules()}
+    for name in filter(None, wrapped):
+        if name not in own:
+            blocks = ", ".join(model._no_split_modules)
+            raise UserError(f"transformer_layer_cls_to_wrap names {name}; this model is made of {blocks}, name that.")
 
 
 def _rehearse_schedule(training: RunArguments, optimizer: torch.optim.Optimizer) -> None:

@@ -16,8 +16,9 @@ _UNFINISHED = "wandb-resume.json"  # W&B's own name for where it keeps the id of
 def start_tracking(training: RunArguments) -> None:
     """Open the W&B run that the Trainer's callback then reports to.
 
-    A mode set in the environment (`WANDB_MODE`) counts; otherwise `wandb_mode` does, and `auto` is online when a
-    login is stored. What cannot be reached is recorded under the output folder, to be sent later by `wandb sync`.
+    A project and a mode set in the environment (`WANDB_PROJECT`, `WANDB_MODE`) count; otherwise the settings do, and
+    the mode `auto` is online when a login is stored. What cannot be reached is recorded under the output folder, to
+    be sent later by `wandb sync`.
     A run that was cut off goes on under its W&B id, which that folder keeps until the run is closed.
 
     Raises:
@@ -30,7 +31,8 @@ def start_tracking(training: RunArguments) -> None:
     mode = os.environ.get("WANDB_MODE") or training.wandb_mode
     if mode == "auto":
         mode = "online" if _has_login() else "offline"
-    init = {"project": training.project, "name": training.run_name, "dir": _made(training.output_dir)}
+    project = os.environ.get("WANDB_PROJECT") or training.project
+    init = {"project": project, "name": training.run_name, "dir": _made(training.output_dir)}
     # W&B would record the remote's address, in which some people keep a token; `results.json` has the commit.
     init |= {"resume": "auto", "settings": wandb.Settings(quiet=True, show_info=False, disable_git=True)}
     if training.overwrite_output_dir:

@@ -15,6 +15,7 @@ from factorized_gpt2 import FactorizedGPT2, files, to_gpt2
 from factorized_gpt2.baseline import load_baseline
 from factorized_gpt2.cli.compress import compress
 from factorized_gpt2.cli.evaluate import evaluate
+from factorized_gpt2.corpus import train_tokenizer
 from factorized_gpt2.errors import UserError
 from factorized_gpt2.factor_files import factors_folder, pca_factors, read_factors
 
@@ -305,3 +306,31 @@ def test_a_compressed_model_that_overflows_is_not_kept(stock_folder, tmp_path):
     with pytest.raises(UserError, match=r"gpt_pca_nofinetune_k4 computes NaN or infinity and is not kept"):
         compress(arguments(tmp_path / "large", tmp_path, "--ranks", 4, "--tokenizer", stock_folder))
     assert not list(tmp_path.glob("gpt_*"))
+
+
+def test_a_model_of_a_baseline_whose_config_or_tokenizer_changed_is_not_reused(stock_folder, tmp_path, tokenizer):
+    baseline, words = tmp_path / "baseline", ("--ranks", 6)
+    shutil.copytree(stock_folder, baseline)
+    tokenizer.save_pretrained(baseline)
+    folder = tmp_path / "out/gpt_pca_nofinetune_k6"
+    compress(arguments(baseline, tmp_path / "out", *words))
+    before = (folder / "config.json").read_bytes()
+    config = json.loads((baseline / "config.json").read_text())
+    (baseline / "config.json").write_text(json.dumps(config | {"activation_function": "relu"}))
+    with pytest.raises(UserError, match="was made with another config; remove or overwrite it"):
+        compress(arguments(baseline, tmp_path / "out", *words))
+    assert (folder / "config.json").read_bytes() == before
+    (baseline / "config.json").write_text(json.dumps(config))
+    train_tokenizer(["other words"], 280).save_pretrained(tmp_path / "other")
+    with pytest.raises(UserError, match="was made with another tokenizer"):
+        compress(arguments(baseline, tmp_path / "out", *words, "--tokenizer", tmp_path / "other"))
+
+
+def test_a_record_of_an_earlier_version_is_reused_with_a_word(stock_folder, tmp_path, caplog):
+    compress(arguments(stock_folder, tmp_path, "--ranks", 6))
+    path = tmp_path / "gpt_pca_nofinetune_k6/compression.json"
+    record = json.loads(path.read_text())
+    del record["config_fingerprint"], record["tokenizer_fingerprint"]
+    path.write_text(json.dumps(record))
+    compress(arguments(stock_folder, tmp_path, "--ranks", 6))
+    assert "does not say of which config and tokenizer it was made" in caplog.text

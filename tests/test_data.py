@@ -1,6 +1,7 @@
 """Text to packed blocks: nothing lost, nothing invented, document ends marked."""
 
 import json
+import os
 from itertools import chain
 
 import datasets
@@ -10,6 +11,7 @@ import torch
 from conftest import DOCUMENTS
 from pyarrow import parquet
 
+from factorized_gpt2 import data, fingerprints
 from factorized_gpt2.data import (
     IGNORED_LABEL,
     TextSource,
@@ -131,6 +133,27 @@ def test_a_second_load_reads_the_cache(corpus, tokenizer):
     assert first.cache_files
     assert first.cache_files == second.cache_files
     assert load_blocks(source, tokenizer, 17, keep_tail=False).cache_files != first.cache_files
+
+
+def test_the_cache_knows_the_text_by_its_content_and_the_code_by_its_version(tmp_path, tokenizer, monkeypatch):
+    source = TextSource(files=(write_rows(tmp_path / "a.jsonl", ["one two three four five six"]),))
+    kept = load_blocks(source, tokenizer, 4, keep_tail=True)
+    state = (tmp_path / "a.jsonl").stat()
+    write_rows(tmp_path / "a.jsonl", ["six five four three two one"])
+    os.utime(tmp_path / "a.jsonl", ns=(state.st_atime_ns, state.st_mtime_ns))
+    fingerprints._digest.cache_clear()  # as in another process
+    changed = load_blocks(source, tokenizer, 4, keep_tail=True)
+    assert [list(row) for row in changed["input_ids"]] != [list(row) for row in kept["input_ids"]]
+    monkeypatch.setattr(data, "_FORMAT", -1)
+    assert load_blocks(source, tokenizer, 4, keep_tail=True)._fingerprint != changed._fingerprint
+
+
+def test_a_cache_that_cannot_be_written_is_named(tmp_path, tokenizer, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "file/cache")
+    source = TextSource(files=(write_rows(tmp_path / "a.jsonl", ["one"]),))
+    with pytest.raises(UserError, match=r"file/cache, where .* cannot be written \(.*\): set HF_DATASETS_CACHE"):
+        load_blocks(source, tokenizer, 4, keep_tail=True)
 
 
 def make_bad_source(folder, kind: str) -> TextSource:
