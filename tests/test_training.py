@@ -5,9 +5,11 @@ import warnings
 import pytest
 import torch
 from conftest import VOCAB_SIZE, checkpoint_activations, random_ids, tiny_config, tiny_model
+from transformers import Trainer
 from transformers.utils import logging
 
 from factorized_gpt2 import FactorizedGPT2
+from factorized_gpt2.trainer import FactorizedTrainer
 
 
 def cross_entropy_by_hand(logits, targets, divisor=None):
@@ -196,3 +198,14 @@ def test_positions_to_keep(variant):
     assert model(ids, **given).loss.item() == pytest.approx(model(ids, **given, skip_logits=False).loss.item())
     with pytest.raises(ValueError, match="as many labels"):
         model(ids, labels=ids[:, :5])
+
+
+def test_a_checkpoint_without_tied_weights_lacks_nothing(monkeypatch):
+    told = []
+    monkeypatch.setattr(Trainer, "_issue_warnings_after_load", lambda self, loaded: told.append(loaded.missing_keys))
+    trainer = object.__new__(FactorizedTrainer)
+    for tied in (True, False):
+        trainer.model = tiny_model(tie_word_embeddings=tied)
+        kept = {name: value for name, value in trainer.model.state_dict().items() if name != "lm_head.weight"}
+        trainer._issue_warnings_after_load(trainer.model.load_state_dict(kept, strict=False))
+    assert told == [[], ["lm_head.weight"]]
