@@ -19,7 +19,7 @@ def plain_name(name: str) -> str:
     words = [word for word in name.split(".") if word not in _WRAPPERS]
     while len(words) > 1 and words[0] in _PARTS:
         del words[0]
-    is_trunk = words[0] in _TRUNK or name.startswith("transformer.")
+    is_trunk = words[0] in _TRUNK or (name.startswith("transformer.") and words[0] != "lm_head")
     return ".".join(["transformer", *words] if is_trunk else words)
 
 

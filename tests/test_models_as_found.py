@@ -173,6 +173,7 @@ def test_of_several_precisions_the_widest_is_taken(half, tmp_path):
         ("model.transformer.wte.weight", "transformer.wte.weight"),
         ("transformer._orig_mod.h.1._orig_mod.mlp.c_fc.bias", "transformer.h.1.mlp.c_fc.bias"),
         ("transformer.model.module.wpe.weight", "transformer.wpe.weight"),
+        ("transformer.lm_head.weight", "lm_head.weight"),
         ("h.0._checkpoint_wrapped_module.attn.c_attn.weight", "transformer.h.0.attn.c_attn.weight"),
         ("transformer.strange.weight", "transformer.strange.weight"),
         ("module.v_head.summary.bias", "v_head.summary.bias"),
