@@ -5,6 +5,7 @@ Files of token ids need neither, and so `datasets` is imported only where text i
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -32,6 +33,8 @@ if TYPE_CHECKING:
     import datasets
     from datasets import Dataset, IterableDataset
 
+logger = logging.getLogger(__name__)
+
 _FILE_SETTINGS = "train_file, validation_file, eval_file, calibration_file"
 IGNORED_LABEL = -100
 
@@ -48,7 +51,8 @@ class TextSource:
         split: Split of that dataset.
         text_column: Column that holds the text.
         document_start: Regular expression: a row that it matches at its beginning starts a document. `None`: every
-            row is a document, except that a text file is one document.
+            row is a document, except that a text file is one document. A file of rows none of whose first ones it
+            matches is not of the kind that it was written for: there, too, every row is a document.
     """
 
     files: tuple[str, ...] = ()
@@ -106,7 +110,12 @@ class TextSource:
                 raise UserError(f"The file {name} does not exist.")
             if path.suffix == TOKEN_SUFFIX:
                 raise UserError(f"{name} holds token ids: this needs text.")
-            loaded.append((self._load_file(path, streaming), pattern if kind_of(path) == "text" else every_row))
+            rows = self._load_file(path, streaming)
+            if kind_of(path) != "text" and pattern is not None and not self._finds_documents(path, pattern):
+                logger.warning("document_start matches no row of %s, so every row is a document.", name)
+                loaded.append((rows, re.compile("")))
+            else:
+                loaded.append((rows, pattern if kind_of(path) == "text" else every_row))
         return loaded
 
     def documents(self) -> Iterator[str]:
@@ -156,6 +165,11 @@ class TextSource:
             raise UserError(f"{name}: the column {column!r} does not hold text but {getattr(kind, 'dtype', kind)}.")
         dataset = dataset.select_columns([column])
         return dataset if column == "text" else dataset.rename_column(column, "text")
+
+    def _finds_documents(self, path: Path, pattern: re.Pattern) -> bool:
+        with _reading(str(path)):
+            rows = islice(read_rows(str(path), self.text_column), 10_000)
+            return any(pattern.match(row["text"] or "") for row in rows)
 
     def _load_file(self, path: Path, streaming: bool) -> Dataset | IterableDataset:
         settings = {"path": str(path), "column": self.text_column}

@@ -4,8 +4,10 @@ import json
 import random
 from itertools import chain
 
+import pyarrow
 import pytest
 from conftest import DOCUMENTS
+from pyarrow import parquet
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
@@ -101,16 +103,17 @@ def test_the_kind_of_file_changes_no_token(tmp_path, monkeypatch, size):
     monkeypatch.setattr(documents, "PIECE", size)
     monkeypatch.setattr(documents, "LONGEST_PIECE", 4 * size)
     tokenizer = trained("GPT-2", CODE)
-    expected = [*tokenizer.encode(CODE * 30), tokenizer.eos_token_id]
-    (tmp_path / "a.txt").write_text(CODE * 30)
-    (tmp_path / "a.jsonl").write_text(json.dumps({"text": CODE * 30}))
-    lines = [json.dumps({"text": line}) for line in (CODE * 30).splitlines()]
+    text = f"first{CODE * 30}"
+    expected = [*tokenizer.encode(text), tokenizer.eos_token_id]
+    (tmp_path / "a.txt").write_text(text)
+    (tmp_path / "a.jsonl").write_text(json.dumps({"text": text}))
+    lines = [json.dumps({"text": line}) for line in text.splitlines()]
     (tmp_path / "lines.jsonl").write_text("\n".join(lines))
     for name, start in (
         ("a.txt", None),
         ("a.jsonl", None),
-        ("lines.jsonl", "no such line"),
-        ("a.txt", "no such line"),
+        ("lines.jsonl", "first"),
+        ("a.txt", "first"),
     ):
         source = TextSource(files=(str(tmp_path / name),), document_start=start)
         blocks = load_blocks(source, tokenizer, 16, keep_tail=True)["input_ids"]
@@ -131,6 +134,28 @@ def test_documents_of_a_pattern_are_tokenized_whole(tmp_path, streaming):
     else:
         blocks = load_blocks(source, tokenizer, 2, keep_tail=False)["input_ids"]
     assert list(chain(*blocks)) == expected[: len(expected) // 2 * 2]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+def test_a_pattern_for_another_text_joins_no_rows(tmp_path, caplog, kind, streaming):
+    path, texts = tmp_path / f"a.{kind}", ["", " = One = ", "one", "two"]
+    article = " = One = \none\ntwo\n"
+    for rows, expected in (
+        (texts, ["\n", article]),
+        (texts[2:], ["one", "two"]),
+        (["three", *texts], ["three\n\n", article]),
+    ):
+        caplog.clear()
+        if kind == "parquet":
+            parquet.write_table(pyarrow.table({"text": rows}), path)
+        else:
+            path.write_text("\n".join(json.dumps({"text": text}) for text in rows))
+        source = TextSource(files=(str(path),), document_start="^ = [^=]")
+        assert list(source.documents()) == expected
+        is_said = rows == texts[2:]
+        assert (source.load(streaming)[0][1].pattern == "") == is_said
+        assert ("document_start matches no row of" in caplog.text) == is_said
 
 
 @pytest.mark.parametrize("content", ["", "\n", "\ufeff"])
