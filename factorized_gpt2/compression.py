@@ -2,6 +2,7 @@
 
 import hashlib
 import logging
+import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
@@ -132,14 +133,20 @@ class Compressor:
         self.baseline, self.root, self.tokenizer, self.text = baseline, root, tokenizer, text
         self.recipe = replace(recipe, tied=recipe.tied and baseline.model.config.tie_word_embeddings)
         self.overwrite, self.device, self.progress = overwrite, device, progress
+        self.saved: list[int] = []  # ranks whose folders were written
         self._ahead: dict[int, Factors] = {}
 
     @cached_property
     def shares(self) -> np.ndarray:
-        """Share of what the method minimises that each rank keeps, (min(V, d),) float64, rank 1 first."""
+        """The `explained_share` of each rank, (min(V, d),) float64, rank 1 first."""
         if self.recipe.method == "pca":
             return explained_shares(self._matrices[0])
         return self._decomposition.shares
+
+    @property
+    def share_name(self) -> str:
+        """What a model's record calls its `explained_share`, which for PCA alone is one of variance."""
+        return "explained_variance_ratio" if self.recipe.method == "pca" else "explained_share"
 
     @property
     def label(self) -> str:
@@ -151,6 +158,12 @@ class Compressor:
     def folder(self, rank: int) -> Path:
         """Where the model of some rank is kept; for PCA alone, under the protocol's name."""
         return compressed_folder(self.root, rank, self.label, self.recipe.refine_steps > 0)
+
+    def ranks_there(self) -> list[int]:
+        """List the ranks of all folders that hold what this compressor would make, smallest first."""
+        name = re.compile(re.escape(self.folder(0).name).removesuffix("0") + r"([1-9]\d*)")
+        found = [int(match[1]) for path in self.root.iterdir() if (match := name.fullmatch(path.name))]
+        return sorted(rank for rank in found if not self._difference(rank))
 
     def factorize_ahead(self, ranks: Sequence[int]) -> None:
         """Factorize at ranks that will be made, with one decomposition.
@@ -164,7 +177,7 @@ class Compressor:
         """Factorize, compensate and refine as the recipe says, in memory.
 
         Returns:
-            The compressed model in evaluation mode, and the `explained_variance_ratio` of its factors.
+            The compressed model in evaluation mode, and the `explained_share` of its factors.
         """
         factors = self._ahead.pop(rank, None) or self._factorize([rank])[rank]
         model = from_gpt2(self.baseline.model, factors)
@@ -186,7 +199,7 @@ class Compressor:
                 self.progress,
                 self.device,
             )
-        return model, factors.explained_variance_ratio
+        return model, factors.explained_share
 
     def save(self, model: FactorizedGPT2, rank: int, share: float) -> None:
         """Write a compressed model's folder, whole or not at all, and reload it to see that it is this model.
@@ -200,8 +213,9 @@ class Compressor:
             verify_copy(model, temporary, name=self.folder(rank))
             if self.tokenizer is not None:
                 save_tokenizer(self.tokenizer, temporary, model.config.n_positions)
-            kept = {"explained_variance_ratio": share, "spectrum": [round(float(share), 6) for share in self.shares]}
+            kept = {self.share_name: share, "spectrum": [round(float(share), 6) for share in self.shares]}
             write_json(temporary / RECORD_NAME, self._record(rank) | kept)
+        self.saved.append(rank)
 
     def load_or_make(self, rank: int) -> tuple[FactorizedGPT2, Path]:
         """Load the compressed model of a rank, or make its folder first.
@@ -232,27 +246,32 @@ class Compressor:
             return None
         if not (folder / RECORD_NAME).exists():
             raise UserError(f"{folder} holds something else than a compressed model; remove it.")
-        stored = read_json(folder / RECORD_NAME)
-        asked = self._record(rank)
-        if stored.get("baseline_fingerprint") != asked["baseline_fingerprint"]:
-            difference = f"was not made from {self.baseline.name}"
-        else:
-            changed = sorted(name for name in _WHAT_MAKES_A_MODEL if stored.get(name) != asked[name])
-            unknown = [what for name, what in _WHAT_IS_TAKEN_OVER.items() if name not in stored]
-            changed += [
-                what for name, what in _WHAT_IS_TAKEN_OVER.items() if stored.get(name, asked[name]) != asked[name]
+        difference = self._difference(rank)
+        if not difference:
+            logger.info("%s was made in this way before and is reused.", folder)
+            unknown = [
+                what for name, what in _WHAT_IS_TAKEN_OVER.items() if name not in read_json(folder / RECORD_NAME)
             ]
-            if not changed and not isinstance(stored.get("explained_variance_ratio"), float):
-                changed = ["explained_variance_ratio"]
-            if not changed:
-                logger.info("%s was made in this way before and is reused.", folder)
-                if unknown:
-                    logger.warning("%s does not say of which %s it was made.", folder, " and ".join(unknown))
-                return load_compressed(str(folder))
-            difference = f"was made with another {', '.join(changed)}"
+            if unknown:
+                logger.warning("%s does not say of which %s it was made.", folder, " and ".join(unknown))
+            return load_compressed(str(folder))
         if not self.overwrite:
             raise UserError(f"{folder} {difference}; remove or overwrite it.")
         return None
+
+    def _difference(self, rank: int) -> str:
+        """Say how a folder's model was made otherwise than this compressor would make it; empty if it was not."""
+        record = self.folder(rank) / RECORD_NAME
+        if not record.is_file():
+            return "holds something else than a compressed model"
+        stored, asked = read_json(record), self._record(rank)
+        if stored.get("baseline_fingerprint") != asked["baseline_fingerprint"]:
+            return f"was not made from {self.baseline.name}"
+        changed = sorted(name for name in _WHAT_MAKES_A_MODEL if stored.get(name) != asked[name])
+        changed += [what for name, what in _WHAT_IS_TAKEN_OVER.items() if stored.get(name, asked[name]) != asked[name]]
+        if not changed and not isinstance(stored.get(self.share_name), float):
+            changed = [self.share_name]
+        return f"was made with another {', '.join(changed)}" if changed else ""
 
     def _record(self, rank: int) -> dict[str, Any]:
         calibration = self.text.record if self.recipe.needs_text else None

@@ -58,7 +58,7 @@ def factorize_data_aware(
         lm_head: (V, d) floats, the head's own matrix when it is not tied: each side is then fitted for itself.
 
     Returns:
-        Factors by rank. `explained_variance_ratio` is the share of tr(C^(1/2) G C^(1/2)) that the eigenvectors keep.
+        Factors by rank. `explained_share` is the share of tr(C^(1/2) G C^(1/2)) that the eigenvectors keep.
 
     Raises:
         ValueError: A rank out of range or none, a matrix that is not two-dimensional, NaN or infinity in it, or an
@@ -93,7 +93,7 @@ class DataAwareDecomposition:
 
     @property
     def shares(self) -> np.ndarray:
-        """The `explained_variance_ratio` of every rank, (min(V, d),) float64, rank 1 first."""
+        """The `explained_share` of every rank, (min(V, d),) float64, rank 1 first."""
         return self._input.shares[: min(self._input.weight.shape)]
 
     def factors(self, rank: int) -> Factors:
@@ -105,7 +105,7 @@ class DataAwareDecomposition:
             scale_up=_as_float32(embedding.projection),
             scale_down=_as_float32(head.projection.T),
             mean=_as_float32(embedding.mean),
-            explained_variance_ratio=float(self.shares[rank - 1]),
+            explained_share=float(self.shares[rank - 1]),
             lm_head=None if self._head is None else _as_float32(head.rows.T),
         )
 

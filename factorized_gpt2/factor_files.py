@@ -65,7 +65,7 @@ def write_factors(folder: Path, factors: Factors, baseline: Baseline) -> None:
         "scale_up": factors.scale_up,
         "scale_down": factors.scale_down,
         "mean": factors.mean,
-        "explained_variance_ratio": np.float64(factors.explained_variance_ratio),
+        "explained_variance_ratio": np.float64(factors.explained_share),
         "baseline_fingerprint": np.array(baseline.fingerprint),
     }
     if factors.lm_head is not None:
@@ -94,7 +94,7 @@ def read_factors(folder: Path, rank: int, baseline: Baseline, overwrite: bool = 
                     scale_up=arrays["scale_up"],
                     scale_down=arrays["scale_down"],
                     mean=arrays["mean"],
-                    explained_variance_ratio=float(arrays["explained_variance_ratio"]),
+                    explained_share=float(arrays["explained_variance_ratio"]),
                     lm_head=arrays.get("lm_head"),
                 )
                 _check_fit(stored, rank, baseline)

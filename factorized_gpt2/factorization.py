@@ -24,8 +24,8 @@ class Factors:
         scale_up: (k, d) float32.
         scale_down: (d, k) float32.
         mean: (d,) float32.
-        explained_variance_ratio: Share, in [0, 1], of the embedding's variance about its mean that rank k keeps; 1
-            when there is no variance to lose.
+        explained_share: Share, in [0, 1], that rank k keeps of what the method maximises: for PCA, of the embedding's
+            variance about its mean; 1 when there is nothing to lose.
         lm_head: (k, V) float32 when the head has a matrix of its own, `None` when it is tied.
     """
 
@@ -33,7 +33,7 @@ class Factors:
     scale_up: np.ndarray
     scale_down: np.ndarray
     mean: np.ndarray
-    explained_variance_ratio: float
+    explained_share: float
     lm_head: np.ndarray | None = None
 
     @property
@@ -78,7 +78,7 @@ def factorize_ranks(weight: np.ndarray, ranks: Sequence[int], lm_head: np.ndarra
             scale_up=_as_float32(embedding.components_[:rank]),
             scale_down=_as_float32(output_side.components_[:rank].T),
             mean=_as_float32(embedding.mean_),
-            explained_variance_ratio=_explained_share(embedding, rank),
+            explained_share=_explained_share(embedding, rank),
             lm_head=None if head_scores is None else _as_float32(head_scores[:, :rank].T),
         )
     return factors

@@ -18,7 +18,7 @@ from .data import TextSource
 from .evaluation import perplexity
 from .files import read_json
 from .markdown import code, escaped
-from .results import Results
+from .results import Results, megabytes
 
 TRANSFORMERS = "5.10"  # the oldest version that the code of the network runs with
 TAGS = ["factorized_gpt2", "custom_code", "text-generation"]
@@ -307,7 +307,7 @@ def _table(own: Figures, measured: Measurement | None) -> list[str]:
 
 def _row(figures: Figures) -> dict[str, Any]:
     row = {"": figures.name, "k": figures.n_embd_wte or "-"}
-    row |= {"parameters": f"{figures.parameters:,}", "MB": f"{figures.bytes / 1e6:.1f}"}
+    row |= {"parameters": f"{figures.parameters:,}", "MB": megabytes(figures.bytes)}
     if figures.eval_loss is not None:
         row |= {"loss": f"{figures.eval_loss:.4f}", "perplexity": f"{perplexity(figures.eval_loss):.2f}"}
     return row

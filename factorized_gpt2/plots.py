@@ -150,12 +150,12 @@ def plot_spectrum(
     path: Path,
     others: Sequence[tuple[Sequence[float], Sequence[int]]] = (),
 ) -> None:
-    """Plot what each rank leaves out of the quantity that a method minimises.
+    """Plot what each rank leaves out of the quantity that a method maximises.
 
     Args:
         shares: Kept at rank 1, 2, ..., in [0, 1].
         ranks: Those to mark; those beyond the shares are left out.
-        method: The method's name.
+        method: The method's name: `pca` keeps a share of the variance, the others of their objective.
         path: Image to write; `.png` and `.svg` both come of it.
         others: Shares and ranks of further baselines, each drawn as a line of its own.
     """
@@ -171,12 +171,9 @@ def plot_spectrum(
                 axes.plot(rank, max(1 - kept[rank - 1], 1e-6), marker, label=label)
         axes.set_yscale("log")
         axes.set_xlabel(RANK_LABEL)
-        axes.set_ylabel(f"share of the {_MINIMISED.get(method, 'curvature')} left out")
+        axes.set_ylabel(f"share of the {'variance' if method == 'pca' else 'objective'} left out")
         if axes.get_legend_handles_labels()[1]:
             axes.legend(frameon=False)
-
-
-_MINIMISED = {"pca": "variance", "weighted": "weighted variance"}
 
 
 def plot_loss_against_bytes(

@@ -24,8 +24,13 @@ def smallest_rank_by_share(shares: Sequence[float], target: float) -> int:
     # A share that misses 1 by rounding is 1.
     reaching = np.flatnonzero(np.asarray(shares) >= target - 1e-12)
     if not len(reaching):
-        raise UserError(f"No rank keeps {target} of the spectrum; rank {len(shares)} keeps {shares[-1]:.6f}.")
+        raise UserError(f"No rank keeps {target} of the variance; rank {len(shares)} keeps {shares[-1]:.6f}.")
     return int(reaching[0]) + 1
+
+
+def is_good_enough(increase: float, target: float) -> bool:
+    """Tell whether a loss increase is no more than a target, both in nats a token; NaN is not."""
+    return increase <= target
 
 
 def smallest_rank_by_loss(increase_of: Callable[[int], float], largest: int, target: float) -> int:
@@ -52,8 +57,11 @@ def smallest_rank_by_loss(increase_of: Callable[[int], float], largest: int, tar
         increases[rank] = increase_of(rank)
         excess = increases[rank] / target
         # Infinite or NaN, a model that does not work; zero or less, one that loses nothing.
-        log_excess[rank] = math.log(min(max(excess, 1e-3), 1e6)) if not math.isnan(excess) else math.log(1e6)
-        return log_excess[rank] > 0
+        logarithm = math.log(min(max(excess, 1e-3), 1e6)) if not math.isnan(excess) else math.log(1e6)
+        good = is_good_enough(increases[rank], target)
+        # The quotient is rounded: the sign, on which the line between two ranks depends, is the comparison's.
+        log_excess[rank] = min(logarithm, 0.0) if good else max(logarithm, 1e-9)
+        return not good
 
     if exceeds(largest):
         raise UserError(f"Even rank {largest} costs {increases[largest]:.4f} nats a token, more than {target}.")

@@ -17,7 +17,7 @@ from .plots import (
     plot_spectrum,
     plot_training_curves,
 )
-from .results import RESULTS_NAME, Results
+from .results import RESULTS_NAME, Results, megabytes
 
 
 def read_results(root: Path, missing_ok: bool = False) -> list[Results]:
@@ -49,7 +49,7 @@ def results_table(results: Sequence[Results], style: str = "simple") -> str:
             "perplexity": f"{row.perplexity:.2f}",
             "gap": _gap(row, baselines),
             "parameters": f"{row.parameters:,}",
-            "MB": f"{row.bytes / 1e6:.1f}",
+            "MB": megabytes(row.bytes),
             "trained": f"{row.trained_parameters:,}",
             "best step": "-" if row.best_step is None else f"{row.best_step:,}",
             "tokens/s": f"{row.tokens_per_second:,.0f}" if row.tokens_per_second else "-",

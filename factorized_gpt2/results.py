@@ -13,6 +13,11 @@ from .files import read_json, write_json
 RESULTS_NAME = "results.json"
 
 
+def megabytes(size: int) -> str:
+    """Write bytes in MB: with one decimal from 10 MB on, below with three, so that small vocabularies show."""
+    return f"{size / 1e6:.{1 if size >= 1e7 else 3}f}"
+
+
 @dataclass(frozen=True)
 class Results:
     """The outcome of a run, as `results.json` holds it.
@@ -47,8 +52,8 @@ class Results:
         tokens_per_second: Training tokens of all processes over that time.
         training_curve: Pairs of an optimizer step and the mean training loss since the pair before, nats a token.
         validation_curve: Pairs of an optimizer step and the validation loss there, nats a token.
-        spectrum: Share of the embedding's variance (for other methods, curvature) that each rank keeps, rank 1 first;
-            `None` where nothing was factorized.
+        spectrum: Share of the embedding's variance (or another method's objective) that each rank keeps, rank 1
+            first; `None` where nothing was factorized.
     """
 
     run_name: str

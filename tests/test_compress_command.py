@@ -9,6 +9,7 @@ from matplotlib import image
 
 from factorized_gpt2 import FactorizedGPT2
 from factorized_gpt2.arguments import parse_run
+from factorized_gpt2.cli import compress as command
 from factorized_gpt2.cli.compress import compress
 from factorized_gpt2.cli.evaluate import evaluate
 from factorized_gpt2.errors import UserError
@@ -66,11 +67,8 @@ def test_methods_that_read_text(words, tmp_path, corpus, method):
     assert written["calibration"]["text"] == str(corpus / "train.jsonl")
     assert written["calibration"]["tokens"] == 480
     assert written["calibration"]["block_size"] == BLOCK_SIZE
-    assert (
-        0
-        < written["explained_variance_ratio"]
-        < record(tmp_path / f"gpt_{method}_nofinetune_k9")["explained_variance_ratio"]
-    )
+    assert 0 < written["explained_share"] < record(tmp_path / f"gpt_{method}_nofinetune_k9")["explained_share"]
+    assert "explained_variance_ratio" not in written
     model = FactorizedGPT2.from_pretrained(folder)
     assert model.config.n_embd_wte == 4
     assert model.config.tie_word_embeddings
@@ -137,16 +135,46 @@ def test_the_rank_for_a_loss(words, tmp_path, capsys):
     assert image.imread(tmp_path / "loss_against_bytes_pca.png").std() > 0
 
 
-@pytest.mark.parametrize("method", ["pca", "joint"])
-def test_the_rank_for_a_share(words, tmp_path, method):
-    texts = ("calibration",) if method == "joint" else ()
-    compress(words("--explained_variance", 0.7, "--method", method, texts=texts))
+def test_the_rank_for_a_share_of_the_variance(words, tmp_path):
+    compress(words("--explained_variance", 0.7, texts=()))
     (folder,) = tmp_path.glob("gpt_*")
     written = record(folder)
     assert written["explained_variance_ratio"] >= 0.7
-    compress(words("--ranks", written["n_embd_wte"] - 1, "--method", method, texts=texts))
+    compress(words("--ranks", written["n_embd_wte"] - 1, texts=()))
     below = record(tmp_path / folder.name.replace(f"k{written['n_embd_wte']}", f"k{written['n_embd_wte'] - 1}"))
     assert below["explained_variance_ratio"] < 0.7
+
+
+def test_a_model_is_said_to_be_reused_only_if_it_was_there_before(words, caplog):
+    asked = words("--target_loss_increase", 0.3, texts=("evaluation",))
+    for expected in (0, 1):
+        caplog.clear()
+        with caplog.at_level("INFO"):
+            compress(asked)
+        chosen = [line for line in caplog.messages if "was made in this way before and is reused" in line]
+        assert len(chosen) == expected
+
+
+@pytest.mark.parametrize(("method", "title"), [("pca", "variance"), ("tokenwise", "share")])
+def test_the_column_of_a_share_says_what_it_is_of(words, capsys, method, title):
+    compress(words("--ranks", 4, "--method", method, texts=("calibration",) if method != "pca" else ()))
+    assert capsys.readouterr().out.split()[:3] == ["k", title, "parameters"]
+
+
+def test_the_spectrum_shows_every_rank_that_is_there(words, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(command, "plot_spectrum", lambda shares, ranks, method, path: drawn.append((ranks, path.name)))
+    compress(words("--ranks", 4, texts=()))
+    compress(words("--ranks", 9, 6, texts=()))
+    compress(words("--ranks", 5, "--method", "joint"))
+    compress(words("--ranks", 7, "--method", "joint", "--seed", 1))
+    compress(words("--ranks", 5, "--method", "joint", "--seed", 1, "--overwrite"))
+    joint = "spectrum_joint.png"
+    assert drawn == [
+        ([4], "spectrum_pca.png"),
+        ([4, 6, 9], "spectrum_pca.png"),
+        *(([5], joint), ([7], joint), ([5, 7], joint)),
+    ]
 
 
 @pytest.mark.parametrize(
@@ -154,6 +182,11 @@ def test_the_rank_for_a_share(words, tmp_path, method):
     [
         ([], (), "Set one of ranks, target_loss_increase and explained_variance"),
         (["--ranks", 4, "--explained_variance", 0.5], (), "Set one of ranks"),
+        (
+            ["--explained_variance", 0.5, "--method", "tokenwise"],
+            ("calibration",),
+            "for method pca alone; with method tokenwise set target_loss_increase",
+        ),
         (["--explained_variance", 1.5], (), r"must lie in \(0, 1\], got 1.5"),
         (["--explained_variance", 1.0], (), f"needs the whole width of {WIDTH}"),
         (["--target_loss_increase", 0.1], (), "needs text to measure on"),

@@ -160,7 +160,7 @@ def test_factor_files_are_reused_by_their_fingerprint(stock_folder, tmp_path):
     again = pca_factors(baseline, [4, 6], tmp_path)
     assert path.stat().st_mtime_ns == written
     assert np.array_equal(again[4].wte, made.wte)
-    assert again[4].explained_variance_ratio == made.explained_variance_ratio
+    assert again[4].explained_share == made.explained_share
 
 
 @pytest.fixture

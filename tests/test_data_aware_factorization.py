@@ -182,7 +182,7 @@ def test_outputs_are_contiguous_float32_of_the_documented_shapes(method, dtype, 
     if not with_head:
         assert factors.lm_head is None
         np.testing.assert_array_equal(factors.scale_down, factors.scale_up.T)
-    assert type(factors.explained_variance_ratio) is float
+    assert type(factors.explained_share) is float
 
 
 @pytest.mark.parametrize("with_head", [False, True])
@@ -194,7 +194,7 @@ def test_ranks_asked_together_equal_separate_fits_and_repeat_exactly(method, wit
     for rank, factors in together.items():
         alone = factorize_data_aware(WEIGHT, [rank], method, USE, head)[rank]
         assert factors.rank == rank
-        assert factors.explained_variance_ratio == alone.explained_variance_ratio
+        assert factors.explained_share == alone.explained_share
         for name in ARRAYS[: 5 if with_head else 4]:
             np.testing.assert_allclose(getattr(factors, name), getattr(alone, name), atol=1e-5, err_msg=name)
             np.testing.assert_array_equal(getattr(factors, name), getattr(again[rank], name), err_msg=name)
@@ -219,7 +219,7 @@ def test_shares_are_those_of_the_factors_at_every_rank(method, tied, rows):
     shares = DataAwareDecomposition(weight, method, use, None if tied else head).shares
     factors = factorize_data_aware(weight, ranks, method, use, None if tied else head)
     assert shares.shape == (len(ranks),)
-    np.testing.assert_allclose(shares, [factors[rank].explained_variance_ratio for rank in ranks], rtol=1e-12)
+    np.testing.assert_allclose(shares, [factors[rank].explained_share for rank in ranks], rtol=1e-12)
     assert (np.diff(shares) >= 0).all()
     assert shares[-1] == pytest.approx(1, abs=1e-12)
 
@@ -230,7 +230,7 @@ def test_the_share_is_that_of_the_error_avoided(method):
     factors = factorize_data_aware(WEIGHT, [5], method, USE)[5]
     left = metric_error(approximation(factors) - WEIGHT, USE, metric)
     whole = metric_error(WEIGHT - USE.row_weights() @ WEIGHT, USE, metric)
-    assert factors.explained_variance_ratio == pytest.approx(1 - left / whole, abs=1e-5)
+    assert factors.explained_share == pytest.approx(1 - left / whole, abs=1e-5)
 
 
 @pytest.mark.parametrize("weight_scale", [1e3, 1e-3])
@@ -265,7 +265,7 @@ def check_factors(weight: np.ndarray, use: VocabularyUse, method: str, with_head
     for rank, factors in factorize_data_aware(weight, ranks, method, use, head).items():
         for name in ARRAYS[: 5 if with_head else 4]:
             assert np.isfinite(getattr(factors, name)).all(), (rank, name)
-        assert 0 <= factors.explained_variance_ratio <= 1
+        assert 0 <= factors.explained_share <= 1
     # The last rank is the full one.
     np.testing.assert_allclose(approximation(factors), weight, atol=1e-3 * max(np.abs(weight).max(), 1e-6))
 

@@ -57,7 +57,7 @@ def test_full_rank_loses_nothing(rows, columns):
     weight = random_matrix(rows, columns)
     factors = factorize(weight, min(rows, columns))
     np.testing.assert_allclose(input_side(factors), weight, atol=1e-5)
-    assert factors.explained_variance_ratio == pytest.approx(1.0)
+    assert factors.explained_share == pytest.approx(1.0)
 
 
 def test_points_on_a_line_by_hand():
@@ -69,7 +69,7 @@ def test_points_on_a_line_by_hand():
     np.testing.assert_allclose(sign * factors.scale_up, [[0.6, 0.8]], atol=1e-6)
     np.testing.assert_allclose(sign * factors.scale_down, [[0.6], [0.8]], atol=1e-6)
     np.testing.assert_allclose(sign * factors.wte, [[-5], [0], [5]], atol=1e-6)
-    assert factors.explained_variance_ratio == pytest.approx(1.0)
+    assert factors.explained_share == pytest.approx(1.0)
     assert factors.lm_head is None
 
 
@@ -77,7 +77,7 @@ def test_two_directions_by_hand():
     # Four corners of a rectangle of half sides 3 and 1 about the origin: rank 1 keeps 9 of 10 parts of the variance.
     weight = np.array([[3.0, 1.0], [3.0, -1.0], [-3.0, 1.0], [-3.0, -1.0]])
     factors = factorize(weight, 1)
-    assert factors.explained_variance_ratio == pytest.approx(0.9)
+    assert factors.explained_share == pytest.approx(0.9)
     np.testing.assert_allclose(input_side(factors), weight * [1, 0], atol=1e-6)
 
 
@@ -87,7 +87,7 @@ def test_explained_variance_ratio_is_that_of_numpy(rank, offset):
     weight = random_matrix(99, 32, offset=offset)
     eigenvalues = np.linalg.eigvalsh(np.cov(weight.astype(np.float64), rowvar=False))[::-1]
     expected = eigenvalues[:rank].sum() / eigenvalues.sum()
-    ratio = factorize(weight, rank).explained_variance_ratio
+    ratio = factorize(weight, rank).explained_share
     assert type(ratio) is float
     assert ratio == pytest.approx(expected, abs=1e-7)
     error = relative_error(best_approximation(weight, rank), weight)
@@ -105,11 +105,11 @@ def test_nested_ranks_equal_separate_fits(ranks):
             np.testing.assert_array_equal(getattr(together[rank], name), getattr(alone, name), err_msg=name)
         for name in ("wte", "lm_head"):  # products in float32, rounded otherwise at another width
             np.testing.assert_allclose(getattr(together[rank], name), getattr(alone, name), atol=2e-6, err_msg=name)
-        assert together[rank].explained_variance_ratio == alone.explained_variance_ratio
+        assert together[rank].explained_share == alone.explained_share
 
 
 def test_explained_share_never_exceeds_one():
-    shares = [factorize(random_matrix(40, 8, seed), 8).explained_variance_ratio for seed in range(40)]
+    shares = [factorize(random_matrix(40, 8, seed), 8).explained_share for seed in range(40)]
     assert max(shares) <= 1.0
     assert min(shares) > 1 - 1e-12
 
@@ -120,7 +120,7 @@ def test_shares_are_those_of_each_rank(rows, columns):
     shares = explained_shares(weight)
     ranks = range(1, min(rows, columns) + 1)
     assert shares.dtype == np.float64
-    assert shares.tolist() == pytest.approx([factorize(weight, rank).explained_variance_ratio for rank in ranks])
+    assert shares.tolist() == pytest.approx([factorize(weight, rank).explained_share for rank in ranks])
     assert shares.max() <= 1.0
 
 
@@ -150,7 +150,7 @@ def test_untied_head_gets_factors_of_its_own():
     untied, alone = factorize(weight, 12, head), factorize(weight, 12)
     np.testing.assert_array_equal(untied.wte, alone.wte)
     np.testing.assert_array_equal(untied.scale_up, alone.scale_up)
-    assert untied.explained_variance_ratio == alone.explained_variance_ratio
+    assert untied.explained_share == alone.explained_share
     centred = best_approximation(head, 12) - head.astype(np.float64).mean(axis=0)
     np.testing.assert_allclose(output_side(untied), centred, atol=2e-5)
     assert np.abs(untied.scale_down - untied.scale_up.T).max() > 0.1
@@ -204,7 +204,7 @@ def test_a_large_mean_costs_no_accuracy():
 def test_a_constant_matrix_is_its_mean(value):
     factors = factorize(np.full((9, 4), value, dtype=np.float32), 2)
     np.testing.assert_allclose(input_side(factors), value, atol=1e-6)
-    assert factors.explained_variance_ratio == 1.0
+    assert factors.explained_share == 1.0
 
 
 @pytest.mark.parametrize(

@@ -78,7 +78,7 @@ def test_a_compressed_model_that_was_not_measured():
         "pipeline_tag": "text-generation",
         "tags": ["factorized_gpt2", "custom_code", "text-generation"],
     }
-    assert table(written.text)["tiny"] == ["12", "31,337", "0.1"]
+    assert table(written.text)["tiny"] == ["12", "31,337", "0.125"]
     assert "Compressed from `gpt_baseline` by principal component analysis" in written.text
     assert "/data" not in written.text
     assert "k = 12" in written.text
@@ -92,8 +92,8 @@ def test_a_compressed_model_that_was_measured():
     calibration = {"text": "/data/train.txt, more/of.jsonl, wikitext raw train", "tokens": 16_384}
     recipe = RECIPE | {"method": "tokenwise", "refine_steps": 7, "calibration": calibration}
     written = card(History(recipe, None), measured=measured, base_model=STOCK, license="mit", plots=["a_b.png"])
-    assert table(written.text)["tiny"] == ["12", "31,337", "0.1", "5.2500", f"{perplexity(5.25):.2f}"]
-    assert table(written.text)["baseline"] == ["-", "30,000", "0.1", "5.1250", f"{perplexity(5.125):.2f}"]
+    assert table(written.text)["tiny"] == ["12", "31,337", "0.125", "5.2500", f"{perplexity(5.25):.2f}"]
+    assert table(written.text)["baseline"] == ["-", "30,000", "0.120", "5.1250", f"{perplexity(5.125):.2f}"]
     (result,) = written.data.to_dict()["model-index"][0]["results"]
     assert result["dataset"] == {"name": "held out.txt, b.jsonl", "type": "held-out.txt-b.jsonl"}
     values = {metric["type"]: metric["value"] for metric in result["metrics"]}
@@ -119,7 +119,7 @@ def test_a_healed_model():
     }
     sentence = "Trained with LoRA of rank 2 on Salesforce/wikitext wikitext-103-raw-v1 train: 120 steps, 5,760 tokens."
     assert sentence in written.text
-    assert table(written.text)["tiny"] == ["12", "31,337", "0.1", "4.5000", f"{perplexity(4.5):.2f}"]
+    assert table(written.text)["tiny"] == ["12", "31,337", "0.125", "4.5000", f"{perplexity(4.5):.2f}"]
 
 
 def test_local_training_text_is_no_dataset_of_the_hub():

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from factorized_gpt2.errors import UserError
-from factorized_gpt2.rank_choice import smallest_rank_by_loss, smallest_rank_by_share
+from factorized_gpt2.rank_choice import is_good_enough, smallest_rank_by_loss, smallest_rank_by_share
 
 LARGEST = 767  # GPT-2 small's width, less one
 TARGETS = np.geomspace(1e-3, 1.0, 15)
@@ -26,7 +26,7 @@ def test_the_whole_share_is_reached_but_for_rounding():
     shares = np.full(10, 0.1).cumsum()
     assert shares[-1] < 1
     assert smallest_rank_by_share(shares, 1.0) == 10
-    with pytest.raises(UserError, match=r"No rank keeps 1.0 of the spectrum; rank 2 keeps 0.999999"):
+    with pytest.raises(UserError, match=r"No rank keeps 1.0 of the variance; rank 2 keeps 0.999999"):
         smallest_rank_by_share([0.5, 0.9999991], 1.0)
 
 
@@ -112,6 +112,17 @@ def test_every_place_among_few_ranks(true_rank):
 
 def test_an_increase_equal_to_the_target_is_allowed():
     assert search(lambda rank: 0.5 if rank < 100 else 0.25, 0.25)[0] == 100
+
+
+@pytest.mark.parametrize("true_rank", [1, 2, 7, 12])
+@pytest.mark.parametrize("good_step", [0, -1])
+@pytest.mark.parametrize("target", [0.1, 0.3, 1e-9, 1e-320])
+def test_increases_next_to_the_target_are_told_apart_by_comparison(target, good_step, true_rank):
+    """As quotients by the target they are all 1."""
+    good, bad = (np.nextafter(target, target + step) if step else target for step in (good_step, 1))
+    assert is_good_enough(good, target)
+    assert not is_good_enough(bad, target)
+    assert search(lambda rank: bad if rank < true_rank else good, target, largest=12)[0] == true_rank
 
 
 def test_one_rank_alone():

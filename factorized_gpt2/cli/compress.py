@@ -23,7 +23,8 @@ from ..model_card import Figures, Measurement
 from ..modeling_factorized_gpt2 import FactorizedGPT2
 from ..parsing import ManualParser
 from ..plots import plot_loss_against_bytes, plot_spectrum
-from ..rank_choice import smallest_rank_by_loss, smallest_rank_by_share
+from ..rank_choice import is_good_enough, smallest_rank_by_loss, smallest_rank_by_share
+from ..results import megabytes
 from ..text_arguments import EvaluationArguments
 from ..tokenization import has_tokenizer
 from .shell import print_table, run_command
@@ -49,7 +50,11 @@ class CompressArguments:
         },
     )
     explained_variance: float | None = field(
-        default=None, metadata={"help": "Instead of ranks: the smallest rank that keeps this share of the spectrum."}
+        default=None,
+        metadata={
+            "help": "Instead of ranks, for method pca alone: the smallest rank that keeps this share of the "
+            "embedding's variance. Variance tells little of loss: target_loss_increase is the better guide."
+        },
     )
     method: str = field(
         default="pca",
@@ -155,21 +160,21 @@ def _compress(
     blocks = (
         load_blocks(evaluation.source(), tokenizer, block_size, keep_tail=True) if evaluation.is_asked_for else None
     )
-    measure = _Measure(baseline.model, blocks, evaluation.eval_batch_size, device)
+    measure = _Measure(baseline.model, recipe.method, blocks, evaluation.eval_batch_size, device)
 
     rows = [measure.row("-", "", baseline.model, Path(arguments.baseline))]
-    ranks = arguments.ranks or [_choose(arguments, compressor, measure)]
+    ranks, chosen = (arguments.ranks, {}) if arguments.ranks else _choose(arguments, compressor, measure)
     missing = [rank for rank in ranks if not compressor.folder(rank).exists()]
     if missing:
         compressor.factorize_ahead(missing)
     for rank in sorted(ranks, reverse=True):
-        model, folder = compressor.load_or_make(rank)
-        share = read_json(folder / RECORD_NAME)["explained_variance_ratio"]
+        model, folder = chosen.get(rank) or compressor.load_or_make(rank)[0], compressor.folder(rank)
+        share = read_json(folder / RECORD_NAME)[compressor.share_name]
         rows.append(measure.row(rank, f"{share:.4f}", model, folder))
     if blocks is not None:
         print(f"Validation loss in nats a token, over {measure.losses['-'].tokens:,} tokens:")
     print_table(rows)
-    _plot(compressor, ranks, measure, with_spectrum=bool(missing) or arguments.ranks is None)
+    _plot(compressor, ranks, measure)
     for rank in ranks if publishing.push_to_hub else ():
         measured = measure.record(rank, evaluation.source()) if measure.losses else None
         name, private = publishing.repository(rank, ranks), publishing.private or None
@@ -185,6 +190,10 @@ def check(arguments: CompressArguments, calibration: CalibrationArguments, evalu
     ranks, loss, share = arguments.ranks, arguments.target_loss_increase, arguments.explained_variance
     if sum(choice is not None for choice in (ranks, loss, share)) != 1:
         raise UserError("Set one of ranks, target_loss_increase and explained_variance.")
+    if share is not None and arguments.method != "pca":
+        raise UserError(
+            f"explained_variance is for method pca alone; with method {arguments.method} set target_loss_increase."
+        )
     if ranks is not None and len(set(ranks)) != len(ranks):
         raise UserError(f"ranks: a rank is given twice in {' '.join(map(str, ranks))}.")
     if loss is not None and not evaluation.is_asked_for:
@@ -196,8 +205,10 @@ def check(arguments: CompressArguments, calibration: CalibrationArguments, evalu
 class _Measure:
     """Sizes of models, and their losses where there is text."""
 
-    def __init__(self, baseline: FactorizedGPT2, blocks: Dataset | None, batch_size: int, device: torch.device):
-        self.baseline_size = model_size(baseline)
+    def __init__(
+        self, baseline: FactorizedGPT2, method: str, blocks: Dataset | None, batch_size: int, device: torch.device
+    ):
+        self.baseline_size, self.method = model_size(baseline), method
         self.blocks, self.batch_size, self.device = blocks, batch_size, device
         self.losses: dict[int | str, LossSum] = {}  # by rank; the baseline's under "-"
         self.bytes: dict[int | str, int] = {}
@@ -225,11 +236,11 @@ class _Measure:
         size = model_size(model)
         row = {
             "k": rank,
-            "variance": share,
+            "variance" if self.method == "pca" else "share": share,
             "parameters": f"{size.parameters:,}",
             "vocabulary": f"{size.vocabulary_parameters:,}",
-            "MB": f"{size.bytes / 1e6:.1f}",
-            "vocabulary MB": f"{size.vocabulary_bytes / 1e6:.1f}",
+            "MB": megabytes(size.bytes),
+            "vocabulary MB": megabytes(size.vocabulary_bytes),
             "size": f"{size.bytes / self.baseline_size.bytes:.1%}",
         }
         if self.blocks is not None:
@@ -239,13 +250,16 @@ class _Measure:
         return row | {"folder": str(folder)}
 
 
-def _choose(arguments: CompressArguments, compressor: Compressor, measure: _Measure) -> int:
+def _choose(
+    arguments: CompressArguments, compressor: Compressor, measure: _Measure
+) -> tuple[list[int], dict[int, FactorizedGPT2]]:
+    """Find the smallest rank that is good enough; return it, and its model where that is at hand, with its folder."""
     width, vocab_size = (getattr(compressor.baseline.model.config, name) for name in ("n_embd", "vocab_size"))
     if arguments.explained_variance is not None:
         rank = smallest_rank_by_share(compressor.shares, arguments.explained_variance)
         if rank >= width:
             raise UserError(f"explained_variance {arguments.explained_variance} needs the whole width of {width}.")
-        return rank
+        return [rank], {}
 
     target, good_enough = arguments.target_loss_increase, {}
 
@@ -255,7 +269,7 @@ def _choose(arguments: CompressArguments, compressor: Compressor, measure: _Meas
         measure.loss(rank, model)
         increase = measure.increase(rank)
         print(f"k = {rank}: {increase:+.4f} nats a token", flush=True)
-        if increase <= target:
+        if is_good_enough(increase, target):
             good_enough.clear()  # each is smaller than the last
             good_enough[rank] = model, share
         return increase
@@ -264,18 +278,18 @@ def _choose(arguments: CompressArguments, compressor: Compressor, measure: _Meas
     model, share = good_enough[rank]
     if share is not None:
         compressor.save(model, rank, share)
-    return rank
+    return [rank], {rank: model}
 
 
-def _plot(compressor: Compressor, ranks: list[int], measure: _Measure, with_spectrum: bool) -> None:
-    """Draw the spectrum, and loss against bytes where there are losses, beside the model folders."""
+def _plot(compressor: Compressor, ranks: list[int], measure: _Measure) -> None:
+    """Draw the spectrum with every rank that is there, and loss against bytes where there are losses."""
     if not is_matplotlib_available():
         logger.warning("No plots: the package matplotlib is not installed.")
         return
     label, root = compressor.label, compressor.root
     path = root / f"spectrum_{label}.png"
-    if with_spectrum or not path.with_suffix(".svg").exists():
-        plot_spectrum(compressor.shares, ranks, compressor.recipe.method, path)
+    if compressor.saved or not path.with_suffix(".svg").exists():
+        plot_spectrum(compressor.shares, compressor.ranks_there(), compressor.recipe.method, path)
         logger.info("Spectrum: %s", path)
     if measure.losses:
         path = root / f"loss_against_bytes_{label}.png"

@@ -12,6 +12,7 @@ from ..evaluation import model_size, perplexity, sum_loss
 from ..foreign_models import LossOfLogits, positions_of
 from ..modeling_factorized_gpt2 import FactorizedGPT2
 from ..parsing import ManualParser
+from ..results import megabytes
 from ..text_arguments import EvaluationArguments
 from .shell import print_table, run_command
 
@@ -68,7 +69,7 @@ def evaluate(argv: list[str]) -> None:
             | {
                 "tokens": f"{measured.tokens:,}",
                 "parameters": f"{size.parameters:,}",
-                "MB": f"{size.bytes / 1e6:.1f}",
+                "MB": megabytes(size.bytes),
                 "model": name,
             }
         )

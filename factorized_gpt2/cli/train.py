@@ -7,6 +7,7 @@ from pathlib import Path
 from ..arguments import PRINT_CONFIG, Run, parse_run
 from ..errors import UserError
 from ..hub import check_access, publish, publish_adapter
+from ..results import megabytes
 from ..run_folder import ADAPTER_NAME
 from ..training import run_experiment
 from .shell import run_command
@@ -29,7 +30,7 @@ def train(argv: list[str]) -> None:
     if speaks:
         print(
             f"{results.run_name}: validation loss {results.eval_loss:.4f}, perplexity {results.perplexity:.2f}, "
-            f"{results.parameters / 1e6:.1f} M parameters, {results.bytes / 1e6:.1f} MB -> {training.output_dir}"
+            f"{results.parameters / 1e6:.1f} M parameters, {megabytes(results.bytes)} MB -> {training.output_dir}"
         )
     if is_published and speaks:
         _publish(run)
