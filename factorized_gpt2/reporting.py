@@ -34,27 +34,28 @@ def read_results(root: Path, missing_ok: bool = False) -> list[Results]:
 
 
 def results_table(results: Sequence[Results], style: str = "simple") -> str:
-    """Lay out results as a table, one row a run; the gap is to the baseline's loss.
+    """Lay out results as a table, one row a run; the gap is to the loss of the baseline that it belongs to.
 
     Args:
         results: In the order of the rows.
         style: A format of `tabulate`, such as "github" for Markdown.
     """
-    baseline = next((row for row in results if row.family == "baseline"), None)
+    baselines = [row for row in results if row.family == "baseline"]
+    gaps = [_gap(row, baselines) for row in results]
     rows = [
         {
             "run": escaped(row.run_name) if style == "github" else one_line(row.run_name),
             "k": row.n_embd_wte or "-",
             "loss": f"{row.eval_loss:.4f}",
             "perplexity": f"{row.perplexity:.2f}",
-            "gap": f"{row.eval_loss - baseline.eval_loss:+.4f}" if baseline else "",
+            "gap": "" if gap is None else f"{gap:+.4f}",
             "parameters": f"{row.parameters:,}",
             "MB": f"{row.bytes / 1e6:.1f}",
             "trained": f"{row.trained_parameters:,}",
             "best step": "-" if row.best_step is None else f"{row.best_step:,}",
             "tokens/s": f"{row.tokens_per_second:,.0f}" if row.tokens_per_second else "-",
         }
-        for row in results
+        for row, gap in zip(results, gaps, strict=True)
     ]
     return tabulate(
         rows,
@@ -63,6 +64,24 @@ def results_table(results: Sequence[Results], style: str = "simple") -> str:
         disable_numparse=True,
         colalign=("left",) + ("right",) * (len(rows[0]) - 1),
     )
+
+
+def _gap(row: Results, baselines: Sequence[Results]) -> float | None:
+    """Compare a run's loss with that of its own baseline, on the same text; `None` where it cannot be told which."""
+
+    def may_be_its(baseline: Results) -> bool:
+        text, other = row.content.get("validation_file"), baseline.content.get("validation_file")
+        if text and other and text != other:
+            return False
+        if row.start_fingerprint and baseline.fingerprint and row.family.startswith("pca"):
+            return row.start_fingerprint == baseline.fingerprint
+        shape = ("n_layer", "n_head", "n_embd") if row.start_fingerprint is None else ()
+        return all(row.settings.get(name) == baseline.settings.get(name) for name in shape)
+
+    if row.family == "baseline":
+        return 0.0
+    its = [baseline for baseline in baselines if may_be_its(baseline)]
+    return row.eval_loss - its[0].eval_loss if len(its) == 1 else None
 
 
 _LEGEND = (
