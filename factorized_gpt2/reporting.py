@@ -34,7 +34,7 @@ def read_results(root: Path, missing_ok: bool = False) -> list[Results]:
 
 
 def results_table(results: Sequence[Results], style: str = "simple") -> str:
-    """Lay out results as a table, one row a run; the gap is to the baseline's loss.
+    """Lay out results as a table, one row a run; the gap is to the loss of the baseline that it belongs to.
 
     Args:
         results: In the order of the rows.
@@ -47,14 +47,14 @@ def results_table(results: Sequence[Results], style: str = "simple") -> str:
             "k": row.n_embd_wte or "-",
             "loss": f"{row.eval_loss:.4f}",
             "perplexity": f"{row.perplexity:.2f}",
-            "gap": _gap(row, baselines),
+            "gap": "" if (gap := _gap(row, baselines)) is None else f"{gap:+.4f}",
             "parameters": f"{row.parameters:,}",
             "MB": megabytes(row.bytes),
             "trained": f"{row.trained_parameters:,}",
             "best step": "-" if row.best_step is None else f"{row.best_step:,}",
             "tokens/s": f"{row.tokens_per_second:,.0f}" if row.tokens_per_second else "-",
         }
-        for row in results
+        for row, gap in zip(results, gaps, strict=True)
     ]
     return tabulate(
         rows,
@@ -65,12 +65,24 @@ def results_table(results: Sequence[Results], style: str = "simple") -> str:
     )
 
 
-def _gap(row: Results, baselines: Sequence[Results]) -> str:
-    """Compare a run's loss with its baseline's: the only one there is, or of several the one that it started from."""
-    if len(baselines) > 1:
-        folder = row.settings.get("output_dir") if row.family == "baseline" else row.baseline
-        baselines = [other for other in baselines if folder and _same(folder, other.settings.get("output_dir"))]
-    return f"{row.eval_loss - baselines[0].eval_loss:+.4f}" if baselines else ""
+def _gap(row: Results, baselines: Sequence[Results]) -> float | None:
+    """Compare a run's loss with that of its own baseline, on the same text; `None` where it cannot be told which."""
+
+    def may_be_its(baseline: Results) -> bool:
+        text, other = row.content.get("validation_file"), baseline.content.get("validation_file")
+        if text and other and text != other:
+            return False
+        if row.start_fingerprint and baseline.fingerprint and row.family.startswith("pca"):
+            return row.start_fingerprint == baseline.fingerprint
+        shape = ("n_layer", "n_head", "n_embd") if row.start_fingerprint is None else ()
+        return all(row.settings.get(name) == baseline.settings.get(name) for name in shape)
+
+    if row.family == "baseline":
+        return 0.0
+    its = [baseline for baseline in baselines if may_be_its(baseline)]
+    if len(its) > 1:  # the one in the folder that the run names
+        its = [baseline for baseline in its if row.baseline and _same(row.baseline, baseline.settings["output_dir"])]
+    return row.eval_loss - its[0].eval_loss if len(its) == 1 else None
 
 
 def _same(folder: Any, other: Any) -> bool:

@@ -55,6 +55,26 @@ def test_without_a_baseline_there_is_no_gap():
     assert cells(PROTOCOL[1:], "pca-lora-k512")[2:6] == ["2.9800", "19.69", "", "112,600,000"]
 
 
+def test_the_gap_is_to_the_baseline_that_a_run_started_from():
+    baseline = next(row for row in PROTOCOL if row.family == "baseline")
+    tuned = next(row for row in PROTOCOL if row.run_name == "pca-lora-k512")
+    one = replace(baseline, fingerprint="1" * 64)
+    two = replace(baseline, run_name="two", fingerprint="2" * 64, eval_loss=5.0)
+    rows = [one, two, replace(tuned, start_fingerprint="2" * 64)]
+    assert cells(rows, "pca-lora-k512")[4] == f"{tuned.eval_loss - 5.0:+.4f}"
+    assert cells([one, *rows[2:]], "pca-lora-k512")[4] == ""
+    old = [replace(row, fingerprint=None) for row in rows]
+    assert cells(old, "pca-lora-k512")[4] == ""  # which of the two cannot be told
+    assert cells(old[1:], "pca-lora-k512")[4] == f"{tuned.eval_loss - 5.0:+.4f}"
+
+
+def test_there_is_no_gap_to_a_loss_on_another_text():
+    baseline, *others = PROTOCOL
+    tuned = replace(others[-1], content={"validation_file": "a"})
+    assert cells([replace(baseline, content={"validation_file": "b"}), tuned], tuned.run_name)[4] == ""
+    assert cells([replace(baseline, content={"validation_file": "a"}), tuned], tuned.run_name)[4] != ""
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
     """Write the protocol's report once."""
