@@ -9,7 +9,7 @@ from types import ModuleType
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 
-_LINES, _ENDS = 4, (".", "!", "?")  # of a message: so many are shown at most, if none before ends a sentence
+_LINES = 4  # of a message, at most
 _RUST_PANIC = "PanicException"  # of tokenizers, of a class that no module exports, and no Exception
 
 
@@ -94,12 +94,19 @@ def silenced(library_logging: ModuleType) -> Iterator[None]:
 def first_line(error: BaseException) -> str:
     """Say in one line what an error of a library says in several, or in none.
 
-    That is its first sentence, however many lines it goes on for. A key alone, as a `KeyError` says it, says nothing.
+    That is its first sentence, of four lines at most. A key alone, as a `KeyError` says it, says nothing.
     """
     text = repr(error) if isinstance(error, KeyError) else str(error).strip() or repr(error)
     said: list[str] = []
     for line in text.splitlines()[:_LINES]:
-        if not line.strip() or (said and said[-1].endswith(_ENDS)):
+        if not line.strip() or (said and not _goes_on(said[-1], line)):
             break
         said.append(line.strip())
     return " ".join(said)
+
+
+def _goes_on(line: str, following: str) -> bool:
+    """Tell whether a sentence goes on in the line after: a list, an indented line, or one without a capital."""
+    if line.endswith((".", "!", "?")):
+        return False
+    return line.endswith((":", ",")) or following[0] in " \t-*(" or following[0].islower()

@@ -53,6 +53,7 @@ def test_a_full_disk_is_no_excuse_for_a_defect(tmp_path, monkeypatch):
             "Cannot be instantiated:\none of\n(1) a file,\n(2) a name.\nMore",
             "Cannot be instantiated: one of (1) a file, (2) a name.",
         ),
+        ("/a/path.jsonl\nIf it is private, log in.", "/a/path.jsonl"),
         ("Said\n\nand explained", "Said"),
         ("", "ValueError('')"),
     ],
