@@ -166,7 +166,8 @@ class TextSource:
         settings = {"path": str(path), "column": self.text_column}
         making = {"generator": read_rows, "gen_kwargs": settings, "features": _text_features()}
         with _reading(str(path)):
-            if next(read_rows(**settings), None) is None:  # also, what cannot be read is better known before a run
+            # What cannot be read at its beginning is better known before a run that streams it.
+            if not sum(1 for _ in islice(read_rows(**settings), 1000)):
                 raise UserError(f"{path} has no text: it is empty.")
             if streaming:
                 return _datasets().IterableDataset.from_generator(**making)
