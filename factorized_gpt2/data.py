@@ -24,6 +24,7 @@ from transformers import PreTrainedTokenizerBase
 from .documents import parts_of_documents, pieces_of_documents
 from .errors import UserError, blaming, first_line, is_defect, silenced
 from .fingerprints import files_fingerprint
+from .lfs_pointers import refuse_pointers
 from .text_files import kind_of, read_rows
 from .token_file import SUFFIX as TOKEN_SUFFIX
 from .token_file import TokenBlocks, is_token_file, load_token_blocks
@@ -104,6 +105,7 @@ class TextSource:
             if self.dataset_name is None:
                 raise UserError("No text given: name files or a dataset.")
             return [(self._load_dataset(streaming), every_row)]
+        refuse_pointers(map(Path, self.files))
         loaded = []
         for name in self.files:
             path = Path(name)

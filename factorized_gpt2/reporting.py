@@ -41,13 +41,14 @@ def results_table(results: Sequence[Results], style: str = "simple") -> str:
         style: A format of `tabulate`, such as "github" for Markdown.
     """
     baselines = [row for row in results if row.family == "baseline"]
+    gaps = [_gap(row, baselines) for row in results]
     rows = [
         {
             "run": escaped(row.run_name) if style == "github" else one_line(row.run_name),
             "k": row.n_embd_wte or "-",
             "loss": f"{row.eval_loss:.4f}",
             "perplexity": f"{row.perplexity:.2f}",
-            "gap": "" if (gap := _gap(row, baselines)) is None else f"{gap:+.4f}",
+            "gap": "" if gap is None else f"{gap:+.4f}",
             "parameters": f"{row.parameters:,}",
             "MB": megabytes(row.bytes),
             "trained": f"{row.trained_parameters:,}",

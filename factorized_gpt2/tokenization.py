@@ -14,11 +14,18 @@ from transformers import (
 )
 
 from .errors import UserError, blaming
+from .lfs_pointers import refuse_pointers
 from .model_places import refuse_missing_folder
 
 logger = logging.getLogger(__name__)
 
 _GPT2_END_OF_TEXT = "<|endoftext|>"
+_POINTED_AT = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "vocab.json",
+    "merges.txt",
+)  # where Git LFS may keep a pointer
 _TOKENIZER_FILES = ("tokenizer*", "vocab*", "*.model", "*.tiktoken", "tekken.json")
 
 
@@ -37,6 +44,7 @@ def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
     """
     culprit = f"No tokenizer can be loaded from {name_or_path!r}"
     refuse_missing_folder(name_or_path)
+    refuse_pointers(Path(name_or_path) / name for name in _POINTED_AT)
     with blaming(culprit, Exception):  # tokenizers has no narrower
         if _has_file(name_or_path, "tokenizer.json"):
             tokenizer_class = PreTrainedTokenizerFast

@@ -309,7 +309,7 @@ def test_runs_of_two_baselines_are_drawn_apart(of_two_baselines, tmp_path, monke
     assert {r"baseline b/\$a\$ (not factorized)", "baseline b/small (not factorized)"} <= drawn.keys()
 
 
-def test_the_gap_is_to_the_baseline_that_a_run_started_from(of_two_baselines):
+def test_the_gap_of_several_baselines_is_to_a_runs_own(of_two_baselines):
     rows = [line.split("\t") for line in results_table(of_two_baselines, "tsv").splitlines()]
     gaps = {(row[2].strip(), row[4].strip()) for row in rows}
     assert {("3.0000", "+0.0000"), ("3.5000", "+0.0000"), ("7.0000", "+4.0000"), ("8.0000", "+4.5000")} <= gaps
