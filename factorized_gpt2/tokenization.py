@@ -20,12 +20,7 @@ from .model_places import refuse_missing_folder
 logger = logging.getLogger(__name__)
 
 _GPT2_END_OF_TEXT = "<|endoftext|>"
-_POINTED_AT = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "vocab.json",
-    "merges.txt",
-)  # where Git LFS may keep a pointer
+_POINTED_AT = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt")
 _TOKENIZER_FILES = ("tokenizer*", "vocab*", "*.model", "*.tiktoken", "tekken.json")
 
 
