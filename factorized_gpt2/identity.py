@@ -4,9 +4,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from datasets import load_dataset_builder
-from datasets import logging as datasets_logging
-
 from .arguments import Run, default_settings
 from .errors import silenced
 from .fingerprints import files_fingerprint, model_content, tokenizer_content, weights_fingerprint
@@ -162,7 +159,9 @@ def _named(kind: str, run: Run) -> str:
 
 def _dataset_commit(name: str, config: str | None) -> str | None:
     try:
-        with silenced(datasets_logging):
-            return load_dataset_builder(name, config).hash
-    except (OSError, ValueError):  # no connection, and nothing in the cache
+        import datasets  # which runs from files of token ids do without
+
+        with silenced(datasets.logging):
+            return datasets.load_dataset_builder(name, config).hash
+    except (ImportError, OSError, ValueError):  # no such package; no connection, and nothing in the cache
         return None

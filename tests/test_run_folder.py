@@ -221,7 +221,7 @@ def test_a_dataset_that_changed_on_the_hub_is_seen_before_the_run_goes_on(folder
     class Builder:
         hash = "one"
 
-    monkeypatch.setattr("factorized_gpt2.identity.load_dataset_builder", lambda *args: Builder)
+    monkeypatch.setattr("datasets.load_dataset_builder", lambda *args: Builder)
     run = parse(folder, dataset_name="me/text", train_file=None, validation_file=None)
     mark(run)
     mark(run)
