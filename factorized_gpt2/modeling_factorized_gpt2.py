@@ -24,7 +24,7 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .blockwise_loss import RowLoss, causal_lm_loss, sum_row_loss
 from .configuration_factorized_gpt2 import FactorizedGPT2Config
-from .head import HeadMatrix, UpToTheHead, bare
+from .head import bare
 
 
 def residual_init_std(config: FactorizedGPT2Config) -> float:
@@ -251,7 +251,6 @@ class FactorizedGPT2(FactorizedGPT2PreTrainedModel, GenerationMixin):
     _tied_weights_keys = {"lm_head.weight": "transformer.wte.weight"}
 
     loss_backend = "blockwise"  # of `blockwise_loss.sum_cross_entropy`
-    head_is_read = False  # by `base_model`
 
     def __init__(self, config: FactorizedGPT2Config):
         super().__init__(config)
@@ -263,19 +262,12 @@ class FactorizedGPT2(FactorizedGPT2PreTrainedModel, GenerationMixin):
         self.lm_head = nn.Linear(config.embedding_size, config.vocab_size, bias=False)
         self.post_init()
 
-    @property
-    def base_model(self) -> UpToTheHead:
-        return UpToTheHead(self)  # for tools that multiply by the head's matrix themselves
-
-    def get_output_embeddings(self) -> nn.Module | HeadMatrix:
+    def get_output_embeddings(self) -> nn.Module:
         """Return the head; while it is tied, with the matrix that `wte` has now.
 
         PEFT merges a trained copy of `wte` by putting it in the place of `wte`, then asks for the head to see whether
-        the two are still tied. Once after a call of `base_model`, a head that follows an adapter is its matrix alone.
+        the two are still tied: a head that is tied follows here.
         """
-        is_read, self.head_is_read = self.head_is_read, False
-        if is_read and isinstance(matrix := self._head(), torch.Tensor):
-            return HeadMatrix(matrix)
         wte, lm_head = self.transformer.wte, self.lm_head
         plain = isinstance(wte, nn.Embedding) and isinstance(lm_head, nn.Linear)
         # Different shapes mean a resizing under way, which brings its own head.
@@ -295,13 +287,13 @@ class FactorizedGPT2(FactorizedGPT2PreTrainedModel, GenerationMixin):
         Raises:
             ValueError: An adapter on a head that is tied to `wte`.
         """
-        hidden_states, head = self.to_head_width(hidden_states), self._head()
+        hidden_states, head = self.to_head_width(hidden_states), self.head_or_matrix()
         return head(hidden_states) if isinstance(head, nn.Module) else nn.functional.linear(hidden_states, head)
 
     def to_head_width(self, hidden_states: torch.Tensor) -> torch.Tensor:
         return hidden_states if self.scale_down is None else self.scale_down(hidden_states)  # [..., d] -> [..., k]
 
-    def _head(self) -> nn.Module | torch.Tensor:
+    def head_or_matrix(self) -> nn.Module | torch.Tensor:
         """Return what maps (..., k) to logits: a module, or where `wte` is adapted and the head follows it, (V, k)."""
         if not self.config.tie_word_embeddings:
             return self.lm_head
@@ -374,7 +366,7 @@ class FactorizedGPT2(FactorizedGPT2PreTrainedModel, GenerationMixin):
         if skip_logits or row_loss is not None:
             if labels is None and row_loss is None:
                 raise ValueError("skip_logits leaves nothing to return without labels or row_loss.")
-            inputs, head = self.to_head_width(hidden_states), bare(self._head())
+            inputs, head = self.to_head_width(hidden_states), bare(self.head_or_matrix())
             if row_loss is not None:
                 loss = sum_row_loss(inputs.flatten(0, -2), head, row_loss)
             else:

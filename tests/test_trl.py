@@ -10,6 +10,7 @@ from peft import LoraConfig, PeftModel
 from test_peft import TARGETS, assert_same_logits, logits_of
 
 from factorized_gpt2 import FactorizedGPT2
+from factorized_gpt2.trl_head import fit_trl_head
 
 trl = pytest.importorskip("trl")
 
@@ -44,9 +45,11 @@ def trainer_of(kind: str, folder, dataset: Dataset, **settings):
         output_dir=str(folder / "out"), use_cpu=True, bf16=False, max_length=48, **settings
     )
     lora = LoraConfig(r=4, lora_alpha=8, target_modules=TARGETS, task_type="CAUSAL_LM")
-    return getattr(trl, f"{kind}Trainer")(
+    trainer = getattr(trl, f"{kind}Trainer")(
         model=str(folder / "model"), args=arguments, train_dataset=dataset, peft_config=lora
     )
+    fit_trl_head(trainer.model)
+    return trainer
 
 
 def losses_of(trainer) -> list[float]:
@@ -102,3 +105,10 @@ def test_dpo_learns_to_prefer(folder):
     losses = losses_of(trainer_of("DPO", folder, PREFERENCES, max_steps=3))
     assert losses[0] == pytest.approx(math.log(2), abs=1e-3)
     assert losses[-1] < losses[0] / 2
+
+
+def test_what_trl_did_not_prepare_is_refused():
+    with pytest.raises(ValueError, match="make the trainer first"):
+        fit_trl_head(tiny_model())
+    with pytest.raises(ValueError, match="Linear holds no FactorizedGPT2"):
+        fit_trl_head(torch.nn.Linear(2, 2))
