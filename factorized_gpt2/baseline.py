@@ -149,7 +149,7 @@ def _mend_generation_config(config: GenerationConfig, name_or_path: str) -> None
         unused = [name for name in idle if getattr(config, name, None) not in (None, False)]
         for name in unused:
             setattr(config, name, getattr(GenerationConfig(), name))
-        with blaming(f"The generation_config.json of {name_or_path} is not valid; mend or remove it"):
+        with blaming(f"The generation_config.json of {name_or_path} is not valid; mend or remove it", ValueError):
             config.validate(strict=True)
         logger.warning(
             "%s sets %s, which nothing there uses: left out of what is made of it.", name_or_path, ", ".join(unused)

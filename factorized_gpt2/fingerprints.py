@@ -87,8 +87,10 @@ def config_fingerprint(config: PretrainedConfig) -> str:
     return _joined(json.dumps(kept, sort_keys=True, default=str))
 
 
-def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Identify a tokenizer that is loaded, by what it makes of text and by its special tokens."""
+def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase | None) -> str | None:
+    """Identify a tokenizer that is loaded, by what it makes of text and by its special tokens; `None` for none."""
+    if tokenizer is None:
+        return None
     backend = getattr(tokenizer, "backend_tokenizer", None)
     rules = repr(sorted(tokenizer.get_vocab().items())) if backend is None else backend.to_str()
     return _joined(rules, str(sorted(tokenizer.special_tokens_map.items())))

@@ -232,7 +232,9 @@ def test_gpu(tmp_path, capsys):
         assert [row["model"] for row in rows] == names
     baseline, lora = json.loads((tmp_path / "out/experiments.json").read_text())
     assert (baseline["run_name"], lora["run_name"]) == ("baseline", "pca-lora-k5-r3")
-    assert (baseline["best_step"], lora["best_step"]) == (5, 3)
+    steps, lora_steps = (run["settings"]["max_steps"] for run in (baseline, lora))
+    assert 4 <= steps <= 6  # of 150 s for both, in what the other parts leave of 1000
+    assert lora_steps == -(-steps // 2)
 
 
 @pytest.fixture

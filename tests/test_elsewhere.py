@@ -61,7 +61,7 @@ def test_wandb_is_off_where_the_environment_says_so(monkeypatch, caplog):
 @pytest.mark.parametrize(("project", "expected"), [(None, "new-small-gpt"), ("my own", "my own")])
 def test_the_project_of_the_environment_counts(monkeypatch, tmp_path, project, expected):
     opened = []
-    monkeypatch.setattr(tracking.wandb, "init", lambda **words: opened.append(words) or OPENED)
+    monkeypatch.setattr("wandb.init", lambda **words: opened.append(words) or OPENED)
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.delenv("WANDB_PROJECT", raising=False)
     if project:

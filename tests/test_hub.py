@@ -300,13 +300,13 @@ def test_cards(published, hub, original, loaded_with_package):
         "compressed",
         "8",
         f"{size.parameters:,}",
-        f"{size.bytes / 1e6:.1f}",
+        f"{size.bytes / 1e6:.3f}",
         "5.2500",
         f"{perplexity(5.25):.2f}",
     ]
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in compressed.text.splitlines()]
     assert figures in rows
-    assert ["baseline", "-", "30,000", "0.1", "5.1250", f"{perplexity(5.125):.2f}"] in rows
+    assert ["baseline", "-", "30,000", "0.120", "5.1250", f"{perplexity(5.125):.2f}"] in rows
     assert compressed.data.base_model is None  # a folder
     for plot in ("spectrum_pca.png", "loss_against_bytes_pca.png"):
         assert f"]({plot})" in compressed.text

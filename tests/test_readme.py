@@ -58,6 +58,8 @@ def test_commands_are_understood(command):
         assert select(load_grid(arguments.grid, scaling.resolve()), arguments.only or ["*"])
     elif "report.py" in words:
         assert ManualParser(ReportArguments).parse(words[words.index("report.py") + 1 :])[0].results
+    elif words[:3] == ["python", "-m", "pytest"]:
+        assert (REPOSITORY / next(word for word in words if word.endswith(".py"))).exists()
     elif words[0] == "python":
         script = Path(words[1])
         assert (REPOSITORY / script).exists()
