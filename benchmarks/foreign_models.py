@@ -110,11 +110,11 @@ class Calibration:
     certainties: np.ndarray
     head_use: np.ndarray
 
-    def use(self) -> VocabularyUse:
-        """Return it as the package's methods take it."""
+    def use(self, token_counts: np.ndarray) -> VocabularyUse:
+        """Return it as the package's methods take it, with counts (V,) int64 of these tokens or of all the text."""
         positions = np.arange(len(self.ids))
         return VocabularyUse(
-            token_counts=np.bincount(self.ids, minlength=len(self.head_use)),
+            token_counts=token_counts,
             input_side=Side(self.gradients, self.ids, positions, np.ones(len(self.ids), np.float32)),
             output_side=Side(
                 self.hidden, self.draws.ravel(), np.repeat(positions, DRAWS), self.variances.ravel() / DRAWS

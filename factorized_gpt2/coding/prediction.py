@@ -103,8 +103,8 @@ def find_parents(scores: np.ndarray, step_index: np.ndarray) -> tuple[np.ndarray
             parent[part] = order[place]
             regression = np.einsum("nk,nk->n", scores[part], earlier[place]) / norms[parent[part]]
             share[part] = np.clip(np.rint(SHARE * regression), 0, SHARE)
-            cosine = np.clip(regression * norms[parent[part]] / norms[part], 0, 1 - 1e-9)
-            saved = -0.5 * dimensions * np.log2(1 - cosine**2)
+            cosine = np.maximum(regression, 0) * norms[parent[part]] / norms[part]
+            saved = -0.5 * dimensions * np.log2(np.maximum(1 - cosine**2, 1e-6))
             share[part[saved < np.log2(len(scores)) + 2]] = 0  # its parent's number would cost more
         done += len(rows)
     return parent, share
