@@ -5,7 +5,7 @@ import pytest
 
 from factorized_gpt2.coding.coded_table import CodedTable
 from factorized_gpt2.coding.prediction import RowRelations, measure_spreads
-from factorized_gpt2.coding.quantizer import encode_table
+from factorized_gpt2.coding.quantizer import coding_weights, encode_table
 
 VOCAB, WIDTH = 6000, 32
 
@@ -107,3 +107,12 @@ def test_too_small_a_budget_is_refused(problem):
 
 def test_equal_inputs_give_equal_bytes(problem):
     assert encode_table(*problem, 2.0).to_bytes() == encode_table(*problem, 2.0).to_bytes()
+
+
+def test_rows_weigh_by_both_uses():
+    counts, heard = np.array([100, 100, 1, 0]), np.array([10.0, 1.0, 10.0, 0.0])
+    weights = coding_weights(counts, heard)
+    assert weights.sum() == pytest.approx(1)
+    assert weights[0] / weights[1] == pytest.approx(10**0.375)
+    assert weights[0] / weights[2] == pytest.approx((100.5 / 1.5) ** 0.375)
+    assert 0 < weights[3] < weights[1:3].min()

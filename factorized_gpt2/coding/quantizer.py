@@ -4,16 +4,33 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from ..data_aware_factorization import FREQUENCY_EXPONENT
 from .coded_table import CodedTable
 from .prediction import OCTAVE, RowRelations, find_parents, measure_spreads
 
 STEP_EXPONENT = 0.25  # steps are row weights to the power of minus this; docs/coding.md measures others
+_LEAST_HEARD = 1e-9  # of all that the head hears
 _SCALE_DEVIATION = 16  # of the integers of `scale_up`
 _DIGIT = 128  # a column whose codes leave [-127, 127] becomes two, in units of 128 and of 1
 _LARGEST_STEP_INDEX = 60
 _PARENT_COMPONENTS = 256  # by which rows are told to be alike
 _SEARCH_ROUNDS = 8
 _TOLERANCE = 0.01  # of the budget
+
+
+def coding_weights(token_counts: np.ndarray, head_use: np.ndarray) -> np.ndarray:
+    """Weigh rows by how often they are looked up and by how much the head hears of them, the geometric mean of both.
+
+    Args:
+        token_counts: (V,) counts of tokens in text; half an occurrence stands for those never seen.
+        head_use: (V,) floats, the sum of p (1 - p) of a token's probability over positions of text.
+
+    Returns:
+        (V,) float64 with sum 1.
+    """
+    looked_up, heard = token_counts + 0.5, head_use / head_use.sum()
+    weights = (looked_up * np.maximum(heard, _LEAST_HEARD)) ** (FREQUENCY_EXPONENT / 2)
+    return weights / weights.sum()
 
 
 def encode_table(

@@ -62,6 +62,9 @@ class Decoder:
     Args:
         stream: What `encode` returned.
 
+    Attributes:
+        left: How many symbols have not been read yet.
+
     Raises:
         ValueError: The stream is damaged.
     """
@@ -69,7 +72,7 @@ class Decoder:
     def __init__(self, stream: bytes):
         if len(stream) < _HEAD.size or zlib.crc32(memoryview(stream)[4:]) != struct.unpack_from("<I", stream)[0]:
             raise ValueError("The coded stream is damaged: its checksum is not that of its bytes.")
-        _, table_bytes, lanes, self._left = _HEAD.unpack_from(stream)
+        _, table_bytes, lanes, self.left = _HEAD.unpack_from(stream)
         first_word = _HEAD.size + table_bytes + 4 * lanes
         if not 1 <= lanes <= MAX_LANES or first_word > len(stream) or (len(stream) - first_word) % 2:
             raise ValueError("The coded stream is damaged: its parts do not add up.")
@@ -97,9 +100,9 @@ class Decoder:
             ValueError: The stream ends before, or knows no such context.
         """
         flat = np.ravel(contexts)
-        if flat.size > self._left or flat.max(initial=0) >= self._number or flat.min(initial=0) < 0:
+        if flat.size > self.left or flat.max(initial=0) >= self._number or flat.min(initial=0) < 0:
             raise ValueError("The coded stream holds something else than what is read from it.")
-        self._left -= flat.size
+        self.left -= flat.size
         decoded = np.empty(flat.size, np.uint8)
         lanes, mask = len(self._states), np.uint32((1 << PRECISION) - 1)
         for first in range(0, flat.size, lanes):
@@ -119,7 +122,7 @@ class Decoder:
             x[low] = x[low] << 16 | words
             self._at += len(low)
             decoded[first : first + lanes] = symbol
-        if not self._left and (self._at < len(self._words) or (self._states != _SMALLEST_STATE).any()):
+        if not self.left and (self._at < len(self._words) or (self._states != _SMALLEST_STATE).any()):
             raise ValueError("The coded stream does not end where its symbols do.")
         return (decoded + self._lowest[flat]).reshape(np.shape(contexts))
 
@@ -128,6 +131,6 @@ def decode(stream: bytes, contexts: np.ndarray) -> np.ndarray:
     """Decode a stream of one part; see `Decoder`."""
     decoder = Decoder(stream)
     symbols = decoder.read(contexts)
-    if decoder._left:
+    if decoder.left:
         raise ValueError("The coded stream holds more symbols than there are contexts.")
     return symbols
