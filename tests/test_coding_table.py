@@ -1,3 +1,4 @@
+import zlib
 from dataclasses import replace
 
 import numpy as np
@@ -55,6 +56,13 @@ def test_two_bits_more_cost_less_than_an_eighth(problem):
     assert low / 17 < high < low / 8  # a sixteenth, but for the tables of a coder, which a small matrix feels
 
 
+@pytest.mark.parametrize("unit", [1e-9, 1e9])
+def test_units_of_the_metric_do_not_matter(problem, unit):
+    weight, metric, row_weights = problem
+    table = encode_table(weight, unit * metric, row_weights, 2.0)
+    assert _cost(problem, table) == pytest.approx(_cost(problem, encode_table(*problem, 2.0)), rel=0.02)
+
+
 def test_frequent_rows_have_finer_steps(problem):
     steps = encode_table(*problem, 3.0).steps
     expected = problem[2] ** -0.25
@@ -98,6 +106,14 @@ def test_any_damage_is_one_error(problem):
     for data in damaged:
         with pytest.raises(ValueError, match="damaged"):
             CodedTable.from_bytes(data)
+
+
+def test_a_shape_that_its_numbers_do_not_fill_is_refused(problem):
+    data = bytearray(encode_table(*problem, 2.0).to_bytes())
+    data[4:8] = (2**31).to_bytes(4, "little")
+    data[:4] = zlib.crc32(data[4:]).to_bytes(4, "little")
+    with pytest.raises(ValueError, match="damaged"):
+        CodedTable.from_bytes(bytes(data))
 
 
 def test_too_small_a_budget_is_refused(problem):

@@ -93,6 +93,8 @@ class CodedTable:
             raise ValueError("The coded matrix is damaged: its parts do not add up.")
         mean, scale_steps = np.split(np.frombuffer(data, "<f2", width + rank, _HEAD.size), [width])
         decoder = Decoder(data[at:])
+        if max(size, rank * width, size * rank) > decoder.left:
+            raise ValueError("The coded matrix is damaged: it holds fewer numbers than its shape says.")
 
         def read(context: int, *shape: int) -> np.ndarray:
             return decoder.read(np.full(shape, context, np.uint8)).astype(np.int64)

@@ -58,7 +58,7 @@ def encode_table(
         The coded matrix.
 
     Raises:
-        ValueError: The budget is too small for the matrices of the rotation, or too large for integers of 16 bits.
+        ValueError: The budget is too small.
     """
     rotation = _Rotation.of(weight, metric, row_weights)
     step_index = _step_indices(row_weights, exponent)
@@ -97,7 +97,7 @@ class _Rotation:
         weights = row_weights / row_weights.sum()
         mean = (weights @ weight).astype(np.float16)
         centred = weight - mean.astype(np.float32)
-        values, vectors = np.linalg.eigh(metric)
+        values, vectors = np.linalg.eigh(metric * (len(metric) / np.trace(metric)))  # in the range of fp16's numbers
         root, inverse_root = ((vectors * values**power) @ vectors.T for power in (0.5, -0.5))
         gram = (centred * weights[:, None].astype(np.float32)).T @ centred
         _, vectors = np.linalg.eigh(root @ gram @ root)
