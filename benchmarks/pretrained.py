@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from foreign_models import Calibration, TiedModel, token_losses
 from matplotlib import pyplot as plt
+from matplotlib.ticker import NullFormatter
 from peers import Small, peers
 from side_by_side import machine
 from tabulate import tabulate
@@ -30,6 +31,7 @@ from factorized_gpt2.files import replacing_file
 from factorized_gpt2.parsing import ManualParser
 from factorized_gpt2.progress import Progress
 
+_TICKS = (0.5, 1, 2, 4, 8, 16)  # bits a weight
 INPUT_SIDE = 3  # times the head's in the metric of the coded table; docs/coding.md measures others
 
 
@@ -195,6 +197,8 @@ def write_results(folder: Path, header: dict, rows: list[Measurement]) -> None:
             )
             line = {"linestyle": "none"} if family in ("round to nearest", "gguf") else {}
             axes.loglog(*zip(*points, strict=True), marker=marker, label=family, markersize=4, **line)
+        axes.xaxis.set_minor_formatter(NullFormatter())
+        axes.set_xticks(_TICKS, labels=[f"{bits:g}" for bits in _TICKS])
         axes.set_title(text, fontsize=10)
         axes.set_xlabel("bits a weight, all counted")
         axes.set_ylabel("loss increase [nats / token]")
