@@ -1,0 +1,139 @@
+"""Other ways to make a vocabulary matrix small: low rank in half precision, round to nearest, GPTQ, types of gguf.
+
+Each takes a matrix (V, d) float32 and returns what stands for it, and the bytes of that, scales counted.
+"""
+
+from collections.abc import Callable, Iterator
+
+import numpy as np
+from foreign_models import Calibration
+
+from factorized_gpt2.data_aware_factorization import VocabularyUse, factorize_data_aware
+from factorized_gpt2.factorization import Factors, factorize
+
+GGUF_TYPES = ("Q8_0", "Q5_1", "Q5_0", "Q4_1", "Q4_0", "TQ2_0")  # what gguf quantizes itself, in numpy
+_CLIPPINGS = np.linspace(1, 0.5, 11)  # shares of a group's range that are tried
+_ROWS_AT_ONCE = 8192
+_DAMPING = 0.01  # of the Hessian's mean diagonal, as Frantar et al. (2022) have it
+
+Small = tuple[np.ndarray, int]  # the matrix that results, and bytes
+
+
+def peers(
+    weight: np.ndarray, calibration: Calibration, use: VocabularyUse, ranks: list[int], bits: list[int]
+) -> Iterator[tuple[str, str, Callable[[], Small]]]:
+    """Yield family, name and what computes it, of every peer.
+
+    Args:
+        weight: (V, d) float32.
+        calibration: For GPTQ's Hessian.
+        use: For the factorizations.
+        ranks: Of low rank.
+        bits: Of integers.
+    """
+    for rank in ranks:
+        yield "PCA, fp16", f"PCA, k = {rank}", lambda k=rank: low_rank(factorize(weight, k))
+        for method in ("joint", "tokenwise"):
+            yield (
+                f"{method}, fp16",
+                f"{method}, k = {rank}",
+                lambda k=rank, m=method: low_rank(factorize_data_aware(weight, [k], m, use)[k]),
+            )
+    for number in bits:
+        for group in (0, 128, 64, 32):
+            if not group or weight.shape[1] % group == 0:
+                name = f"int{number}, " + (f"groups of {group}" if group else "rows")
+                yield "round to nearest", name, lambda b=number, g=group: round_to_nearest(weight, b, g)
+    moment = calibration.hidden.T.astype(np.float64) @ calibration.hidden / len(calibration.hidden)
+    for number in bits:
+        if number <= 4 and weight.shape[1] % 64 == 0:
+            name = f"GPTQ int{number}, groups of 64"
+            yield "GPTQ", name, lambda b=number: gptq(weight, moment, b, 64)
+    for name in gguf_types(weight.shape[1]):
+        yield "gguf", name, lambda n=name: gguf_type(weight, n)
+
+
+def low_rank(factors: Factors) -> Small:
+    """Round factors to half precision; `scale_down` is `scale_up` again and takes no bytes."""
+    wte, scale_up, mean = (array.astype(np.float16) for array in (factors.wte, factors.scale_up, factors.mean))
+    dense = wte.astype(np.float32) @ scale_up.astype(np.float32) + mean
+    return dense, wte.nbytes + scale_up.nbytes + mean.nbytes
+
+
+def round_to_nearest(weight: np.ndarray, bits: int, group: int) -> Small:
+    """Round to integers with a step and an offset a group in fp16, its range clipped where that lowers squared error.
+
+    Args:
+        weight: (V, d) float32.
+        bits: Of an integer.
+        group: Numbers of a row that share a step; 0 for the row.
+    """
+    groups = weight.reshape(-1, group or weight.shape[1])
+    dense = np.empty_like(groups)
+    for first in range(0, len(groups), _ROWS_AT_ONCE):
+        part = groups[first : first + _ROWS_AT_ONCE]
+        best = np.full(len(part), np.inf, np.float32)
+        for clipping in _CLIPPINGS if bits < 8 else (1,):
+            rounded = _round(part, *_grid(part, bits, clipping), bits)
+            error = np.square(rounded - part).sum(1)
+            better = error < best
+            dense[first : first + _ROWS_AT_ONCE][better] = rounded[better]
+            best = np.minimum(best, error)
+    return dense.reshape(weight.shape), weight.size * bits // 8 + 4 * len(groups)
+
+
+def gptq(weight: np.ndarray, hessian: np.ndarray, bits: int, group: int) -> Small:
+    """Round column by column, each error made good by the columns to come (Frantar et al., 2022)."""
+    width = weight.shape[1]
+    damped = hessian + _DAMPING * np.trace(hessian) / width * np.eye(width)
+    upper = np.linalg.cholesky(np.linalg.inv(damped)).T.astype(np.float32)
+    left, dense = weight.copy(), np.empty_like(weight)
+    for first in range(0, width, group):
+        block = slice(first, first + group)
+        errors = np.empty((len(weight), group), np.float32)
+        step, offset = _searched_grid(left[:, block], bits)
+        for place, column in enumerate(range(first, first + group)):
+            dense[:, column] = _round(left[:, column, None], step, offset, bits)[:, 0]
+            errors[:, place] = (left[:, column] - dense[:, column]) / upper[column, column]
+            left[:, column + 1 : first + group] -= np.outer(
+                errors[:, place], upper[column, column + 1 : first + group]
+            )
+        left[:, first + group :] -= errors @ upper[block, first + group :]
+    return dense, weight.size * bits // 8 + 4 * weight.size // group
+
+
+def gguf_types(width: int) -> list[str]:
+    """List the types that the package gguf can make of rows of a width; none where it is not installed."""
+    try:
+        import gguf
+    except ImportError:
+        return []
+    sizes = gguf.GGML_QUANT_SIZES
+    return [name for name in GGUF_TYPES if width % sizes[gguf.GGMLQuantizationType[name]][0] == 0]
+
+
+def gguf_type(weight: np.ndarray, name: str) -> Small:
+    """Quantize with the package gguf."""
+    import gguf
+
+    kind = gguf.GGMLQuantizationType[name]
+    blocks = gguf.quantize(weight, kind)
+    return gguf.dequantize(blocks, kind), blocks.nbytes
+
+
+def _grid(groups: np.ndarray, bits: int, clipping: float) -> tuple[np.ndarray, np.ndarray]:
+    """Lay 2^bits levels over a share of each group's range: distance and lowest, (n, 1), in fp16's numbers."""
+    low, high = (clipping * edge(1, keepdims=True) for edge in (groups.min, groups.max))
+    step = np.maximum((high - low) / (2**bits - 1), 1e-6)
+    return (values.astype(np.float16).astype(np.float32) for values in (step, low))
+
+
+def _searched_grid(groups: np.ndarray, bits: int) -> tuple[np.ndarray, np.ndarray]:
+    grids = [tuple(_grid(groups, bits, clipping)) for clipping in _CLIPPINGS]
+    errors = [np.square(_round(groups, *grid, bits) - groups).sum(1) for grid in grids]
+    best = np.argmin(errors, axis=0)
+    return tuple(np.stack(values)[best, np.arange(len(best))] for values in zip(*grids, strict=True))
+
+
+def _round(groups: np.ndarray, step: np.ndarray, offset: np.ndarray, bits: int) -> np.ndarray:
+    return np.clip(np.rint((groups - offset) / step), 0, 2**bits - 1) * step + offset

@@ -1,0 +1,114 @@
+"""A vocabulary matrix as integers in the eigenvectors of a metric, at any number of bits a weight."""
+
+import struct
+import zlib
+from dataclasses import dataclass
+
+import numpy as np
+
+from .prediction import CONTEXTS, OCTAVE, RowRelations
+from .rans import Decoder, encode
+
+_HEAD = struct.Struct("<IIIIf")  # checksum of what follows, V, k, d, step of index 0
+# Contexts of what is coded beside the codes:
+_STEP, _SHARE, _ROW, _COLUMN, _SCALE, _PARENT = range(CONTEXTS, CONTEXTS + 6)  # _PARENT and on: a byte each
+_PARENT_BYTES = 4
+
+
+@dataclass(frozen=True)
+class CodedTable:
+    """`(codes * steps) @ scale_up + mean` stands for the matrix; the head meets `scale_down`, its transpose.
+
+    Attributes:
+        codes: (V, k) int8.
+        relations: Steps of rows as indices, and what their coder knows of rows and columns.
+        first_step: The step of index 0.
+        scale_codes: (k, d) int8, `scale_up` in units of each row's `scale_steps`.
+        scale_steps: (k,) float16.
+        mean: (d,) float16.
+    """
+
+    codes: np.ndarray
+    relations: RowRelations
+    first_step: float
+    scale_codes: np.ndarray
+    scale_steps: np.ndarray
+    mean: np.ndarray
+
+    @property
+    def steps(self) -> np.ndarray:
+        """The step of every row, (V,) float32."""
+        return (self.first_step * np.exp2(self.relations.step_index / OCTAVE)).astype(np.float32)
+
+    @property
+    def scale_up(self) -> np.ndarray:
+        """(k, d) float32."""
+        return self.scale_codes * self.scale_steps.astype(np.float32)[:, None]
+
+    @property
+    def scale_down(self) -> np.ndarray:
+        """(d, k) float32."""
+        return self.scale_up.T
+
+    @property
+    def nbytes(self) -> int:
+        """How many bytes `to_bytes` returns."""
+        return len(self.to_bytes())
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Bits of `to_bytes` for each of the V d weights."""
+        return 8 * self.nbytes / (len(self.codes) * len(self.mean))
+
+    def dense(self) -> np.ndarray:
+        """Return the matrix that it stands for, (V, d) float32."""
+        return (self.codes * self.steps[:, None]) @ self.scale_up + self.mean.astype(np.float32)
+
+    def to_bytes(self) -> bytes:
+        """Write all of it down, entropy-coded."""
+        rows = self.relations
+        parents = rows.parent[rows.share > 0]
+        side = [(_STEP, rows.step_index), (_SHARE, rows.share), (_ROW, rows.row_spread)]
+        side += [(_COLUMN, rows.column_spread), (_SCALE, self.scale_codes)]
+        side += [(_PARENT + place, (parents >> 8 * place) & 0xFF) for place in range(_PARENT_BYTES)]
+        parts = [(np.ravel(values), np.full(values.size, context, np.uint8)) for context, values in side]
+        stream = encode([*parts, *rows.residuals(self.codes)])
+        shape = (*self.codes.shape, len(self.mean))
+        head = _HEAD.pack(0, *shape, self.first_step)[4:]
+        body = head + self.mean.astype("<f2").tobytes() + self.scale_steps.astype("<f2").tobytes() + stream
+        return struct.pack("<I", zlib.crc32(body)) + body
+
+    @staticmethod
+    def from_bytes(data: bytes) -> "CodedTable":
+        """Read what `to_bytes` wrote.
+
+        Raises:
+            ValueError: It is damaged, or something else.
+        """
+        if len(data) < _HEAD.size or zlib.crc32(memoryview(data)[4:]) != struct.unpack_from("<I", data)[0]:
+            raise ValueError("The coded matrix is damaged: its checksum is not that of its bytes.")
+        _, size, rank, width, first_step = _HEAD.unpack_from(data)
+        at = _HEAD.size + 2 * (width + rank)
+        if at > len(data):
+            raise ValueError("The coded matrix is damaged: its parts do not add up.")
+        mean, scale_steps = np.split(np.frombuffer(data, "<f2", width + rank, _HEAD.size), [width])
+        decoder = Decoder(data[at:])
+        if max(size, rank * width, size * rank) > decoder.left:
+            raise ValueError("The coded matrix is damaged: it holds fewer numbers than its shape says.")
+
+        def read(context: int, *shape: int) -> np.ndarray:
+            return decoder.read(np.full(shape, context, np.uint8)).astype(np.int64)
+
+        step_index, share, row_spread = (read(context, size) for context in (_STEP, _SHARE, _ROW))
+        column_spread, scale_codes = read(_COLUMN, rank), read(_SCALE, rank, width)
+        parent, predicted = np.zeros(size, np.int64), share > 0
+        for place in range(_PARENT_BYTES):
+            parent[predicted] += read(_PARENT + place, predicted.sum()) << 8 * place
+        if parent.max(initial=0) >= max(size, 1):
+            raise ValueError("The coded matrix is damaged: a row is predicted from one that is not there.")
+        relations = RowRelations(step_index, parent, share, row_spread, column_spread)
+        codes = np.zeros((size, rank), np.int8)
+        for rows in relations.blocks():
+            expected, contexts = relations.expectation(rows, codes)
+            codes[rows] = (decoder.read(contexts) + expected).astype(np.int8)
+        return CodedTable(codes, relations, first_step, scale_codes.astype(np.int8), scale_steps, mean)
