@@ -132,3 +132,11 @@ def test_every_package_is_in_the_wheel():
 def test_no_script_hides_a_package_that_people_import():
     hidden = {"evaluate", "datasets", "transformers", "peft", "accelerate", "trl", "lm_eval"} | sys.stdlib_module_names
     assert not hidden & {path.stem for path in REPOSITORY.glob("*.py")}
+
+
+def test_every_folder_of_code_is_packaged():
+    settings = ConfigParser()
+    settings.read(REPOSITORY / "setup.cfg")
+    packaged = set(settings["options"]["packages"].split()) - {"factorized_gpt2.configs"}
+    folders = {path.parent.relative_to(REPOSITORY) for path in (REPOSITORY / "factorized_gpt2").rglob("*.py")}
+    assert packaged == {".".join(folder.parts) for folder in folders}
