@@ -43,7 +43,7 @@ _REASONS = {
     "enable_jit_checkpoint": "these runs save a checkpoint by themselves when they are told to stop.",
     "resume_from_checkpoint": "a run goes on from the checkpoints in its output_dir.",
     "use_liger_kernel": "this model has kernels of its own (loss_backend).",
-    "do_predict": "a run ends with its validation loss; evaluate.py measures any other text.",
+    "do_predict": "a run ends with its validation loss; evaluate_models.py measures any other text.",
     "hub_strategy": "a run publishes its model once, at its end.",
     "hub_always_push": "a run publishes its model once, at its end.",
     "deepspeed": "models are sharded by FSDP (fsdp, or accelerate launch).",
