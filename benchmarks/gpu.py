@@ -10,9 +10,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from bench_run import BenchRun
 from gpu_experiments import thirteen_experiments
 from gpu_parts import FULL, SMALL, Plan, decoding_steps, loss_alone, training_steps
-from session import Session
 from side_by_side import machine
 
 from factorized_gpt2.cli.shell import run_command
@@ -48,7 +48,7 @@ class Part:
     """
 
     title: str
-    run: Callable[[Session, Plan], None]
+    run: Callable[[BenchRun, Plan], None]
     weight: float
 
 
@@ -71,19 +71,19 @@ def main(argv: list[str]) -> None:
         raise UserError("There is no CUDA here, and nothing was measured; --device cpu --small True rehearses it.")
     plan = Plan(SMALL if arguments.small else FULL, arguments.device, Path(arguments.bundle))
     origin = machine("accelerate", "peft", device=arguments.device)
-    session = Session(Path(arguments.output_dir), arguments.seconds, origin)
+    bench_run = BenchRun(Path(arguments.output_dir), arguments.seconds, origin)
     parts = [PARTS[name] for name in arguments.parts]
     # One process compiles for many models, each of which may need a graph of its own.
     with torch._dynamo.config.patch(recompile_limit=64):
-        _run(parts, session, plan)
-    session.end()
+        _run(parts, bench_run, plan)
+    bench_run.end()
 
 
-def _run(parts: list[Part], session: Session, plan: Plan) -> None:
+def _run(parts: list[Part], bench_run: BenchRun, plan: Plan) -> None:
     for number, part in enumerate(parts):
         share = part.weight / sum(other.weight for other in parts[number:])
-        with session.part(part.title, share):
-            part.run(session, plan)
+        with bench_run.part(part.title, share):
+            part.run(bench_run, plan)
 
 
 if __name__ == "__main__":

@@ -8,8 +8,8 @@ from pathlib import Path
 from pydoc_data import topics
 
 import numpy as np
+from bench_run import BenchRun, release_memory
 from gpu_parts import Plan
-from session import Session, release_memory
 
 from factorized_gpt2.arguments import parse_run
 from factorized_gpt2.corpus import train_tokenizer
@@ -48,7 +48,7 @@ class Pace:
         return (self.lora_step if experiment.config.get("lora_rank") else self.step) * _steps(experiment)
 
 
-def thirteen_experiments(session: Session, plan: Plan) -> None:
+def thirteen_experiments(bench_run: BenchRun, plan: Plan) -> None:
     """Plan equal steps for the time that is left, run the grid, and keep its results and its table."""
     logging.getLogger("factorized_gpt2").setLevel(logging.WARNING)
     with tempfile.TemporaryDirectory() as folder:
@@ -56,55 +56,55 @@ def thirteen_experiments(session: Session, plan: Plan) -> None:
         if not (bundle / "train.bin").is_file():
             raise UserError(f"There is no {bundle / 'train.bin'}: `make gpu-bundle` collects the text.")
         flags = _flags(plan, bundle)
-        pace = _pace(session, plan, Path(folder) / "pilots", flags)
+        pace = _pace(bench_run, plan, Path(folder) / "pilots", flags)
         if pace is None:
-            session.leave_out("the experiments: no time to find out how long they take")
+            bench_run.leave_out("the experiments: no time to find out how long they take")
             return
         root = Path(folder) / "runs"
         whole = load_grid(GRID, _scale(plan, 1.0), root)
-        spare = (1 - RESERVE) * session.left - pace.run * len(whole)
+        spare = (1 - RESERVE) * bench_run.left - pace.run * len(whole)
         factor = min(1.0, spare / sum(map(pace.of_steps, whole)))
         longest = max(map(_steps, whole))
         if factor * longest < LEAST_STEPS:
-            session.leave_out(f"the experiments: time for {max(0, int(factor * longest))} of {longest} steps alone")
+            bench_run.leave_out(f"the experiments: time for {max(0, int(factor * longest))} of {longest} steps alone")
             return
         experiments = load_grid(GRID, _scale(plan, factor), root)
         lengths = sorted({_steps(experiment) for experiment in experiments} - {0}, reverse=True)
-        session.say(f"\nSteps of a run: {' or '.join(map(str, lengths))}, {factor:.1%} of the protocol's.")
-        _run(session, experiments, pace, flags)
+        bench_run.say(f"\nSteps of a run: {' or '.join(map(str, lengths))}, {factor:.1%} of the protocol's.")
+        _run(bench_run, experiments, pace, flags)
         results = read_results(root, missing_ok=True)
         if results:
-            session.say(f"\n{results_table(results, 'github')}")
+            bench_run.say(f"\n{results_table(results, 'github')}")
 
 
-def _pace(session: Session, plan: Plan, folder: Path, flags: Sequence[str]) -> Pace | None:
+def _pace(bench_run: BenchRun, plan: Plan, folder: Path, flags: Sequence[str]) -> Pace | None:
     """Run the baseline and a LoRA run twice each, shortly; `None` if the time is over before that."""
     for steps in PILOT_STEPS:
         scale = _scale(plan, steps / max(map(_steps, load_grid(GRID))))
         pilots = [pilot for pilot in load_grid(GRID, scale, folder / str(steps)) if pilot.name in (BASELINE, LORA)]
-        results = [_results(pilot, flags) for pilot in pilots if session.has_time()]
+        results = [_results(pilot, flags) for pilot in pilots if bench_run.has_time()]
         if len(results) < len(pilots):
             return None
     step, lora_step = (result.train_seconds / _steps(pilot) for pilot, result in zip(pilots, results, strict=True))
     pace = Pace(step, lora_step, max(result.seconds - result.train_seconds for result in results))
-    session.say(f"\nA step takes {step:.3f} s, one with LoRA {lora_step:.3f} s, a run {pace.run:.1f} s more.")
+    bench_run.say(f"\nA step takes {step:.3f} s, one with LoRA {lora_step:.3f} s, a run {pace.run:.1f} s more.")
     return pace
 
 
-def _run(session: Session, experiments: Sequence[Experiment], pace: Pace, flags: Sequence[str]) -> None:
+def _run(bench_run: BenchRun, experiments: Sequence[Experiment], pace: Pace, flags: Sequence[str]) -> None:
     done = set()
     for experiment in experiments:
         if experiment.needs and experiment.needs not in done:
-            session.leave_out(f"{experiment.name}, which starts from {experiment.needs}")
-        elif not session.has_time(pace.run + pace.of_steps(experiment)):
-            session.leave_out(experiment.name)
+            bench_run.leave_out(f"{experiment.name}, which starts from {experiment.needs}")
+        elif not bench_run.has_time(pace.run + pace.of_steps(experiment)):
+            bench_run.leave_out(experiment.name)
         else:
-            results = session.attempt(experiment.name, lambda: _results(experiment, flags))  # noqa: B023
+            results = bench_run.attempt(experiment.name, lambda: _results(experiment, flags))  # noqa: B023
             if results:
                 done.add(experiment.name)
                 folders = [other.folder for other in experiments if other.name in done]
-                session.keep(KEPT, [read_json(folder / RESULTS_NAME) for folder in folders])
-                session.say(f"\n{experiment.name}: loss {results.eval_loss:.4f}, {results.seconds:.0f} s.")
+                bench_run.keep(KEPT, [read_json(folder / RESULTS_NAME) for folder in folders])
+                bench_run.say(f"\n{experiment.name}: loss {results.eval_loss:.4f}, {results.seconds:.0f} s.")
 
 
 def _results(experiment: Experiment, flags: Sequence[str]) -> Results:

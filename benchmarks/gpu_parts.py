@@ -12,8 +12,8 @@ import decoding
 import scaling
 import torch
 import training
+from bench_run import BenchRun, release_memory
 from loss import LossArguments, Problem
-from session import Session, release_memory
 from side_by_side import PeakMemory, ratios, seconds_cell, timed
 
 from factorized_gpt2.blockwise_loss import BACKENDS
@@ -84,33 +84,33 @@ class Plan:
         return "inductor" if self.device == "cuda" else "aot_eager"
 
 
-def loss_alone(session: Session, plan: Plan) -> None:
+def loss_alone(bench_run: BenchRun, plan: Plan) -> None:
     """Head and loss in bfloat16, forward and backward: seconds, memory and errors of every backend that runs here."""
     sizes = plan.sizes
     arguments = LossArguments(rows=sizes.rows, vocab_size=sizes.vocab_size, width=sizes.width, device=plan.device)
     for rank, trained in product((*sizes.ranks, sizes.width), (False, True)):
         head = f"k = {rank}, {'trained' if trained else 'frozen'} head"
-        if not session.has_time():
-            session.leave_out(f"loss, {head}")
+        if not bench_run.has_time():
+            bench_run.leave_out(f"loss, {head}")
             continue
         problem = Problem.make(arguments, rank, "bfloat16", trained)
         exact = problem.exact()
         ways = {
             name: (way, measured)
-            for name, way in _ways(session, problem, head)
-            if (measured := session.attempt(f"loss, {head}, {name}", partial(_measure, problem, way, exact, plan)))
+            for name, way in _ways(bench_run, problem, head)
+            if (measured := bench_run.attempt(f"loss, {head}, {name}", partial(_measure, problem, way, exact, plan)))
         }
         clocks = {name: timed(way, sizes.calls) for name, (way, _) in ways.items()}
-        seconds = session.in_turns(f"loss, {head}", clocks, sizes.rounds)
+        seconds = bench_run.in_turns(f"loss, {head}", clocks, sizes.rounds)
         figures = {name: (seconds[name], *ways[name][1]) for name in seconds}
         rows = [_loss_row(name, figures) for name in figures]
-        session.table(f"{head}, {sizes.rows:,} tokens, V = {sizes.vocab_size:,}, bfloat16", rows)
+        bench_run.table(f"{head}, {sizes.rows:,} tokens, V = {sizes.vocab_size:,}, bfloat16", rows)
         if rank == sizes.ranks[1] and not trained and len(figures) > 1:
             best = min(figures.keys() - {"materialised"}, key=lambda name: min(seconds[name]))
-            session.wanted(f"{head}: ms of {best}, the fastest", "<= 1", 1000 * statistics.median(seconds[best]))
+            bench_run.wanted(f"{head}: ms of {best}, the fastest", "<= 1", 1000 * statistics.median(seconds[best]))
             if "materialised" in figures:
                 share = figures[best][2] / max(1, figures["materialised"][2])
-                session.wanted(f"{head}: memory of {best}, of the materialised", "<= 0.03", share)
+                bench_run.wanted(f"{head}: memory of {best}, of the materialised", "<= 0.03", share)
         del problem, exact, ways, clocks
         release_memory()
 
@@ -127,7 +127,7 @@ def _loss_row(name: str, figures: dict[str, tuple[list[float], dict[str, float],
     return row | {what: f"{error:.1e}" for what, error in errors.items()}
 
 
-def _ways(session: Session, problem: Problem, head: str) -> Iterator[tuple[str, Callable[[], torch.Tensor]]]:
+def _ways(bench_run: BenchRun, problem: Problem, head: str) -> Iterator[tuple[str, Callable[[], torch.Tensor]]]:
     """Find what can take this loss here, by name; say why the others cannot."""
     yield "materialised", problem.materialised
     for backend in BACKENDS:
@@ -136,7 +136,7 @@ def _ways(session: Session, problem: Problem, head: str) -> Iterator[tuple[str, 
             try:
                 way()
             except ValueError as error:
-                session.leave_out(f"loss, {head.partition(', ')[2]}, {backend}: {first_line(error).rstrip('.')}")
+                bench_run.leave_out(f"loss, {head.partition(', ')[2]}, {backend}: {first_line(error).rstrip('.')}")
                 continue
             except Exception:
                 pass  # to be met again, and noted, where it is measured
@@ -160,11 +160,11 @@ def _measure(
     return errors, peak.bytes
 
 
-def training_steps(session: Session, plan: Plan) -> None:
+def training_steps(bench_run: BenchRun, plan: Plan) -> None:
     """Steps of the stock model, of ours unfactorized, factorized and with LoRA, in mixed precision, compiled."""
     sizes = plan.sizes
     peak = _matrix_products(plan)
-    session.say(f"\nMatrix product of {sizes.matrix} x {sizes.matrix}, bfloat16: {peak / 1e12:.4g} TFLOP/s.")
+    bench_run.say(f"\nMatrix product of {sizes.matrix} x {sizes.matrix}, bfloat16: {peak / 1e12:.4g} TFLOP/s.")
     for dtype in ("bfloat16", "float16" if plan.device == "cuda" else "float32"):
         arguments = training.TrainingArguments(
             ranks=[*sizes.ranks],
@@ -182,7 +182,7 @@ def training_steps(session: Session, plan: Plan) -> None:
         names = ["unfactorized", smallest, "stock", f"{smallest}, LoRA", *(f"k = {rank}" for rank in sizes.ranks[1:])]
         steps = {name: training.TrainerSteps(models[name], arguments) for name in names if name in models}
         del models
-        seconds = session.in_turns(f"training, {dtype}", steps, sizes.rounds)
+        seconds = bench_run.in_turns(f"training, {dtype}", steps, sizes.rounds)
         if not seconds:
             continue
         rows = training.rows(arguments, seconds)
@@ -190,14 +190,14 @@ def training_steps(session: Session, plan: Plan) -> None:
         for row, (name, measured) in zip(rows, seconds.items(), strict=True):
             row["share of peak"] = f"{tokens * _flops(name, plan) / min(measured) / peak:.1%}"
             row["peak memory, GB"] = f"{steps[name].peak_bytes / 1e9:.2f}"
-        session.table(f"Training, {dtype}, {sizes.batch_size} x {sizes.block_size} tokens, compiled", rows)
-        _compare_with_wanted(session, plan, dtype, seconds, peak)
+        bench_run.table(f"Training, {dtype}, {sizes.batch_size} x {sizes.block_size} tokens, compiled", rows)
+        _compare_with_wanted(bench_run, plan, dtype, seconds, peak)
         del steps
         release_memory()
 
 
 def _compare_with_wanted(
-    session: Session, plan: Plan, dtype: str, seconds: dict[str, list[float]], peak: float
+    bench_run: BenchRun, plan: Plan, dtype: str, seconds: dict[str, list[float]], peak: float
 ) -> None:
     name = f"k = {plan.sizes.ranks[0]}"
     if name not in seconds:
@@ -205,9 +205,9 @@ def _compare_with_wanted(
     step = statistics.median(seconds[name])
     for other, bound in (("unfactorized", ">= 1.25"), ("stock", ">= 1.9")):
         if other in seconds:
-            session.wanted(f"{dtype}: {other} / {name}", bound, statistics.median(seconds[other]) / step)
+            bench_run.wanted(f"{dtype}: {other} / {name}", bound, statistics.median(seconds[other]) / step)
     tokens = plan.sizes.batch_size * plan.sizes.block_size
-    session.wanted(f"{dtype}: share of peak, {name}", ">= 0.45", tokens * _flops(name, plan) / step / peak)
+    bench_run.wanted(f"{dtype}: share of peak, {name}", ">= 0.45", tokens * _flops(name, plan) / step / peak)
 
 
 def _flops(name: str, plan: Plan) -> float:
@@ -227,7 +227,7 @@ def _matrix_products(plan: Plan) -> float:
 
 
 @torch.no_grad()
-def decoding_steps(session: Session, plan: Plan) -> None:
+def decoding_steps(bench_run: BenchRun, plan: Plan) -> None:
     """Greedy decoding in bfloat16: a plain loop, and a static cache with a compiled forward pass."""
     sizes = plan.sizes
     for batch in sizes.batches:
@@ -239,7 +239,7 @@ def decoding_steps(session: Session, plan: Plan) -> None:
         forms = {"eager": decoding.loop, "static cache, compiled": decoding.compiled}
         for form, decoder in forms.items():
             decoders = {f"k = {rank or '-'}": decoder(arguments, model) for rank, model in models.items()}
-            seconds = session.in_turns(f"decoding, {form}, batch {batch}", decoders, sizes.rounds)
+            seconds = bench_run.in_turns(f"decoding, {form}, batch {batch}", decoders, sizes.rounds)
             whole = seconds.get("k = -")
             rows += [
                 {
@@ -251,4 +251,4 @@ def decoding_steps(session: Session, plan: Plan) -> None:
                 }
                 for name, measured in seconds.items()
             ]
-        session.table(f"Decoding, batch {batch}, bfloat16, {sizes.tokens} new tokens", rows)
+        bench_run.table(f"Decoding, batch {batch}, bfloat16, {sizes.tokens} new tokens", rows)

@@ -59,7 +59,9 @@ _NOTHING = "it would do nothing in these runs."
 def refused() -> dict[str, str]:
     """Say of every option of the installed `TrainingArguments` that a run does not honour why it is not taken."""
     names = (item.name for item in fields(TrainingArguments))
-    return {name: _REASONS.get(name, _NOTHING) for name in names if name not in SUPPORTED}
+    # Some names of earlier versions are still options of the oldest that is supported.
+    reasons = {name: f"{successor}." for name, successor in ELSEWHERE.items()} | _REASONS
+    return {name: reasons.get(name, _NOTHING) for name in names if name not in SUPPORTED}
 
 
 # Options of earlier versions of transformers, of its example scripts, of nanoGPT and of PEFT: what stands for them.

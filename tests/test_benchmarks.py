@@ -20,8 +20,8 @@ import speed
 import text
 import torch
 import training
+from bench_run import BenchRun
 from conftest import DOCUMENTS
-from session import Session
 
 from factorized_gpt2 import corpus as corpus_module
 from factorized_gpt2.cli.shell import run_command
@@ -238,37 +238,37 @@ def test_gpu(tmp_path, capsys):
 
 
 @pytest.fixture
-def session(tmp_path):
-    """Make a session of 100 seconds whose clock is a list's last number."""
+def bench_run(tmp_path):
+    """Make a run of 100 seconds whose clock is a list's last number."""
     times = [0.0]
-    return Session(tmp_path / "out", 100, "here", lambda: times[-1]), times
+    return BenchRun(tmp_path / "out", 100, "here", lambda: times[-1]), times
 
 
-def test_a_session_keeps_its_budget_and_shares_out_what_is_left(session):
-    session, times = session
-    with session.part("first", 0.25):
-        assert session.left == 25
-        seconds = session.in_turns("both", {"slow": lambda: times.append(26) or 1.0, "late": lambda: 2.0}, 3)
+def test_a_run_of_benchmarks_keeps_its_budget_and_shares_out_what_is_left(bench_run):
+    bench_run, times = bench_run
+    with bench_run.part("first", 0.25):
+        assert bench_run.left == 25
+        seconds = bench_run.in_turns("both", {"slow": lambda: times.append(26) or 1.0, "late": lambda: 2.0}, 3)
         assert seconds == {"slow": [1.0]}
-    with session.part("second", 1.0):
-        assert session.left == 74
-        assert session.has_time(73)
-        assert not session.has_time(74)
+    with bench_run.part("second", 1.0):
+        assert bench_run.left == 74
+        assert bench_run.has_time(73)
+        assert not bench_run.has_time(74)
 
 
-def test_a_session_notes_failures_and_goes_on(session, tmp_path, capsys):
-    session, _ = session
+def test_a_run_of_benchmarks_notes_failures_and_goes_on(bench_run, tmp_path, capsys):
+    bench_run, _ = bench_run
 
     def fail():
         raise ValueError("too large")
 
-    with session.part("first", 0.5):
-        assert session.in_turns("both", {"bad": fail, "good": lambda: 1.0}, 2) == {"good": [1.0, 1.0]}
-        session.table("Table", [{"a": 1}])
+    with bench_run.part("first", 0.5):
+        assert bench_run.in_turns("both", {"bad": fail, "good": lambda: 1.0}, 2) == {"good": [1.0, 1.0]}
+        bench_run.table("Table", [{"a": 1}])
         fail()
-    session.wanted("speed", ">= 2", 2.5)
-    session.wanted("memory", "<= 0.03", 0.04)
-    session.end()
+    bench_run.wanted("speed", ">= 2", 2.5)
+    bench_run.wanted("memory", "<= 0.03", 0.04)
+    bench_run.end()
     found = json.loads((tmp_path / "out/gpu.json").read_text())
     assert found["failed"] == ["both, bad: ValueError: too large", "first: ValueError: too large"]
     assert [row[""] for row in found["wanted"]] == ["met", "missed"]

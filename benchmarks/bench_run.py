@@ -19,7 +19,7 @@ TABLES, REPORT, FAILURES = "gpu.json", "gpu.md", "failures.txt"
 T = TypeVar("T")
 
 
-class Session:
+class BenchRun:
     """What is measured within a budget; every table is printed and on disk as soon as it is there.
 
     Args:
