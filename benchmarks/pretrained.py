@@ -137,7 +137,8 @@ def read_blocks(
     if not len(blocks):
         raise UserError(f"{name} has fewer than {arguments.block_size} tokens.")
     counts = None if vocab_size is None else count_tokens(blocks, vocab_size)
-    return torch.tensor(np.array(spread_blocks(blocks, tokens)["input_ids"])), counts
+    rows = [row["input_ids"] for row in spread_blocks(blocks, tokens)]
+    return torch.tensor(np.array(rows)), counts
 
 
 def ours(
