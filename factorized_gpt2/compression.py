@@ -249,9 +249,8 @@ class Compressor:
         difference = self._difference(rank)
         if not difference:
             logger.info("%s was made in this way before and is reused.", folder)
-            unknown = [
-                what for name, what in _WHAT_IS_TAKEN_OVER.items() if name not in read_json(folder / RECORD_NAME)
-            ]
+            stored = read_json(folder / RECORD_NAME)
+            unknown = [what for name, what in _WHAT_IS_TAKEN_OVER.items() if name not in stored]
             if unknown:
                 logger.warning("%s does not say of which %s it was made.", folder, " and ".join(unknown))
             return load_compressed(str(folder))
