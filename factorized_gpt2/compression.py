@@ -160,10 +160,20 @@ class Compressor:
         return compressed_folder(self.root, rank, self.label, self.recipe.refine_steps > 0)
 
     def ranks_there(self) -> list[int]:
-        """List the ranks of all folders that hold what this compressor would make, smallest first."""
+        """List the ranks of all folders that hold what this compressor would make, smallest first.
+
+        A folder whose record cannot be read is none of them.
+        """
+
+        def is_of_this_making(rank: int) -> bool:
+            try:
+                return not self._difference(rank)
+            except UserError:
+                return False
+
         name = re.compile(re.escape(self.folder(0).name).removesuffix("0") + r"([1-9]\d*)")
         found = [int(match[1]) for path in self.root.iterdir() if (match := name.fullmatch(path.name))]
-        return sorted(rank for rank in found if not self._difference(rank))
+        return sorted(filter(is_of_this_making, found))
 
     def factorize_ahead(self, ranks: Sequence[int]) -> None:
         """Factorize at ranks that will be made, with one decomposition.

@@ -334,3 +334,10 @@ def test_a_record_of_an_earlier_version_is_reused_with_a_word(stock_folder, tmp_
     path.write_text(json.dumps(record))
     compress(arguments(stock_folder, tmp_path, "--ranks", 6))
     assert "does not say of which config and tokenizer it was made" in caplog.text
+
+
+def test_a_damaged_record_of_another_rank_ends_nothing(stock_folder, tmp_path):
+    compress(arguments(stock_folder, tmp_path, "--ranks", 4))
+    (tmp_path / "gpt_pca_nofinetune_k4/compression.json").write_text("{")
+    compress(arguments(stock_folder, tmp_path, "--ranks", 8))
+    assert (tmp_path / "gpt_pca_nofinetune_k8/model.safetensors").is_file()
