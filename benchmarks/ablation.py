@@ -13,14 +13,16 @@ import numpy as np
 from baselines import BaselineArguments, Bench, benches
 from tabulate import tabulate
 
-from factorized_gpt2 import data_aware_factorization, from_gpt2, row_fit
-from factorized_gpt2.calibration import calibrate, compensated_head, count_tokens, spread_blocks
+from factorized_gpt2 import from_gpt2
 from factorized_gpt2.cli.shell import run_command
-from factorized_gpt2.conversion import vocabulary_matrices
-from factorized_gpt2.data_aware_factorization import VocabularyUse, factorize_data_aware
-from factorized_gpt2.factorization import factorize
-from factorized_gpt2.parsing import ManualParser
-from factorized_gpt2.row_fit import Side
+from factorized_gpt2.compress import data_aware as data_aware_factorization
+from factorized_gpt2.compress import row_fit
+from factorized_gpt2.compress.calibration import calibrate, compensated_head, count_tokens, spread_blocks
+from factorized_gpt2.compress.data_aware import VocabularyUse, factorize_data_aware
+from factorized_gpt2.compress.pca import factorize
+from factorized_gpt2.compress.row_fit import Side
+from factorized_gpt2.models.conversion import vocabulary_matrices
+from factorized_gpt2.settings.parsing import ManualParser
 
 
 @dataclass

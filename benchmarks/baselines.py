@@ -9,17 +9,19 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from factorized_gpt2.arguments import parse_run
-from factorized_gpt2.baseline import Baseline, load_baseline
-from factorized_gpt2.calibration import spread_blocks
-from factorized_gpt2.compression import CalibrationText, Compressor, Recipe
-from factorized_gpt2.corpus import train_tokenizer, write_python_corpus
-from factorized_gpt2.data import TextSource, load_blocks, load_tokenizer
-from factorized_gpt2.errors import UserError
-from factorized_gpt2.evaluation import sum_loss
-from factorized_gpt2.files import replacing_folder
-from factorized_gpt2.parsing import load_config
-from factorized_gpt2.training import run_experiment
+from factorized_gpt2.common.errors import UserError
+from factorized_gpt2.common.files import replacing_folder
+from factorized_gpt2.compress.calibration import spread_blocks
+from factorized_gpt2.compress.compressor import CalibrationText, Compressor, Recipe
+from factorized_gpt2.models.loading import Baseline, load_baseline
+from factorized_gpt2.runs.run import run_experiment
+from factorized_gpt2.runs.settings import parse_run
+from factorized_gpt2.settings.parsing import load_config
+from factorized_gpt2.text.blocks import load_blocks
+from factorized_gpt2.text.demo_corpus import train_tokenizer, write_python_corpus
+from factorized_gpt2.text.loss import sum_loss
+from factorized_gpt2.text.source import TextSource
+from factorized_gpt2.text.tokenizers import load_tokenizer
 
 CONFIG = Path(__file__).with_name("baseline.json")
 BLOCK_SIZE = load_config(str(CONFIG))["block_size"]

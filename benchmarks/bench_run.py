@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import torch
 from side_by_side import markdown_table, measure_in_turns
 
-from factorized_gpt2.errors import first_line
+from factorized_gpt2.common.errors import first_line
 
 TABLES, REPORT, FAILURES = "gpu.json", "gpu.md", "failures.txt"
 

@@ -7,10 +7,10 @@ import numpy as np
 import torch
 from torch import nn
 
-from factorized_gpt2.data_aware_factorization import VocabularyUse
-from factorized_gpt2.errors import UserError
-from factorized_gpt2.progress import Progress
-from factorized_gpt2.row_fit import Side
+from factorized_gpt2.common.errors import UserError
+from factorized_gpt2.common.progress import Progress
+from factorized_gpt2.compress.data_aware import VocabularyUse
+from factorized_gpt2.compress.row_fit import Side
 
 DRAWS = 8  # next tokens drawn from the model's distribution at every position
 _ROWS_AT_ONCE = 256  # of logits, (rows, V)
@@ -52,7 +52,7 @@ class TiedModel:
         return torch.cat([self._trunk(input_ids=row[None], use_cache=False).last_hidden_state for row in rows])
 
     def calibrate(self, blocks: torch.Tensor, seed: int = 0, desc: str | None = None) -> "Calibration":
-        """Run over text, forward and backward, as `factorized_gpt2.calibration.calibrate` does for a GPT-2.
+        """Run over text, forward and backward, as `factorized_gpt2.compress.calibration.calibrate` does for a GPT-2.
 
         Args:
             blocks: (n, T) int64 token ids.

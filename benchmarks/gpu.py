@@ -16,8 +16,8 @@ from gpu_parts import FULL, SMALL, Plan, decoding_steps, loss_alone, training_st
 from side_by_side import machine
 
 from factorized_gpt2.cli.shell import run_command
-from factorized_gpt2.errors import UserError
-from factorized_gpt2.parsing import ManualParser
+from factorized_gpt2.common.errors import UserError
+from factorized_gpt2.settings.parsing import ManualParser
 
 
 @dataclass

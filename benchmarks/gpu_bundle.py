@@ -13,12 +13,14 @@ from pathlib import Path
 import numpy as np
 
 from factorized_gpt2.cli.shell import run_command
-from factorized_gpt2.corpus import write_python_corpus
-from factorized_gpt2.data import TextSource, load_tokenizer, token_stream, vocabulary_size
-from factorized_gpt2.errors import UserError, first_line
-from factorized_gpt2.files import replacing_folder
-from factorized_gpt2.parsing import ManualParser
-from factorized_gpt2.token_file import write_token_file
+from factorized_gpt2.common.errors import UserError, first_line
+from factorized_gpt2.common.files import replacing_folder
+from factorized_gpt2.settings.parsing import ManualParser
+from factorized_gpt2.text.blocks import token_stream
+from factorized_gpt2.text.demo_corpus import write_python_corpus
+from factorized_gpt2.text.source import TextSource
+from factorized_gpt2.text.token_file import write_token_file
+from factorized_gpt2.text.tokenizers import load_tokenizer, vocabulary_size
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 CONTENT = {"train.bin", "validation.bin", "tokenizer", "wheels"}

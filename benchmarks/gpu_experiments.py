@@ -11,15 +11,15 @@ import numpy as np
 from bench_run import BenchRun, release_memory
 from gpu_parts import Plan
 
-from factorized_gpt2.arguments import parse_run
-from factorized_gpt2.corpus import train_tokenizer
-from factorized_gpt2.errors import UserError
-from factorized_gpt2.experiments import Experiment, Scale, load_grid
-from factorized_gpt2.files import read_json
-from factorized_gpt2.reporting import read_results, results_table
-from factorized_gpt2.results import RESULTS_NAME, Results
-from factorized_gpt2.token_file import write_token_file
-from factorized_gpt2.training import run_experiment
+from factorized_gpt2.common.errors import UserError
+from factorized_gpt2.common.files import read_json
+from factorized_gpt2.report.reporting import read_results, results_table
+from factorized_gpt2.runs.grid import Experiment, Scale, load_grid
+from factorized_gpt2.runs.results import RESULTS_NAME, Results
+from factorized_gpt2.runs.run import run_experiment
+from factorized_gpt2.runs.settings import parse_run
+from factorized_gpt2.text.demo_corpus import train_tokenizer
+from factorized_gpt2.text.token_file import write_token_file
 
 GRID = "experiments.json"
 BASELINE, LORA = "baseline", "pca_lora_k64"  # the pilots

@@ -16,8 +16,8 @@ from bench_run import BenchRun, release_memory
 from loss import LossArguments, Problem
 from side_by_side import PeakMemory, ratios, seconds_cell, timed
 
-from factorized_gpt2.blockwise_loss import BACKENDS
-from factorized_gpt2.errors import first_line
+from factorized_gpt2.common.errors import first_line
+from factorized_gpt2.network.blockwise_loss import BACKENDS
 
 
 @dataclass(frozen=True)

@@ -11,13 +11,13 @@ from baselines import BaselineArguments, Bench, benches
 from tabulate import tabulate
 from transformers import TrainingArguments, set_seed
 
-from factorized_gpt2.adapters import add_lora
-from factorized_gpt2.arguments import LORA_TARGETS
 from factorized_gpt2.cli.shell import run_command
-from factorized_gpt2.data import collate_blocks
-from factorized_gpt2.distillation import Distillation
-from factorized_gpt2.parsing import ManualParser
-from factorized_gpt2.trainer import FactorizedTrainer
+from factorized_gpt2.runs.settings import LORA_TARGETS
+from factorized_gpt2.settings.parsing import ManualParser
+from factorized_gpt2.text.blocks import collate_blocks
+from factorized_gpt2.trainer.adapters import add_lora
+from factorized_gpt2.trainer.distillation import Distillation
+from factorized_gpt2.trainer.trainer import FactorizedTrainer
 
 
 @dataclass

@@ -13,9 +13,9 @@ import torch
 from side_by_side import DEVICE, PeakMemory, machine, measure_in_turns, print_table, ratios, seconds_cell, timed
 from torch.nn import functional
 
-from factorized_gpt2.blockwise_loss import BACKENDS, sum_cross_entropy
 from factorized_gpt2.cli.shell import run_command
-from factorized_gpt2.parsing import ManualParser
+from factorized_gpt2.network.blockwise_loss import BACKENDS, sum_cross_entropy
+from factorized_gpt2.settings.parsing import ManualParser
 
 
 @dataclass

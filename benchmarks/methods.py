@@ -13,9 +13,9 @@ from baselines import BaselineArguments, Bench, benches
 from tabulate import tabulate
 
 from factorized_gpt2.cli.shell import run_command
-from factorized_gpt2.compression import METHODS
-from factorized_gpt2.evaluation import model_size
-from factorized_gpt2.parsing import ManualParser
+from factorized_gpt2.compress.compressor import METHODS
+from factorized_gpt2.models.sizes import model_size
+from factorized_gpt2.settings.parsing import ManualParser
 
 
 @dataclass

@@ -8,8 +8,9 @@ from collections.abc import Callable, Iterator
 import numpy as np
 from foreign_models import Calibration
 
-from factorized_gpt2.data_aware_factorization import VocabularyUse, factorize_data_aware
-from factorized_gpt2.factorization import Factors, factorize
+from factorized_gpt2.compress.data_aware import VocabularyUse, factorize_data_aware
+from factorized_gpt2.compress.pca import factorize
+from factorized_gpt2.models.factors import Factors
 
 GGUF_TYPES = ("Q8_0", "Q5_1", "Q5_0", "Q4_1", "Q4_0", "TQ2_0")  # what gguf quantizes itself, in numpy
 _CLIPPINGS = np.linspace(1, 0.5, 11)  # shares of a group's range that are tried

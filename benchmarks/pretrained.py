@@ -21,15 +21,17 @@ from side_by_side import machine
 from tabulate import tabulate
 from transformers import AutoModelForCausalLM
 
-from factorized_gpt2.calibration import count_tokens, spread_blocks
 from factorized_gpt2.cli.shell import run_command
-from factorized_gpt2.coding.quantizer import coding_weights, encode_table
-from factorized_gpt2.data import TextSource, load_blocks, load_tokenizer
-from factorized_gpt2.data_aware_factorization import VocabularyUse
-from factorized_gpt2.errors import UserError, blaming
-from factorized_gpt2.files import replacing_file
-from factorized_gpt2.parsing import ManualParser
-from factorized_gpt2.progress import Progress
+from factorized_gpt2.common.errors import UserError, blaming
+from factorized_gpt2.common.files import replacing_file
+from factorized_gpt2.common.progress import Progress
+from factorized_gpt2.compress.calibration import count_tokens, spread_blocks
+from factorized_gpt2.compress.data_aware import VocabularyUse
+from factorized_gpt2.compress.quantizer import coding_weights, encode_table
+from factorized_gpt2.settings.parsing import ManualParser
+from factorized_gpt2.text.blocks import load_blocks
+from factorized_gpt2.text.source import TextSource
+from factorized_gpt2.text.tokenizers import load_tokenizer
 
 _TICKS = (0.5, 1, 2, 4, 8, 16)  # bits a weight
 INPUT_SIDE = 3  # times the head's in the metric of the coded table; docs/coding.md measures others

@@ -17,11 +17,11 @@ from side_by_side import machine, print_table, ratios
 from tqdm.auto import tqdm
 
 from factorized_gpt2 import FactorizedGPT2, FactorizedGPT2Config
-from factorized_gpt2.adapters import add_lora
-from factorized_gpt2.arguments import LORA_TARGETS
 from factorized_gpt2.cli.shell import run_command
-from factorized_gpt2.errors import UserError
-from factorized_gpt2.parsing import ManualParser
+from factorized_gpt2.common.errors import UserError
+from factorized_gpt2.runs.settings import LORA_TARGETS
+from factorized_gpt2.settings.parsing import ManualParser
+from factorized_gpt2.trainer.adapters import add_lora
 
 HERE = Path(__file__).resolve().parent
 TWO_PROCESSES = HERE.parent / "configs/accelerate/two_cpu_processes.yaml"

@@ -14,13 +14,13 @@ import numpy as np
 from side_by_side import machine, measure_in_turns, print_table, ratios, seconds_cell, timed
 from tabulate import tabulate
 
-from factorized_gpt2.calibration import DRAWS
 from factorized_gpt2.cli.shell import run_command
-from factorized_gpt2.compression import METHODS
-from factorized_gpt2.data_aware_factorization import VocabularyUse, factorize_data_aware
-from factorized_gpt2.factorization import factorize_ranks
-from factorized_gpt2.parsing import ManualParser
-from factorized_gpt2.row_fit import Side
+from factorized_gpt2.compress.calibration import DRAWS
+from factorized_gpt2.compress.compressor import METHODS
+from factorized_gpt2.compress.data_aware import VocabularyUse, factorize_data_aware
+from factorized_gpt2.compress.pca import factorize_ranks
+from factorized_gpt2.compress.row_fit import Side
+from factorized_gpt2.settings.parsing import ManualParser
 
 
 @dataclass

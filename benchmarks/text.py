@@ -17,10 +17,12 @@ from side_by_side import machine, print_table
 from torch.utils.data import DataLoader
 
 from factorized_gpt2.cli.shell import run_command
-from factorized_gpt2.corpus import write_python_corpus
-from factorized_gpt2.data import TextSource, collate_blocks, load_blocks, load_tokenizer
-from factorized_gpt2.errors import UserError
-from factorized_gpt2.parsing import ManualParser
+from factorized_gpt2.common.errors import UserError
+from factorized_gpt2.settings.parsing import ManualParser
+from factorized_gpt2.text.blocks import collate_blocks, load_blocks
+from factorized_gpt2.text.demo_corpus import write_python_corpus
+from factorized_gpt2.text.source import TextSource
+from factorized_gpt2.text.tokenizers import load_tokenizer
 
 
 @dataclass

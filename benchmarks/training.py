@@ -23,13 +23,13 @@ from transformers import GPT2Config, GPT2LMHeadModel, PrinterCallback, Trainer, 
 from transformers import TrainingArguments as StockArguments
 
 from factorized_gpt2 import FactorizedGPT2, FactorizedGPT2Config
-from factorized_gpt2.adapters import add_lora
-from factorized_gpt2.arguments import LORA_TARGETS, RunArguments
 from factorized_gpt2.cli.shell import run_command
-from factorized_gpt2.data import collate_blocks
-from factorized_gpt2.errors import UserError
-from factorized_gpt2.parsing import ManualParser
-from factorized_gpt2.trainer import FactorizedTrainer
+from factorized_gpt2.common.errors import UserError
+from factorized_gpt2.runs.settings import LORA_TARGETS, RunArguments
+from factorized_gpt2.settings.parsing import ManualParser
+from factorized_gpt2.text.blocks import collate_blocks
+from factorized_gpt2.trainer.adapters import add_lora
+from factorized_gpt2.trainer.trainer import FactorizedTrainer
 
 
 @dataclass

@@ -2,12 +2,13 @@
 
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from .classification_factorized_gpt2 import FactorizedGPT2ForSequenceClassification
-from .configuration_factorized_gpt2 import FactorizedGPT2Config
-from .conversion import from_gpt2, to_gpt2
-from .factorization import Factors, factorize, factorize_ranks
-from .modeling_factorized_gpt2 import FactorizedGPT2, FactorizedGPT2Model, FactorizedGPT2PreTrainedModel
-from .peft_defaults import register_with_peft
+from .compress.pca import factorize, factorize_ranks
+from .models.conversion import from_gpt2, to_gpt2
+from .models.factors import Factors
+from .models.peft_defaults import register_with_peft
+from .network.classification_factorized_gpt2 import FactorizedGPT2ForSequenceClassification
+from .network.configuration_factorized_gpt2 import FactorizedGPT2Config
+from .network.modeling_factorized_gpt2 import FactorizedGPT2, FactorizedGPT2Model, FactorizedGPT2PreTrainedModel
 
 __version__ = "0.1.0"
 

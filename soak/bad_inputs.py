@@ -24,7 +24,7 @@ from hypothesis import HealthCheck, Phase, given, seed, settings
 from material import make_material
 
 from factorized_gpt2.cli.shell import print_table, run_command
-from factorized_gpt2.parsing import ManualParser
+from factorized_gpt2.settings.parsing import ManualParser
 
 HEADROOM = 6 << 30  # bytes of address space that cases may ask for
 ADDRESS_SPACE = Path("/proc/self/statm")  # where the system says how much there is, in pages, first of all

@@ -18,8 +18,8 @@ from pathlib import Path
 from workshop import FLOWS, Workshop, conclude
 
 from factorized_gpt2.cli.shell import run_command
-from factorized_gpt2.errors import UserError
-from factorized_gpt2.parsing import ManualParser
+from factorized_gpt2.common.errors import UserError
+from factorized_gpt2.settings.parsing import ManualParser
 
 PAGE = 4096  # bytes, in which a disk in memory counts
 

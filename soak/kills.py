@@ -19,8 +19,8 @@ from doomed import DOOMED, Doom
 from workshop import FLOWS, Workshop, conclude
 
 from factorized_gpt2.cli.shell import run_command
-from factorized_gpt2.errors import UserError
-from factorized_gpt2.parsing import ManualParser
+from factorized_gpt2.common.errors import UserError
+from factorized_gpt2.settings.parsing import ManualParser
 
 
 @dataclass

@@ -16,8 +16,8 @@ import psutil
 from workshop import FULL, conclude, outcome, prepare
 
 from factorized_gpt2.cli.shell import run_command
-from factorized_gpt2.errors import UserError
-from factorized_gpt2.parsing import ManualParser, as_flags
+from factorized_gpt2.common.errors import UserError
+from factorized_gpt2.settings.parsing import ManualParser, as_flags
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 LAUNCH = ["accelerate.commands.launch", "--config_file", REPOSITORY / "configs/accelerate/two_cpu_processes.yaml"]

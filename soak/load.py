@@ -21,14 +21,14 @@ from same_seed import TINY, tiny_model
 from transformers import LogitsProcessor, LogitsProcessorList, PrinterCallback, TrainerCallback
 
 from factorized_gpt2 import FactorizedGPT2
-from factorized_gpt2.adapters import DROPOUTS, add_lora
-from factorized_gpt2.arguments import LORA_TARGETS, RunArguments
 from factorized_gpt2.cli.shell import print_table, run_command
-from factorized_gpt2.data import collate_blocks
-from factorized_gpt2.files import read_json
-from factorized_gpt2.parsing import ManualParser
-from factorized_gpt2.progress import Progress, StepProgress
-from factorized_gpt2.trainer import FactorizedTrainer
+from factorized_gpt2.common.files import read_json
+from factorized_gpt2.common.progress import Progress, StepProgress
+from factorized_gpt2.runs.settings import LORA_TARGETS, RunArguments
+from factorized_gpt2.settings.parsing import ManualParser
+from factorized_gpt2.text.blocks import collate_blocks
+from factorized_gpt2.trainer.adapters import DROPOUTS, add_lora
+from factorized_gpt2.trainer.trainer import FactorizedTrainer
 
 BLOCK_SIZE = 32
 LOSS_TOLERANCE = 1e-6  # relative, of a sum that threads may split in another way

@@ -8,20 +8,20 @@ import torch
 from datasets import Dataset
 
 from factorized_gpt2 import FactorizedGPT2, FactorizedGPT2Config
-from factorized_gpt2.arguments import LORA_TARGETS
-from factorized_gpt2.baseline import load_baseline
 from factorized_gpt2.cli.compress import compress
 from factorized_gpt2.cli.evaluate import evaluate
 from factorized_gpt2.cli.experiments import run_experiments
 from factorized_gpt2.cli.import_checkpoint import import_checkpoint
 from factorized_gpt2.cli.report import report
 from factorized_gpt2.cli.train import train
-from factorized_gpt2.compression import Compressor, Recipe
-from factorized_gpt2.corpus import train_tokenizer
-from factorized_gpt2.data import load_tokenizer
-from factorized_gpt2.evaluation import model_size
-from factorized_gpt2.old_factor_files import write_old_factors
-from factorized_gpt2.results import Results
+from factorized_gpt2.compress.compressor import Compressor, Recipe
+from factorized_gpt2.models.loading import load_baseline
+from factorized_gpt2.models.sizes import model_size
+from factorized_gpt2.nanogpt.factor_files import write_old_factors
+from factorized_gpt2.runs.results import Results
+from factorized_gpt2.runs.settings import LORA_TARGETS
+from factorized_gpt2.text.demo_corpus import train_tokenizer
+from factorized_gpt2.text.tokenizers import load_tokenizer
 
 WIDTH, RANK, POSITIONS, VOCAB_SIZE = 16, 4, 24, 270
 

@@ -14,10 +14,10 @@ from texts import chapters
 
 from factorized_gpt2 import FactorizedGPT2, FactorizedGPT2Config
 from factorized_gpt2.cli.shell import print_table
-from factorized_gpt2.corpus import train_tokenizer
-from factorized_gpt2.errors import UserError
-from factorized_gpt2.parsing import as_flags
-from factorized_gpt2.results import Results
+from factorized_gpt2.common.errors import UserError
+from factorized_gpt2.runs.results import Results
+from factorized_gpt2.settings.parsing import as_flags
+from factorized_gpt2.text.demo_corpus import train_tokenizer
 
 DOCUMENTS = chapters(12)
 TEXTS = {

@@ -16,9 +16,9 @@ from texts import chapters
 from transformers import TrainerCallback
 
 from factorized_gpt2 import FactorizedGPT2, FactorizedGPT2Config
-from factorized_gpt2.corpus import train_tokenizer
-from factorized_gpt2.data import load_tokenizer
-from factorized_gpt2.trainer import FactorizedTrainer
+from factorized_gpt2.text.demo_corpus import train_tokenizer
+from factorized_gpt2.text.tokenizers import load_tokenizer
+from factorized_gpt2.trainer.trainer import FactorizedTrainer
 
 VOCAB_SIZE, WIDTH, RANK = 99, 32, 12
 SHAPE = {"vocab_size": VOCAB_SIZE, "n_positions": 48, "n_embd": WIDTH, "n_layer": 2, "n_head": 4}

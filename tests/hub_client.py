@@ -10,7 +10,7 @@ from hub_server import HubServer
 from huggingface_hub import constants
 from huggingface_hub.utils import _http
 
-from factorized_gpt2.errors import UserError
+from factorized_gpt2.common.errors import UserError
 
 TOKEN, READER_TOKEN, WRONG_TOKEN = "hf_secretOfTheOwner", "hf_secretOfTheReader", "hf_secretOfNobody"
 

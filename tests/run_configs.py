@@ -7,7 +7,7 @@ from accelerate.utils import DistributedType
 
 from factorized_gpt2.cli.shell import run_command
 from factorized_gpt2.cli.train import train
-from factorized_gpt2.trainer import FactorizedTrainer
+from factorized_gpt2.trainer.trainer import FactorizedTrainer
 
 start = PartialState.__init__
 training_step = FactorizedTrainer.training_step

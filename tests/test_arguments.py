@@ -7,13 +7,13 @@ from dataclasses import fields
 import pytest
 from transformers import TrainingArguments
 
-from factorized_gpt2.arguments import LORA_TARGETS, AdapterArguments, ModelArguments, RunArguments, parse_run
 from factorized_gpt2.cli.train import train
-from factorized_gpt2.errors import UserError
-from factorized_gpt2.families import run_name as derived_name
-from factorized_gpt2.parsing import load_config
-from factorized_gpt2.text_arguments import DataArguments
-from factorized_gpt2.training_fields import ELSEWHERE, SUPPORTED, refused
+from factorized_gpt2.common.errors import UserError
+from factorized_gpt2.runs.families import run_name as derived_name
+from factorized_gpt2.runs.settings import LORA_TARGETS, AdapterArguments, ModelArguments, RunArguments, parse_run
+from factorized_gpt2.runs.training_fields import ELSEWHERE, SUPPORTED, refused
+from factorized_gpt2.settings.parsing import load_config
+from factorized_gpt2.settings.text_arguments import DataArguments
 
 RANKS = (64, 128, 256, 512)
 

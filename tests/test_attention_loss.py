@@ -5,9 +5,9 @@ import torch
 from conftest import random_ids, tiny_model
 from torch.nn.functional import cross_entropy
 
-from factorized_gpt2 import attention_loss, blockwise_loss
-from factorized_gpt2.attention_loss import attention_runs, parts_for, sum_by_attention
-from factorized_gpt2.blockwise_loss import sum_cross_entropy, usable_backends
+from factorized_gpt2.network import attention_loss, blockwise_loss
+from factorized_gpt2.network.attention_loss import attention_runs, parts_for, sum_by_attention
+from factorized_gpt2.network.blockwise_loss import sum_cross_entropy, usable_backends
 
 TOLERANCES = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}  # of the gradient, relative
 

@@ -10,9 +10,10 @@ from conftest import DOCUMENTS, perturb, random_ids, tiny_model
 from torch import nn
 
 from factorized_gpt2 import to_gpt2
-from factorized_gpt2.bits_per_byte import bits_per_byte, measure_bits_per_byte, rolling_windows, sum_document_loss
 from factorized_gpt2.cli.evaluate import evaluate
-from factorized_gpt2.data import IGNORED_LABEL, TextSource
+from factorized_gpt2.text.bits_per_byte import bits_per_byte, measure_bits_per_byte, rolling_windows, sum_document_loss
+from factorized_gpt2.text.blocks import IGNORED_LABEL
+from factorized_gpt2.text.source import TextSource
 
 PREFIX = 0
 LENGTHS = [3, 48, 0, 1, 49, 200, 96]  # the tiny models have 48 positions

@@ -17,8 +17,9 @@ from torch.nn.functional import cross_entropy, linear
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.loss.loss_utils import ForCausalLMLoss
 
-from factorized_gpt2 import blockwise_loss, to_gpt2
-from factorized_gpt2.blockwise_loss import causal_lm_loss, cross_entropy_rows, sum_cross_entropy, sum_row_loss
+from factorized_gpt2 import to_gpt2
+from factorized_gpt2.network import blockwise_loss
+from factorized_gpt2.network.blockwise_loss import causal_lm_loss, cross_entropy_rows, sum_cross_entropy, sum_row_loss
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*tie_word_embeddings", "ignore:.*gradient_checkpointing")
 IDS, LABELS, OTHER_LABELS = random_ids(), random_ids(), random_ids(seed=3)

@@ -9,10 +9,10 @@ from conftest import NO_DROPOUT, VOCAB_SIZE, WIDTH, tiny_model
 from datasets import Dataset
 from torch.nn import functional
 
-from factorized_gpt2 import calibration as module
 from factorized_gpt2 import factorize, from_gpt2
-from factorized_gpt2.calibration import DRAWS, calibrate, compensated_head, count_tokens, spread_blocks
-from factorized_gpt2.errors import UserError
+from factorized_gpt2.common.errors import UserError
+from factorized_gpt2.compress import calibration as module
+from factorized_gpt2.compress.calibration import DRAWS, calibrate, compensated_head, count_tokens, spread_blocks
 
 COUNTS = np.arange(VOCAB_SIZE)
 

@@ -10,12 +10,12 @@ import torch
 from conftest import cut_off_at
 
 from factorized_gpt2 import FactorizedGPT2
-from factorized_gpt2.arguments import parse_run
-from factorized_gpt2.checkpoints import damage, last_whole_checkpoint, seal
-from factorized_gpt2.errors import UserError
-from factorized_gpt2.results import Results
-from factorized_gpt2.trainer import FactorizedTrainer
-from factorized_gpt2.training import run_experiment
+from factorized_gpt2.common.errors import UserError
+from factorized_gpt2.runs.results import Results
+from factorized_gpt2.runs.run import run_experiment
+from factorized_gpt2.runs.settings import parse_run
+from factorized_gpt2.trainer.checkpoints import damage, last_whole_checkpoint, seal
+from factorized_gpt2.trainer.trainer import FactorizedTrainer
 
 CONFIG = {
     **{"n_layer": 1, "n_head": 2, "n_embd": 16, "n_embd_wte": 4, "block_size": 16, "max_steps": 8, "do_train": True},
@@ -233,7 +233,9 @@ def test_a_full_disk_leaves_what_was_saved_before(run, monkeypatch):
     complaint = r"cut/checkpoint-6 cannot be written: No space left on device\. Mend that"
     with monkeypatch.context() as patch:
         patch.setattr(torch, "save", fail)
-        patch.setattr("factorized_gpt2.files._free_bytes", lambda folder: 0 if list(folder.glob(".ch*")) else 10**12)
+        patch.setattr(
+            "factorized_gpt2.common.files._free_bytes", lambda folder: 0 if list(folder.glob(".ch*")) else 10**12
+        )
         with pytest.raises(UserError, match=complaint):
             run("cut")
     assert sorted(path.name for path in Path("cut").glob("*checkpoint*")) == ["checkpoint-2", "checkpoint-4"]

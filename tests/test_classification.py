@@ -16,8 +16,8 @@ from transformers import (
 )
 
 from factorized_gpt2 import FactorizedGPT2ForSequenceClassification, from_gpt2
-from factorized_gpt2.conversion import vocabulary_matrices
-from factorized_gpt2.factorization import factorize
+from factorized_gpt2.compress.pca import factorize
+from factorized_gpt2.models.conversion import vocabulary_matrices
 
 
 @pytest.fixture

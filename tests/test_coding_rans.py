@@ -3,8 +3,8 @@ import time
 import numpy as np
 import pytest
 
-from factorized_gpt2.coding.frequencies import FrequencyTables
-from factorized_gpt2.coding.rans import Decoder, decode, encode
+from factorized_gpt2.network.frequencies import FrequencyTables
+from factorized_gpt2.network.rans import Decoder, decode, encode
 
 
 def _spread_codes(count: int, spreads: list[float], seed: int = 0) -> tuple[np.ndarray, np.ndarray]:

@@ -4,9 +4,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from factorized_gpt2.coding.coded_table import CodedTable
-from factorized_gpt2.coding.prediction import RowRelations, measure_spreads
-from factorized_gpt2.coding.quantizer import coding_weights, encode_table
+from factorized_gpt2.compress.quantizer import coding_weights, encode_table
+from factorized_gpt2.network.coded_table import CodedTable
+from factorized_gpt2.network.prediction import RowRelations, measure_spreads
 
 VOCAB, WIDTH = 6000, 32
 

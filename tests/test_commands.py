@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from factorized_gpt2.cli.demo import demo
-from factorized_gpt2.corpus import hold_out, python_documents
-from factorized_gpt2.reporting import read_results
+from factorized_gpt2.report.reporting import read_results
+from factorized_gpt2.text.demo_corpus import hold_out, python_documents
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 

@@ -9,12 +9,12 @@ from datasets import Dataset
 from torch import nn
 from transformers import StaticCache
 
-from factorized_gpt2.adapters import add_lora
-from factorized_gpt2.arguments import LORA_TARGETS, RunArguments, parse_run
-from factorized_gpt2.data import collate_blocks
-from factorized_gpt2.modeling_factorized_gpt2 import FactorizedGPT2Block
-from factorized_gpt2.trainer import FactorizedTrainer
-from factorized_gpt2.training import run_experiment
+from factorized_gpt2.network.modeling_factorized_gpt2 import FactorizedGPT2Block
+from factorized_gpt2.runs.run import run_experiment
+from factorized_gpt2.runs.settings import LORA_TARGETS, RunArguments, parse_run
+from factorized_gpt2.text.blocks import collate_blocks
+from factorized_gpt2.trainer.adapters import add_lora
+from factorized_gpt2.trainer.trainer import FactorizedTrainer
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.ao.quantization.*", "ignore:.*gradient_checkpointing")
 NEW_TOKENS = 8

@@ -8,12 +8,12 @@ import torch
 from matplotlib import image
 
 from factorized_gpt2 import FactorizedGPT2
-from factorized_gpt2.arguments import parse_run
 from factorized_gpt2.cli import compress as command
 from factorized_gpt2.cli.compress import compress
 from factorized_gpt2.cli.evaluate import evaluate
-from factorized_gpt2.errors import UserError
-from factorized_gpt2.training import run_experiment
+from factorized_gpt2.common.errors import UserError
+from factorized_gpt2.runs.run import run_experiment
+from factorized_gpt2.runs.settings import parse_run
 
 WIDTH, BLOCK_SIZE = 32, 48
 

@@ -11,13 +11,14 @@ import torch
 from conftest import random_ids, tiny_model
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from factorized_gpt2 import FactorizedGPT2, files, to_gpt2
-from factorized_gpt2.baseline import load_baseline
+from factorized_gpt2 import FactorizedGPT2, to_gpt2
 from factorized_gpt2.cli.compress import compress
 from factorized_gpt2.cli.evaluate import evaluate
-from factorized_gpt2.corpus import train_tokenizer
-from factorized_gpt2.errors import UserError
-from factorized_gpt2.factor_files import factors_folder, pca_factors, read_factors
+from factorized_gpt2.common import files
+from factorized_gpt2.common.errors import UserError
+from factorized_gpt2.compress.factor_files import factors_folder, pca_factors, read_factors
+from factorized_gpt2.models.loading import load_baseline
+from factorized_gpt2.text.demo_corpus import train_tokenizer
 
 WIDTH = 24
 

@@ -8,7 +8,7 @@ from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, GPT2Model
 
 from factorized_gpt2 import FactorizedGPT2, factorize, from_gpt2, to_gpt2
-from factorized_gpt2.conversion import fingerprint, vocabulary_matrices
+from factorized_gpt2.models.conversion import fingerprint, vocabulary_matrices
 
 CONFIG_VARIATIONS = {
     "default": {},

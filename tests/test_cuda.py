@@ -17,16 +17,16 @@ from torch.nn.functional import cross_entropy, linear
 from transformers import StaticCache
 
 from factorized_gpt2 import FactorizedGPT2, FactorizedGPT2Config, from_gpt2
-from factorized_gpt2.adapters import add_lora, merge
-from factorized_gpt2.arguments import LORA_TARGETS, parse_run
-from factorized_gpt2.blockwise_loss import BACKENDS, sum_cross_entropy
-from factorized_gpt2.calibration import calibrate, compensated_head
-from factorized_gpt2.conversion import vocabulary_matrices
-from factorized_gpt2.data import collate_blocks
-from factorized_gpt2.data_aware_factorization import factorize_data_aware
-from factorized_gpt2.refinement import refine
-from factorized_gpt2.trainer import FactorizedTrainer
-from factorized_gpt2.verification import probe_logits
+from factorized_gpt2.compress.calibration import calibrate, compensated_head
+from factorized_gpt2.compress.data_aware import factorize_data_aware
+from factorized_gpt2.compress.refinement import refine
+from factorized_gpt2.models.conversion import vocabulary_matrices
+from factorized_gpt2.models.verification import probe_logits
+from factorized_gpt2.network.blockwise_loss import BACKENDS, sum_cross_entropy
+from factorized_gpt2.runs.settings import LORA_TARGETS, parse_run
+from factorized_gpt2.text.blocks import collate_blocks
+from factorized_gpt2.trainer.adapters import add_lora, merge
+from factorized_gpt2.trainer.trainer import FactorizedTrainer
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing", "ignore:.*tie_word_embeddings")
 

@@ -11,16 +11,12 @@ import torch
 from conftest import DOCUMENTS
 from pyarrow import parquet
 
-from factorized_gpt2 import data, fingerprints
-from factorized_gpt2.data import (
-    IGNORED_LABEL,
-    TextSource,
-    collate_blocks,
-    load_blocks,
-    load_tokenizer,
-    stream_blocks,
-)
-from factorized_gpt2.errors import UserError
+from factorized_gpt2.common import fingerprints
+from factorized_gpt2.common.errors import UserError
+from factorized_gpt2.text import blocks as data
+from factorized_gpt2.text.blocks import IGNORED_LABEL, collate_blocks, load_blocks, stream_blocks
+from factorized_gpt2.text.source import TextSource
+from factorized_gpt2.text.tokenizers import load_tokenizer
 
 
 def tokens_of(tokenizer, texts: list[str]) -> list[int]:

@@ -6,14 +6,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from factorized_gpt2.data_aware_factorization import (
-    METHODS,
-    DataAwareDecomposition,
-    VocabularyUse,
-    factorize_data_aware,
-)
-from factorized_gpt2.factorization import Factors, factorize
-from factorized_gpt2.row_fit import PRIOR_OCCURRENCES, Side, fit_rows
+from factorized_gpt2.compress.data_aware import METHODS, DataAwareDecomposition, VocabularyUse, factorize_data_aware
+from factorized_gpt2.compress.pca import factorize
+from factorized_gpt2.compress.row_fit import PRIOR_OCCURRENCES, Side, fit_rows
+from factorized_gpt2.models.factors import Factors
 
 V, WIDTH = 60, 16
 ARRAYS = ("wte", "scale_up", "scale_down", "mean", "lm_head")

@@ -5,14 +5,15 @@ import torch
 from conftest import VOCAB_SIZE, tiny_model
 from datasets import Dataset
 
-from factorized_gpt2 import factorize, from_gpt2, refinement
-from factorized_gpt2.baseline import Baseline
+from factorized_gpt2 import factorize, from_gpt2
 from factorized_gpt2.cli.compress import compress
 from factorized_gpt2.cli.evaluate import evaluate
-from factorized_gpt2.compression import CalibrationText, Compressor, Recipe
-from factorized_gpt2.conversion import vocabulary_matrices
-from factorized_gpt2.devices import find_device, present_devices
-from factorized_gpt2.errors import UserError
+from factorized_gpt2.common.errors import UserError
+from factorized_gpt2.compress import refinement
+from factorized_gpt2.compress.compressor import CalibrationText, Compressor, Recipe
+from factorized_gpt2.models.conversion import vocabulary_matrices
+from factorized_gpt2.models.loading import Baseline
+from factorized_gpt2.settings.devices import find_device, present_devices
 
 
 def machine(monkeypatch, gpus: int, has_mps: bool = False) -> None:

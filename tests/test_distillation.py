@@ -9,13 +9,13 @@ from conftest import random_ids, tiny_model
 from torch.nn import functional
 from transformers import TrainingArguments
 
-from factorized_gpt2 import blockwise_loss
-from factorized_gpt2.arguments import parse_run
-from factorized_gpt2.data import IGNORED_LABEL
-from factorized_gpt2.distillation import Distillation, divergence_rows
-from factorized_gpt2.errors import UserError
-from factorized_gpt2.trainer import FactorizedTrainer
-from factorized_gpt2.training import run_experiment
+from factorized_gpt2.common.errors import UserError
+from factorized_gpt2.network import blockwise_loss
+from factorized_gpt2.runs.run import run_experiment
+from factorized_gpt2.runs.settings import parse_run
+from factorized_gpt2.text.blocks import IGNORED_LABEL
+from factorized_gpt2.trainer.distillation import Distillation, divergence_rows
+from factorized_gpt2.trainer.trainer import FactorizedTrainer
 
 
 def plain(student, teacher, temperature):

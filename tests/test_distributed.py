@@ -14,11 +14,11 @@ import yaml
 from conftest import random_ids
 
 from factorized_gpt2 import FactorizedGPT2
-from factorized_gpt2.arguments import parse_run
-from factorized_gpt2.evaluation import LossSum, sum_loss
-from factorized_gpt2.modeling_factorized_gpt2 import FactorizedGPT2Block
-from factorized_gpt2.results import Results
-from factorized_gpt2.training import run_experiment
+from factorized_gpt2.network.modeling_factorized_gpt2 import FactorizedGPT2Block
+from factorized_gpt2.runs.results import Results
+from factorized_gpt2.runs.run import run_experiment
+from factorized_gpt2.runs.settings import parse_run
+from factorized_gpt2.text.loss import LossSum, sum_loss
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 ACCELERATE = REPOSITORY / "configs/accelerate"

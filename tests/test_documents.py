@@ -9,9 +9,10 @@ from conftest import DOCUMENTS
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from factorized_gpt2 import documents
-from factorized_gpt2.data import TextSource, load_blocks, stream_blocks
-from factorized_gpt2.documents import pieces_of_documents
+from factorized_gpt2.text import documents
+from factorized_gpt2.text.blocks import load_blocks, stream_blocks
+from factorized_gpt2.text.documents import pieces_of_documents
+from factorized_gpt2.text.source import TextSource
 
 CODE = "def area(width, height):\n    if width < 0:\n\n        raise ValueError(width)\n\n    return height\n\n\n"
 PROSE = "\n\n".join(DOCUMENTS) + " Don't,  he said (twice) .\n \n Then: ... 12 345 , l\u2019\u00e9t\u00e9 .\n"

@@ -6,11 +6,12 @@ from types import SimpleNamespace
 import pytest
 from conftest import tiny_model
 
-from factorized_gpt2 import FactorizedGPT2, tracking
-from factorized_gpt2.arguments import parse_run
-from factorized_gpt2.baseline import load_baseline
-from factorized_gpt2.errors import UserError
-from factorized_gpt2.rehearsal import rehearse
+from factorized_gpt2 import FactorizedGPT2
+from factorized_gpt2.common.errors import UserError
+from factorized_gpt2.models.loading import load_baseline
+from factorized_gpt2.runs import tracking
+from factorized_gpt2.runs.rehearsal import rehearse
+from factorized_gpt2.runs.settings import parse_run
 
 WORDS = ("--config", "baseline", "--use_cpu", "True", "--fp16", "False", "--torch_compile", "False")
 

@@ -4,8 +4,9 @@ import json
 
 import pytest
 
-from factorized_gpt2 import baseline, files
-from factorized_gpt2.errors import UNCHECKED, UserError, blaming, first_line
+from factorized_gpt2.common import files
+from factorized_gpt2.common.errors import UNCHECKED, UserError, blaming, first_line
+from factorized_gpt2.models import loading as baseline
 
 
 def ours(code: str):

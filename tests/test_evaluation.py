@@ -7,7 +7,8 @@ import torch
 from conftest import RANK, VOCAB_SIZE, WIDTH, random_ids, tiny_model
 from datasets import Dataset
 
-from factorized_gpt2.evaluation import LossSum, model_size, perplexity, sum_loss
+from factorized_gpt2.models.sizes import model_size
+from factorized_gpt2.text.loss import LossSum, perplexity, sum_loss
 
 
 @pytest.fixture

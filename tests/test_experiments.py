@@ -11,13 +11,13 @@ from peft import AutoPeftModelForCausalLM, PeftModel
 from transformers import AutoModelForCausalLM
 
 from factorized_gpt2 import FactorizedGPT2, FactorizedGPT2Config
-from factorized_gpt2.arguments import LORA_TARGETS, parse_run
 from factorized_gpt2.cli.shell import run_command
-from factorized_gpt2.data import load_tokenizer
-from factorized_gpt2.errors import UserError
-from factorized_gpt2.model_card import History, model_card
-from factorized_gpt2.parsing import as_flags
-from factorized_gpt2.training import FactorizedTrainer, Results, _training_blocks, run_experiment
+from factorized_gpt2.common.errors import UserError
+from factorized_gpt2.hub.model_card import History, model_card
+from factorized_gpt2.runs.run import FactorizedTrainer, Results, _training_blocks, run_experiment
+from factorized_gpt2.runs.settings import LORA_TARGETS, parse_run
+from factorized_gpt2.settings.parsing import as_flags
+from factorized_gpt2.text.tokenizers import load_tokenizer
 
 TINY = {"n_layer": 2, "n_head": 2, "n_embd": 24, "activation_function": "gelu"}
 COMMON = {
@@ -164,7 +164,7 @@ def test_lora_trains_the_protocols_modules(lora):
 
 def test_lora_starts_as_the_compressed_model(workshop):
     """A is Kaiming-uniform and B zero, on wte too, so that no logit moves before the first step."""
-    from factorized_gpt2.adapters import add_lora
+    from factorized_gpt2.trainer.adapters import add_lora
 
     model = FactorizedGPT2.from_pretrained(workshop.root / "gpt_pca_nofinetune_k6")
     before = logits(model, random_ids())

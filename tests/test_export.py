@@ -12,7 +12,7 @@ from conftest import VARIANTS, left_padded, random_ids, tiny_model
 from torch import nn
 
 from factorized_gpt2 import to_gpt2
-from factorized_gpt2.export import export_onnx
+from factorized_gpt2.models.onnx_export import export_onnx
 
 LENGTHS = {"input_ids": {0: torch.export.Dim("batch", min=1, max=8), 1: torch.export.Dim("length", min=2, max=48)}}
 SHAPES = [(2, 10), (1, 48), (8, 3), (1, 2)]

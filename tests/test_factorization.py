@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from factorized_gpt2 import Factors, factorize, factorize_ranks
-from factorized_gpt2.factorization import explained_shares
+from factorized_gpt2.compress.pca import explained_shares
 
 
 def random_matrix(rows: int, columns: int, seed: int = 0, offset: float = 0.0) -> np.ndarray:

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from factorized_gpt2 import files
-from factorized_gpt2.errors import UserError
-from factorized_gpt2.files import (
+from factorized_gpt2.common import files
+from factorized_gpt2.common.errors import UserError
+from factorized_gpt2.common.files import (
     filling_folder,
     put_in_place,
     remove_folder,
@@ -21,7 +21,7 @@ from factorized_gpt2.files import (
     require_space,
     write_json,
 )
-from factorized_gpt2.leftovers import marked_beside, marked_for_all, sweep
+from factorized_gpt2.common.leftovers import marked_beside, marked_for_all, sweep
 
 
 def tree(folder: Path) -> dict[str, str]:

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from factorized_gpt2.errors import UserError
-from factorized_gpt2.folder_lock import compress_alone, run_alone
-from factorized_gpt2.leftovers import marked_for_all
+from factorized_gpt2.common.errors import UserError
+from factorized_gpt2.common.folder_lock import compress_alone, run_alone
+from factorized_gpt2.common.leftovers import marked_for_all
 
 
 def _hold(kind, folder: Path, pipe) -> None:
@@ -141,7 +141,7 @@ def test_what_cannot_be_written_is_refused(tmp_path):
 def test_a_folder_in_one_that_is_not_ours_is_held_from_within(tmp_path, monkeypatch):
     folder = tmp_path / "run"
     folder.mkdir()
-    monkeypatch.setattr("factorized_gpt2.folder_lock.os.access", lambda path, mode: path != tmp_path)
+    monkeypatch.setattr("factorized_gpt2.common.folder_lock.os.access", lambda path, mode: path != tmp_path)
     with run_alone(folder):
         assert [path.name for path in folder.iterdir()] == [".lock"]
         assert [path.name for path in tmp_path.iterdir()] == ["run"]

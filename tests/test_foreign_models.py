@@ -10,11 +10,11 @@ from conftest import VOCAB_SIZE, random_ids, tiny_model
 from datasets import Dataset
 
 from factorized_gpt2 import to_gpt2
-from factorized_gpt2.bits_per_byte import sum_document_loss
 from factorized_gpt2.cli.evaluate import evaluate
-from factorized_gpt2.errors import UserError
-from factorized_gpt2.evaluation import sum_loss
-from factorized_gpt2.foreign_models import LossOfLogits, positions_of
+from factorized_gpt2.common.errors import UserError
+from factorized_gpt2.models.foreign_models import LossOfLogits, positions_of
+from factorized_gpt2.text.bits_per_byte import sum_document_loss
+from factorized_gpt2.text.loss import sum_loss
 
 WIDE = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
 BART = {"d_model": 32, "decoder_layers": 2, "decoder_attention_heads": 4, "decoder_ffn_dim": 64}
@@ -82,7 +82,7 @@ def test_rows_are_taken_some_at_a_time_and_a_model_of_ours_agrees(monkeypatch, b
     model = tiny_model()
     expected = sum_loss(model, blocks, 2)
     for rows in (1, 7, 512):
-        monkeypatch.setattr("factorized_gpt2.foreign_models._ROWS_AT_ONCE", rows)
+        monkeypatch.setattr("factorized_gpt2.models.foreign_models._ROWS_AT_ONCE", rows)
         for other in (model, to_gpt2(model)):
             assert sum_loss(LossOfLogits(other), blocks, 2).nats == pytest.approx(expected.nats, rel=1e-6)
 

@@ -7,7 +7,7 @@ from torch.nn.functional import layer_norm, softmax
 from transformers.cache_utils import DynamicCache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from factorized_gpt2 import modeling_factorized_gpt2
+from factorized_gpt2.network import modeling_factorized_gpt2
 
 
 @pytest.fixture(autouse=True)

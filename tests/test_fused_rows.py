@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
-from factorized_gpt2.fused_rows import fused_cross_entropy_rows, fused_rows_run
+from factorized_gpt2.network.fused_rows import fused_cross_entropy_rows, fused_rows_run
 
 
 def test_where_the_kernel_runs():

@@ -10,9 +10,11 @@ import pytest
 from conftest import DOCUMENTS
 from datasets import Dataset
 
-from factorized_gpt2 import corpus as corpus_module
-from factorized_gpt2.data import TextSource, load_blocks, load_tokenizer
-from factorized_gpt2.errors import UserError
+from factorized_gpt2.common.errors import UserError
+from factorized_gpt2.text import demo_corpus as corpus_module
+from factorized_gpt2.text.blocks import load_blocks
+from factorized_gpt2.text.source import TextSource
+from factorized_gpt2.text.tokenizers import load_tokenizer
 
 COMMAND = (
     "python -m pytest -q tests/test_cuda.py; "

@@ -11,13 +11,13 @@ import pytest
 
 from factorized_gpt2.cli import experiments as command
 from factorized_gpt2.cli.experiments import run_experiments
-from factorized_gpt2.errors import UserError
-from factorized_gpt2.experiments import Scale, load_grid, select
-from factorized_gpt2.fingerprints import weights_fingerprint
-from factorized_gpt2.interruption import leaving_cleanly
-from factorized_gpt2.parsing import CONFIG_FOLDERS, as_flags, load_config
-from factorized_gpt2.reporting import read_results
-from factorized_gpt2.results import Results
+from factorized_gpt2.common.errors import UserError
+from factorized_gpt2.common.fingerprints import weights_fingerprint
+from factorized_gpt2.report.reporting import read_results
+from factorized_gpt2.runs.grid import Scale, load_grid, select
+from factorized_gpt2.runs.results import Results
+from factorized_gpt2.settings.parsing import CONFIG_FOLDERS, as_flags, load_config
+from factorized_gpt2.trainer.interruption import leaving_cleanly
 
 RANKS = (64, 128, 256, 512)
 FAMILIES = ("lowrank_scratch", "pca_nofinetune", "pca_lora")

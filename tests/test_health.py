@@ -11,15 +11,16 @@ from datasets import Dataset
 from safetensors.torch import load_file
 from transformers import PrinterCallback, TrainerCallback, TrainingArguments
 
-from factorized_gpt2 import FactorizedGPT2, health
-from factorized_gpt2.arguments import parse_run
+from factorized_gpt2 import FactorizedGPT2
 from factorized_gpt2.cli.shell import run_command
 from factorized_gpt2.cli.train import train
-from factorized_gpt2.data import collate_blocks
-from factorized_gpt2.errors import UserError
-from factorized_gpt2.health import DEAD_SCALE, DIVERGED_LOGS, TrainingFailure
-from factorized_gpt2.trainer import FactorizedTrainer
-from factorized_gpt2.training import run_experiment
+from factorized_gpt2.common.errors import UserError
+from factorized_gpt2.runs.run import run_experiment
+from factorized_gpt2.runs.settings import parse_run
+from factorized_gpt2.text.blocks import collate_blocks
+from factorized_gpt2.trainer import health
+from factorized_gpt2.trainer.health import DEAD_SCALE, DIVERGED_LOGS, TrainingFailure
+from factorized_gpt2.trainer.trainer import FactorizedTrainer
 
 NAN, INFINITY = float("nan"), float("inf")
 
@@ -317,7 +318,7 @@ def test_a_wrong_merge_is_caught_before_a_run_counts_as_finished(tmp_path, words
     lora = {"compressed": str(tmp_path / "start"), "lora_rank": 2, "block_size": 16, "max_steps": 2}
     run = parse_run(words(**lora))
     with monkeypatch.context() as patch:
-        patch.setattr("factorized_gpt2.training.merge", merge_wrongly)
+        patch.setattr("factorized_gpt2.runs.run.merge", merge_wrongly)
         with pytest.raises(RuntimeError, match=r"saved for .*run is not the one that was made: logits differ"):
             run_experiment(run)
     names = {path.name for path in (tmp_path / "run").iterdir()}

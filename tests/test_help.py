@@ -7,7 +7,7 @@ import pytest
 from transformers import TrainingArguments
 
 from factorized_gpt2.cli import compress, demo, evaluate, experiments, import_checkpoint, report, train
-from factorized_gpt2.training_fields import SUPPORTED, refused
+from factorized_gpt2.runs.training_fields import SUPPORTED, refused
 
 COMMANDS = {
     "compress.py": compress,

@@ -14,13 +14,14 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from transformers.dynamic_module_utils import get_imports
 
 from factorized_gpt2 import FactorizedGPT2
-from factorized_gpt2.adapters import add_lora, merge
 from factorized_gpt2.cli.compress import compress
-from factorized_gpt2.data import TextSource
-from factorized_gpt2.evaluation import model_size, perplexity
-from factorized_gpt2.hub import code_files, publish, publish_adapter
-from factorized_gpt2.model_card import Figures, Measurement
-from factorized_gpt2.results import Results
+from factorized_gpt2.hub.model_card import Figures, Measurement
+from factorized_gpt2.hub.repository import code_files, publish, publish_adapter
+from factorized_gpt2.models.sizes import model_size
+from factorized_gpt2.runs.results import Results
+from factorized_gpt2.text.loss import perplexity
+from factorized_gpt2.text.source import TextSource
+from factorized_gpt2.trainer.adapters import add_lora, merge
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 STOCK = "openai-community/gpt2"
@@ -242,7 +243,7 @@ def test_with_the_package_its_own_code_runs(loaded_with_package, original, run):
         loaded_with_package["auto"], FactorizedGPT2.from_pretrained(run).eval()(IDS).logits, atol=1e-6, rtol=0
     )
     for name in ("module", "module, trusting"):
-        assert loaded_with_package[name] == "factorized_gpt2.modeling_factorized_gpt2"
+        assert loaded_with_package[name] == "factorized_gpt2.network.modeling_factorized_gpt2"
 
 
 def test_the_code_demands_no_other_package():

@@ -10,8 +10,8 @@ from huggingface_hub import HfApi
 from factorized_gpt2.cli import compress as compress_command
 from factorized_gpt2.cli.compress import compress
 from factorized_gpt2.cli.train import train
-from factorized_gpt2.errors import UserError
-from factorized_gpt2.trainer import FactorizedTrainer
+from factorized_gpt2.common.errors import UserError
+from factorized_gpt2.trainer.trainer import FactorizedTrainer
 
 SHAPE = {"n_layer": 1, "n_head": 2, "n_embd": 16}
 CONFIG = {

@@ -9,8 +9,8 @@ from hub_server import HubServer
 from huggingface_hub import constants
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from factorized_gpt2.adapters import add_lora
-from factorized_gpt2.hub import publish, publish_adapter
+from factorized_gpt2.hub.repository import publish, publish_adapter
+from factorized_gpt2.trainer.adapters import add_lora
 
 
 @pytest.fixture(scope="module")

@@ -9,10 +9,10 @@ import torch
 from conftest import RANK, VOCAB_SIZE, tiny_model
 from old_networks import NANO, Hostile, OldNet, assert_same_logits, checkpoint
 
-from factorized_gpt2.baseline import load_baseline, load_compressed
 from factorized_gpt2.cli.import_checkpoint import import_checkpoint
 from factorized_gpt2.cli.shell import run_command
-from factorized_gpt2.old_factor_files import write_old_factors
+from factorized_gpt2.models.loading import load_baseline, load_compressed
+from factorized_gpt2.nanogpt.factor_files import write_old_factors
 
 
 def run_import(*words) -> int:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from factorized_gpt2.command_names import COMMANDS
+from factorized_gpt2.settings.command_names import COMMANDS
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
@@ -20,7 +20,7 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 EVERY_COMMAND = """
 import contextlib, importlib.metadata, io, json, sys
 import factorized_gpt2
-from factorized_gpt2.parsing import load_config
+from factorized_gpt2.settings.parsing import load_config
 
 def call(entry, *words):
     sys.argv = [entry.name, *words]
@@ -117,7 +117,7 @@ def test_the_grid_and_the_launchers_configs_are_found(seen):
 
 def test_an_editable_install_reads_the_configs_of_its_checkout(tmp_path):
     place = built("editable", tmp_path)
-    code = "import json; from factorized_gpt2 import parsing; print(json.dumps(str(parsing.find_config('baseline'))))"
+    code = "import json; from factorized_gpt2.settings import parsing; print(json.dumps(str(parsing.find_config('baseline'))))"
     assert run(code, place, place) == str(tmp_path / "source/configs/baseline.json")
 
 

@@ -9,10 +9,10 @@ import pytest
 import torch
 from transformers import TrainerControl, TrainerState
 
-from factorized_gpt2 import interruption
 from factorized_gpt2.cli.shell import run_command
-from factorized_gpt2.errors import UserError
-from factorized_gpt2.interruption import PostponedStop, StopWhenSaved, leave, leaving_cleanly
+from factorized_gpt2.common.errors import UserError
+from factorized_gpt2.trainer import interruption
+from factorized_gpt2.trainer.interruption import PostponedStop, StopWhenSaved, leave, leaving_cleanly
 
 
 def tell(number: int) -> None:

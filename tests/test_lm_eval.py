@@ -11,8 +11,9 @@ from importlib.util import find_spec
 import pytest
 from conftest import DOCUMENTS, tiny_model
 
-from factorized_gpt2.bits_per_byte import measure_bits_per_byte
-from factorized_gpt2.data import TextSource, load_tokenizer
+from factorized_gpt2.text.bits_per_byte import measure_bits_per_byte
+from factorized_gpt2.text.source import TextSource
+from factorized_gpt2.text.tokenizers import load_tokenizer
 
 pytestmark = pytest.mark.skipif(find_spec("lm_eval") is None, reason="lm_eval is not installed")
 

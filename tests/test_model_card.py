@@ -9,17 +9,10 @@ import pytest
 from conftest import tiny_config
 from hub_server import card_errors
 
-from factorized_gpt2.data import TextSource
-from factorized_gpt2.evaluation import perplexity
-from factorized_gpt2.model_card import (
-    TRANSFORMERS,
-    Figures,
-    History,
-    Measurement,
-    adapter_card,
-    model_card,
-)
-from factorized_gpt2.results import Results
+from factorized_gpt2.hub.model_card import TRANSFORMERS, Figures, History, Measurement, adapter_card, model_card
+from factorized_gpt2.runs.results import Results
+from factorized_gpt2.text.loss import perplexity
+from factorized_gpt2.text.source import TextSource
 
 STOCK = "openai-community/gpt2"
 SETTINGS = {

@@ -2,10 +2,10 @@
 
 import pytest
 
-from factorized_gpt2.baseline import load_baseline
-from factorized_gpt2.data import load_tokenizer
-from factorized_gpt2.errors import UserError
-from factorized_gpt2.model_places import refuse_missing_folder
+from factorized_gpt2.common.errors import UserError
+from factorized_gpt2.common.model_places import refuse_missing_folder
+from factorized_gpt2.models.loading import load_baseline
+from factorized_gpt2.text.tokenizers import load_tokenizer
 
 
 @pytest.fixture(autouse=True)
@@ -32,5 +32,5 @@ def test_what_is_there_or_may_be_on_the_hub_is_not_refused(name):
 
 
 def test_what_was_fetched_from_the_hub_may_have_the_name_of_a_folder(monkeypatch):
-    monkeypatch.setattr("factorized_gpt2.model_places.try_to_load_from_cache", lambda *_: "config.json")
+    monkeypatch.setattr("factorized_gpt2.common.model_places.try_to_load_from_cache", lambda *_: "config.json")
     refuse_missing_folder("runs/gpt2")

@@ -10,12 +10,13 @@ from conftest import VOCAB_SIZE, perturb, random_ids, tiny_model
 from safetensors.torch import load_file, save_file
 from transformers import GPT2Config, GPT2DoubleHeadsModel, GPT2ForSequenceClassification, GPT2LMHeadModel
 
-from factorized_gpt2 import FactorizedGPT2, baseline, from_gpt2, to_gpt2
-from factorized_gpt2.baseline import load_baseline, load_causal_lm, load_complete
-from factorized_gpt2.conversion import fingerprint, vocabulary_matrices
-from factorized_gpt2.errors import UserError
-from factorized_gpt2.fingerprints import weights_fingerprint
-from factorized_gpt2.weight_names import plain_name, wrapped_name
+from factorized_gpt2 import FactorizedGPT2, from_gpt2, to_gpt2
+from factorized_gpt2.common.errors import UserError
+from factorized_gpt2.common.fingerprints import weights_fingerprint
+from factorized_gpt2.models import loading as baseline
+from factorized_gpt2.models.conversion import fingerprint, vocabulary_matrices
+from factorized_gpt2.models.loading import load_baseline, load_causal_lm, load_complete
+from factorized_gpt2.models.weight_names import plain_name, wrapped_name
 
 SIZES = {"vocab_size": VOCAB_SIZE, "n_positions": 48, "n_embd": 32, "n_layer": 2, "n_head": 4}
 POINTER = f"version https://git-lfs.github.com/spec/v1\noid sha256:{'0' * 64}\nsize 548118077\n"

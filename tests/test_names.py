@@ -13,18 +13,18 @@ from markdown_it import MarkdownIt
 from strangers import outcome, tree
 from test_model_card import RECIPE, RESULTS
 
-from factorized_gpt2 import reporting
-from factorized_gpt2.arguments import parse_run
 from factorized_gpt2.cli.compress import compress
 from factorized_gpt2.cli.experiments import run_experiments
 from factorized_gpt2.cli.report import report
 from factorized_gpt2.cli.train import train
-from factorized_gpt2.data import TextSource
-from factorized_gpt2.errors import one_line
-from factorized_gpt2.markdown import code, escaped
-from factorized_gpt2.model_card import Figures, History, Measurement, adapter_card, model_card
-from factorized_gpt2.reporting import write_report
-from factorized_gpt2.run_folder import mark
+from factorized_gpt2.common.errors import one_line
+from factorized_gpt2.common.markdown import code, escaped
+from factorized_gpt2.hub.model_card import Figures, History, Measurement, adapter_card, model_card
+from factorized_gpt2.report import reporting
+from factorized_gpt2.report.reporting import write_report
+from factorized_gpt2.runs.folder import mark
+from factorized_gpt2.runs.settings import parse_run
+from factorized_gpt2.text.source import TextSource
 
 MARKUP = [
     "<script>alert(1)</script>",

@@ -10,9 +10,9 @@ import torch
 from conftest import RANK, VOCAB_SIZE, WIDTH
 from old_networks import DESCENDANT, NANO, Hostile, OldNet, assert_same_logits, checkpoint, one_line
 
-from factorized_gpt2.baseline import load_compressed
-from factorized_gpt2.errors import UserError
-from factorized_gpt2.old_checkpoints import from_old_weights, load_old_checkpoint
+from factorized_gpt2.common.errors import UserError
+from factorized_gpt2.models.loading import load_compressed
+from factorized_gpt2.nanogpt.checkpoints import from_old_weights, load_old_checkpoint
 
 
 @pytest.mark.parametrize("bias", [True, False])

@@ -10,12 +10,12 @@ from old_networks import DESCENDANT, NANO, OldNet, assert_same_logits, checkpoin
 from torch import nn
 
 from factorized_gpt2 import FactorizedGPT2, factorize, from_gpt2
-from factorized_gpt2.baseline import Baseline
-from factorized_gpt2.conversion import fingerprint, vocabulary_matrices
-from factorized_gpt2.errors import UserError
-from factorized_gpt2.factor_files import write_factors
-from factorized_gpt2.old_checkpoints import from_old_weights, load_old_checkpoint
-from factorized_gpt2.old_factor_files import old_factors, write_old_factors
+from factorized_gpt2.common.errors import UserError
+from factorized_gpt2.compress.factor_files import write_factors
+from factorized_gpt2.models.conversion import fingerprint, vocabulary_matrices
+from factorized_gpt2.models.loading import Baseline
+from factorized_gpt2.nanogpt.checkpoints import from_old_weights, load_old_checkpoint
+from factorized_gpt2.nanogpt.factor_files import old_factors, write_old_factors
 
 
 @pytest.mark.parametrize(("up_as_exported", "down_as_exported"), list(itertools.product([True, False], repeat=2)))

@@ -9,10 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from factorized_gpt2 import provenance
-from factorized_gpt2.data import TextSource, load_blocks, token_stream, vocabulary_size
-from factorized_gpt2.errors import UserError
-from factorized_gpt2.token_file import write_token_file
+from factorized_gpt2.common.errors import UserError
+from factorized_gpt2.runs import provenance
+from factorized_gpt2.text.blocks import load_blocks, token_stream
+from factorized_gpt2.text.source import TextSource
+from factorized_gpt2.text.token_file import write_token_file
+from factorized_gpt2.text.tokenizers import vocabulary_size
 
 PACKAGE = Path(provenance.__file__).parent
 OPTIONAL = ("datasets", "sklearn", "wandb", "matplotlib", "pandas", "pyarrow")

@@ -18,7 +18,7 @@ from peft import (
 )
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 
-from factorized_gpt2.peft_defaults import register_with_peft
+from factorized_gpt2.models.peft_defaults import register_with_peft
 
 ORDERS = {
     "peft later": "import factorized_gpt2; assert 'peft' not in sys.modules; import peft",

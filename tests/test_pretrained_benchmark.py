@@ -11,8 +11,8 @@ from conftest import DOCUMENTS
 from foreign_models import TiedModel, token_losses
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from factorized_gpt2.corpus import train_tokenizer
-from factorized_gpt2.errors import UserError
+from factorized_gpt2.common.errors import UserError
+from factorized_gpt2.text.demo_corpus import train_tokenizer
 
 VOCAB, WIDTH = 300, 64
 

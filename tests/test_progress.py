@@ -7,8 +7,8 @@ import pytest
 from conftest import Terminal
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
-from factorized_gpt2 import progress
-from factorized_gpt2.progress import LogLines, Progress, StepProgress
+from factorized_gpt2.common import progress
+from factorized_gpt2.common.progress import LogLines, Progress, StepProgress
 
 
 @pytest.fixture

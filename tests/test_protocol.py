@@ -8,8 +8,8 @@ import torch
 from torch import nn
 from transformers import TrainerCallback
 
-from factorized_gpt2.arguments import parse_run
-from factorized_gpt2.training import FactorizedTrainer, run_experiment
+from factorized_gpt2.runs.run import FactorizedTrainer, run_experiment
+from factorized_gpt2.runs.settings import parse_run
 
 SMALL = ["--block_size", "16", "--report_to", "none", "--logging_steps", "1", "--disable_tqdm", "True"]
 # steps, warm-up, learning rate, its end, weight decay

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from factorized_gpt2.reporting import read_results, results_table, write_report
+from factorized_gpt2.report.reporting import read_results, results_table, write_report
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 GRIDS = sorted(path.parent for path in (DOCS / "results").glob("*/report"))

@@ -5,8 +5,8 @@ import math
 import numpy as np
 import pytest
 
-from factorized_gpt2.errors import UserError
-from factorized_gpt2.rank_choice import is_good_enough, smallest_rank_by_loss, smallest_rank_by_share
+from factorized_gpt2.common.errors import UserError
+from factorized_gpt2.compress.ranks import is_good_enough, smallest_rank_by_loss, smallest_rank_by_share
 
 LARGEST = 767  # GPT-2 small's width, less one
 TARGETS = np.geomspace(1e-3, 1.0, 15)

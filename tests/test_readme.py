@@ -11,17 +11,17 @@ from conftest import tiny_model
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from factorized_gpt2 import FactorizedGPT2, FactorizedGPT2Config
-from factorized_gpt2.arguments import parse_run
 from factorized_gpt2.cli.compress import CalibrationArguments, CompressArguments, PublishArguments, check
 from factorized_gpt2.cli.evaluate import EvaluateArguments
 from factorized_gpt2.cli.experiments import GridArguments, ScaleArguments
 from factorized_gpt2.cli.experiments import check as check_grid
 from factorized_gpt2.cli.import_checkpoint import ImportArguments
 from factorized_gpt2.cli.report import ReportArguments
-from factorized_gpt2.evaluation import model_size
-from factorized_gpt2.experiments import load_grid, select
-from factorized_gpt2.parsing import ManualParser
-from factorized_gpt2.text_arguments import EvaluationArguments
+from factorized_gpt2.models.sizes import model_size
+from factorized_gpt2.runs.grid import load_grid, select
+from factorized_gpt2.runs.settings import parse_run
+from factorized_gpt2.settings.parsing import ManualParser
+from factorized_gpt2.settings.text_arguments import EvaluationArguments
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 README = (REPOSITORY / "README.md").read_text(encoding="utf-8")

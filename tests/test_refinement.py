@@ -9,11 +9,11 @@ from conftest import NO_DROPOUT, VOCAB_SIZE, Terminal, tiny_model
 from datasets import Dataset
 
 from factorized_gpt2 import factorize, from_gpt2
-from factorized_gpt2 import refinement as module
-from factorized_gpt2.adapters import DROPOUTS
-from factorized_gpt2.conversion import vocabulary_matrices
-from factorized_gpt2.errors import UserError
-from factorized_gpt2.refinement import refine
+from factorized_gpt2.common.errors import UserError
+from factorized_gpt2.compress import refinement as module
+from factorized_gpt2.compress.refinement import refine
+from factorized_gpt2.models.conversion import vocabulary_matrices
+from factorized_gpt2.trainer.adapters import DROPOUTS
 
 STEPS = 4
 FACTORS = ("transformer.wte.weight", "transformer.scale_up.weight", "transformer.scale_up.bias", "scale_down.weight")

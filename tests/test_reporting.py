@@ -12,8 +12,8 @@ from test_results import BASELINE, LOSSES, PROTOCOL, RANKS, UNTRAINED
 
 from factorized_gpt2.cli.report import report
 from factorized_gpt2.cli.shell import run_command
-from factorized_gpt2.plots import _STYLES, FAMILIES, _pareto_front
-from factorized_gpt2.reporting import results_table, write_report
+from factorized_gpt2.report.plots import _STYLES, FAMILIES, _pareto_front
+from factorized_gpt2.report.reporting import results_table, write_report
 
 pytestmark = pytest.mark.filterwarnings("error::UserWarning")  # of matplotlib, about a picture that is wrong
 

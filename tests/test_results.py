@@ -13,10 +13,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from factorized_gpt2 import provenance
-from factorized_gpt2.errors import UserError
-from factorized_gpt2.reporting import read_results
-from factorized_gpt2.results import Results
+from factorized_gpt2.common.errors import UserError
+from factorized_gpt2.report.reporting import read_results
+from factorized_gpt2.runs import provenance
+from factorized_gpt2.runs.results import Results
 
 RANKS = (64, 128, 256, 512)
 LOSSES = {

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from factorized_gpt2 import row_fit as module
-from factorized_gpt2.row_fit import PRIOR_OCCURRENCES, Side, fit_rows
+from factorized_gpt2.compress import row_fit as module
+from factorized_gpt2.compress.row_fit import PRIOR_OCCURRENCES, Side, fit_rows
 
 ARRAYS = ("vectors", "tokens", "sources", "weights")
 

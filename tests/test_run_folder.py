@@ -12,15 +12,15 @@ from conftest import random_ids, tiny_model
 from test_results import UNTRAINED
 
 from factorized_gpt2 import FactorizedGPT2
-from factorized_gpt2.arguments import Run, RunArguments, parse_run
-from factorized_gpt2.data import load_tokenizer
-from factorized_gpt2.errors import UserError
-from factorized_gpt2.fingerprints import _digest, weights_fingerprint
-from factorized_gpt2.leftovers import marked_for_all
-from factorized_gpt2.parsing import as_flags
-from factorized_gpt2.run_folder import claim, finish, least_bytes, mark
-from factorized_gpt2.training import run_experiment
-from factorized_gpt2.verification import probe_logits
+from factorized_gpt2.common.errors import UserError
+from factorized_gpt2.common.fingerprints import _digest, weights_fingerprint
+from factorized_gpt2.common.leftovers import marked_for_all
+from factorized_gpt2.models.verification import probe_logits
+from factorized_gpt2.runs.folder import claim, finish, least_bytes, mark
+from factorized_gpt2.runs.run import run_experiment
+from factorized_gpt2.runs.settings import Run, RunArguments, parse_run
+from factorized_gpt2.settings.parsing import as_flags
+from factorized_gpt2.text.tokenizers import load_tokenizer
 
 COMMON = {
     "do_train": True,
@@ -233,7 +233,7 @@ def test_a_dataset_that_changed_on_the_hub_is_seen_before_the_run_goes_on(folder
 def test_a_start_on_the_hub_is_known_by_its_commit(folder, monkeypatch):
     commit = "a" * 40
     cached = lambda name, file: f"/cache/models--{name}/snapshots/{commit}/{file}"  # noqa: E731
-    monkeypatch.setattr("factorized_gpt2.fingerprints.try_to_load_from_cache", cached)
+    monkeypatch.setattr("factorized_gpt2.common.fingerprints.try_to_load_from_cache", cached)
     run = parse(folder, baseline="me/gpt2")
     mark(run)
     assert claim(run) is None
@@ -352,7 +352,7 @@ def test_overwriting_that_is_cut_off_can_be_done_again(folder, monkeypatch):
     """The mark stays until another takes its place: without one, the rest would be someone else's."""
     mark(parse(folder))
     filled(folder)
-    monkeypatch.setattr("factorized_gpt2.run_folder.remove_folder", lambda path: exec("raise KeyboardInterrupt"))
+    monkeypatch.setattr("factorized_gpt2.runs.folder.remove_folder", lambda path: exec("raise KeyboardInterrupt"))
     with pytest.raises(KeyboardInterrupt):
         claim(parse(folder, seed=3, overwrite_output_dir=True))
     monkeypatch.undo()

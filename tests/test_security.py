@@ -29,14 +29,14 @@ from strangers import (
 )
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from factorized_gpt2.checkpoints import seal
 from factorized_gpt2.cli.compress import compress
 from factorized_gpt2.cli.evaluate import evaluate
 from factorized_gpt2.cli.import_checkpoint import import_checkpoint
 from factorized_gpt2.cli.report import report
 from factorized_gpt2.cli.train import train
-from factorized_gpt2.data import load_tokenizer
-from factorized_gpt2.hub import publish
+from factorized_gpt2.hub.repository import publish
+from factorized_gpt2.text.tokenizers import load_tokenizer
+from factorized_gpt2.trainer.checkpoints import seal
 
 
 @pytest.fixture

@@ -63,7 +63,7 @@ def test_no_source_runs_or_unpickles_what_it_reads(path):
 
 
 def test_all_of_the_package_was_read():
-    assert {"train_hf.py", "baseline.py", "compress.py", "old_checkpoints.py"} <= {path.name for path in SOURCES}
+    assert {"train_hf.py", "loading.py", "compress.py", "checkpoints.py"} <= {path.name for path in SOURCES}
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, DataCollatorForLanguageModeling, Trainer, TrainingArguments
 
 from factorized_gpt2 import FactorizedGPT2
-from factorized_gpt2.data import load_tokenizer
+from factorized_gpt2.text.tokenizers import load_tokenizer
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*gradient_checkpointing. is deprecated"),

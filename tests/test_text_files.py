@@ -9,9 +9,9 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
-from factorized_gpt2.data import TextSource
-from factorized_gpt2.errors import UserError
-from factorized_gpt2.text_files import kind_of
+from factorized_gpt2.common.errors import UserError
+from factorized_gpt2.text.source import TextSource
+from factorized_gpt2.text.text_files import kind_of
 
 TEXTS = ["One\n", "two \N{DROMEDARY CAMEL}\n", "\n", "three\n"]
 

@@ -9,15 +9,17 @@ import numpy as np
 import pytest
 from conftest import tiny_model
 
-from factorized_gpt2.arguments import parse_run
-from factorized_gpt2.calibration import count_tokens
 from factorized_gpt2.cli.compress import compress
 from factorized_gpt2.cli.evaluate import evaluate
-from factorized_gpt2.data import TextSource, load_blocks, stream_blocks, token_stream, vocabulary_size
-from factorized_gpt2.errors import UserError
-from factorized_gpt2.evaluation import sum_loss
-from factorized_gpt2.token_file import TokenBlocks, write_token_file
-from factorized_gpt2.training import run_experiment
+from factorized_gpt2.common.errors import UserError
+from factorized_gpt2.compress.calibration import count_tokens
+from factorized_gpt2.runs.run import run_experiment
+from factorized_gpt2.runs.settings import parse_run
+from factorized_gpt2.text.blocks import load_blocks, stream_blocks, token_stream
+from factorized_gpt2.text.loss import sum_loss
+from factorized_gpt2.text.source import TextSource
+from factorized_gpt2.text.token_file import TokenBlocks, write_token_file
+from factorized_gpt2.text.tokenizers import vocabulary_size
 
 TINY = [
     *(

@@ -8,11 +8,12 @@ from conftest import DOCUMENTS
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import BertTokenizer, ByT5Tokenizer, GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
-from factorized_gpt2.baseline import check_tokenizer
 from factorized_gpt2.cli.compress import compress
-from factorized_gpt2.data import TextSource, load_blocks, stream_blocks
-from factorized_gpt2.errors import UserError
-from factorized_gpt2.tokenization import end_of_text, has_tokenizer, load_tokenizer, vocabulary_size
+from factorized_gpt2.common.errors import UserError
+from factorized_gpt2.models.loading import check_tokenizer
+from factorized_gpt2.text.blocks import load_blocks, stream_blocks
+from factorized_gpt2.text.source import TextSource
+from factorized_gpt2.text.tokenizers import end_of_text, has_tokenizer, load_tokenizer, vocabulary_size
 
 LETTERS = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ .,\n"
 

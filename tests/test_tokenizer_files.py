@@ -6,8 +6,8 @@ import pytest
 from texts import chapters
 from transformers import AutoTokenizer, GPT2Tokenizer
 
-from factorized_gpt2.hub import _model_files
-from factorized_gpt2.tokenizer_files import portable_config, save_tokenizer
+from factorized_gpt2.hub.repository import _model_files
+from factorized_gpt2.text.tokenizer_files import portable_config, save_tokenizer
 
 TEXTS = [*chapters(2), "  two  spaces, ümläute, 漢字\n\n\ttabs<|endoftext|>more"]
 

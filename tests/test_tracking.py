@@ -11,9 +11,9 @@ import wandb
 from conftest import cut_off_at
 from wandb.proto.wandb_internal_pb2 import Record
 
-from factorized_gpt2.arguments import parse_run
-from factorized_gpt2.results import Results
-from factorized_gpt2.training import run_experiment
+from factorized_gpt2.runs.results import Results
+from factorized_gpt2.runs.run import run_experiment
+from factorized_gpt2.runs.settings import parse_run
 
 CONFIG = {
     **{"n_layer": 1, "n_head": 2, "n_embd": 16, "n_embd_wte": 4, "block_size": 16, "max_steps": 4, "do_train": True},

@@ -9,7 +9,7 @@ from transformers import Trainer
 from transformers.utils import logging
 
 from factorized_gpt2 import FactorizedGPT2
-from factorized_gpt2.trainer import FactorizedTrainer
+from factorized_gpt2.trainer.trainer import FactorizedTrainer
 
 
 def cross_entropy_by_hand(logits, targets, divisor=None):

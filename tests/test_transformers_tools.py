@@ -18,10 +18,10 @@ from transformers import (
 
 from factorized_gpt2 import FactorizedGPT2
 from factorized_gpt2.cli.compress import compress
-from factorized_gpt2.data import load_tokenizer
-from factorized_gpt2.hub import publish
-from factorized_gpt2.run_folder import finish
-from factorized_gpt2.verification import probe_logits
+from factorized_gpt2.hub.repository import publish
+from factorized_gpt2.models.verification import probe_logits
+from factorized_gpt2.runs.folder import finish
+from factorized_gpt2.text.tokenizers import load_tokenizer
 
 TEMPLATE = (
     "{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}\n{% endfor %}"

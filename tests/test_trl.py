@@ -10,7 +10,7 @@ from peft import LoraConfig, PeftModel
 from test_peft import TARGETS, assert_same_logits, logits_of
 
 from factorized_gpt2 import FactorizedGPT2
-from factorized_gpt2.trl_head import fit_trl_head
+from factorized_gpt2.models.trl_head import fit_trl_head
 
 trl = pytest.importorskip("trl")
 

@@ -1,1 +1,1 @@
-"""Commands: what each does, in order. Nothing below imports them."""
+"""The commands, one module each; `shell` is what they share. Nothing imports from here."""

@@ -10,23 +10,26 @@ import torch
 from torch.utils.data import Dataset
 from transformers.utils import is_matplotlib_available
 
-from ..baseline import check_tokenizer, load_baseline
-from ..compression import METHODS, RECORD_NAME, CalibrationText, Compressor, Recipe
-from ..data import TextSource, load_blocks, load_tokenizer
-from ..devices import DeviceArguments
-from ..errors import UserError
-from ..evaluation import LossSum, model_size, perplexity, sum_loss
-from ..files import read_json, require_space
-from ..folder_lock import compress_alone
-from ..hub import check_access, publish
-from ..model_card import Figures, Measurement
-from ..modeling_factorized_gpt2 import FactorizedGPT2
-from ..parsing import ManualParser
-from ..plots import plot_loss_against_bytes, plot_spectrum
-from ..rank_choice import is_good_enough, smallest_rank_by_loss, smallest_rank_by_share
-from ..results import megabytes
-from ..text_arguments import EvaluationArguments
-from ..tokenization import has_tokenizer
+from ..common.errors import UserError
+from ..common.files import read_json, require_space
+from ..common.folder_lock import compress_alone
+from ..compress.compressor import METHODS, CalibrationText, Compressor, Recipe
+from ..compress.ranks import is_good_enough, smallest_rank_by_loss, smallest_rank_by_share
+from ..hub.model_card import Figures, Measurement
+from ..hub.repository import check_access, publish
+from ..models.loading import check_tokenizer, load_baseline
+from ..models.record import RECORD_NAME
+from ..models.sizes import model_size
+from ..network.modeling_factorized_gpt2 import FactorizedGPT2
+from ..report.plots import plot_loss_against_bytes, plot_spectrum
+from ..runs.results import megabytes
+from ..settings.devices import DeviceArguments
+from ..settings.parsing import ManualParser
+from ..settings.text_arguments import EvaluationArguments
+from ..text.blocks import load_blocks
+from ..text.loss import LossSum, perplexity, sum_loss
+from ..text.source import TextSource
+from ..text.tokenizers import has_tokenizer, load_tokenizer
 from .shell import print_table, run_command
 
 logger = logging.getLogger(__name__)

@@ -10,16 +10,16 @@ import torch
 from transformers import set_seed
 from transformers.utils import logging as transformers_logging
 
-from ..arguments import parse_run
-from ..corpus import write_python_corpus
-from ..data import load_tokenizer
-from ..experiments import Experiment, load_grid, select
-from ..modeling_factorized_gpt2 import FactorizedGPT2
-from ..parsing import ManualParser
-from ..plots import plot_loss_against_rank
-from ..reporting import read_results, results_table
-from ..results import Results
-from ..training import run_experiment
+from ..network.modeling_factorized_gpt2 import FactorizedGPT2
+from ..report.plots import plot_loss_against_rank
+from ..report.reporting import read_results, results_table
+from ..runs.grid import Experiment, load_grid, select
+from ..runs.results import Results
+from ..runs.run import run_experiment
+from ..runs.settings import parse_run
+from ..settings.parsing import ManualParser
+from ..text.demo_corpus import write_python_corpus
+from ..text.tokenizers import load_tokenizer
 from .compress import compress
 from .shell import run_command
 

@@ -3,17 +3,19 @@
 import sys
 from dataclasses import dataclass, field
 
-from ..baseline import check_tokenizer, load_causal_lm
-from ..bits_per_byte import measure_bits_per_byte
-from ..data import load_blocks, load_tokenizer
-from ..devices import DeviceArguments
-from ..errors import UserError
-from ..evaluation import model_size, perplexity, sum_loss
-from ..foreign_models import LossOfLogits, positions_of
-from ..modeling_factorized_gpt2 import FactorizedGPT2
-from ..parsing import ManualParser
-from ..results import megabytes
-from ..text_arguments import EvaluationArguments
+from ..common.errors import UserError
+from ..models.foreign_models import LossOfLogits, positions_of
+from ..models.loading import check_tokenizer, load_causal_lm
+from ..models.sizes import model_size
+from ..network.modeling_factorized_gpt2 import FactorizedGPT2
+from ..runs.results import megabytes
+from ..settings.devices import DeviceArguments
+from ..settings.parsing import ManualParser
+from ..settings.text_arguments import EvaluationArguments
+from ..text.bits_per_byte import measure_bits_per_byte
+from ..text.blocks import load_blocks
+from ..text.loss import perplexity, sum_loss
+from ..text.tokenizers import load_tokenizer
 from .shell import print_table, run_command
 
 

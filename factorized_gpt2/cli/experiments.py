@@ -9,15 +9,15 @@ from pathlib import Path
 
 from accelerate.commands.config.config_args import load_config_from_file
 
-from ..arguments import check_words, launched_processes
-from ..errors import REFUSED_SETTINGS, UserError, blaming
-from ..experiments import Experiment, Scale, load_grid, select
-from ..files import replacing_file
-from ..fingerprints import files_fingerprint, weights_fingerprint
-from ..parsing import ManualParser, find_config
-from ..reporting import read_results, write_report
-from ..results import RESULTS_NAME, Results
-from ..run_folder import SETTINGS_NAME
+from ..common.errors import REFUSED_SETTINGS, UserError, blaming
+from ..common.files import replacing_file
+from ..common.fingerprints import files_fingerprint, weights_fingerprint
+from ..report.reporting import read_results, write_report
+from ..runs.folder import SETTINGS_NAME
+from ..runs.grid import Experiment, Scale, load_grid, select
+from ..runs.results import RESULTS_NAME, Results
+from ..runs.settings import check_words, launched_processes
+from ..settings.parsing import ManualParser, find_config
 from .shell import print_table, run_command
 
 

@@ -9,17 +9,17 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import CONFIG_NAME
 
-from ..baseline import check_tokenizer
-from ..data import load_tokenizer, vocabulary_size
-from ..errors import UserError
-from ..evaluation import model_size
-from ..files import replacing_folder
-from ..folder_lock import compress_alone
-from ..modeling_factorized_gpt2 import FactorizedGPT2
-from ..old_checkpoints import load_old_checkpoint
-from ..parsing import ManualParser
-from ..tokenizer_files import save_tokenizer
-from ..verification import verify_copy
+from ..common.errors import UserError
+from ..common.files import replacing_folder
+from ..common.folder_lock import compress_alone
+from ..models.loading import check_tokenizer
+from ..models.sizes import model_size
+from ..models.verification import verify_copy
+from ..nanogpt.checkpoints import load_old_checkpoint
+from ..network.modeling_factorized_gpt2 import FactorizedGPT2
+from ..settings.parsing import ManualParser
+from ..text.tokenizer_files import save_tokenizer
+from ..text.tokenizers import load_tokenizer, vocabulary_size
 from .shell import run_command
 
 logger = logging.getLogger(__name__)

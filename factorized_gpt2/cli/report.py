@@ -4,8 +4,8 @@ import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ..parsing import ManualParser
-from ..reporting import read_results, results_table, write_report
+from ..report.reporting import read_results, results_table, write_report
+from ..settings.parsing import ManualParser
 from .shell import run_command
 
 

@@ -9,11 +9,11 @@ from typing import Any
 
 from tabulate import tabulate
 
-from ..errors import UserError, one_line, own_message
-from ..files import refusal
-from ..interruption import leaving_cleanly
-from ..parsing import take_debug
-from ..progress import hide_bars_of_libraries
+from ..common.errors import UserError, one_line, own_message
+from ..common.files import refusal
+from ..common.progress import hide_bars_of_libraries
+from ..settings.parsing import take_debug
+from ..trainer.interruption import leaving_cleanly
 
 MESSAGE_LENGTH = 1000  # characters of an error that quotes what was given
 

@@ -4,12 +4,12 @@ import json
 import sys
 from pathlib import Path
 
-from ..arguments import PRINT_CONFIG, Run, parse_run
-from ..errors import UserError
-from ..hub import check_access, publish, publish_adapter
-from ..results import megabytes
-from ..run_folder import ADAPTER_NAME
-from ..training import run_experiment
+from ..common.errors import UserError
+from ..hub.repository import check_access, publish, publish_adapter
+from ..runs.folder import ADAPTER_NAME
+from ..runs.results import megabytes
+from ..runs.run import run_experiment
+from ..runs.settings import PRINT_CONFIG, Run, parse_run
 from .shell import run_command
 
 

@@ -1,1 +1,0 @@
-"""Vocabulary matrices as entropy-coded integers. Arrays in and out: numpy, no model, no files."""

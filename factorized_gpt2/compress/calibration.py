@@ -1,0 +1,161 @@
+"""What text says of a baseline: token frequencies, hidden states, gradients of the embedding."""
+
+import copy
+
+import numpy as np
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, Dataset, Subset
+
+from ..common.errors import UserError
+from ..common.progress import Progress
+from ..network.modeling_factorized_gpt2 import FactorizedGPT2
+from ..text.blocks import IGNORED_LABEL, collate_blocks
+from .data_aware import VocabularyUse
+from .row_fit import Side
+
+DRAWS = 8  # next tokens drawn from the model's distribution at every position
+_ROWS_AT_ONCE = 512  # of logits, (rows, V)
+
+
+def spread_blocks(blocks: Dataset, tokens: int) -> Dataset:
+    """Choose blocks of together at least `tokens` tokens (or all there are), evenly spread over the text."""
+    block_size = len(blocks[0]["input_ids"])
+    count = min(len(blocks), -(-tokens // block_size))
+    return Subset(blocks, np.linspace(0, len(blocks) - 1, count).astype(int).tolist())
+
+
+def count_tokens(blocks: Dataset, vocab_size: int) -> np.ndarray:
+    """Count every token of a text, (V,) int64."""
+    counts = torch.zeros(vocab_size, dtype=torch.int64)
+    for batch in DataLoader(blocks, batch_size=1000, collate_fn=collate_blocks):
+        labels = batch["labels"]
+        counts += torch.bincount(labels[labels != IGNORED_LABEL], minlength=vocab_size)
+    return counts.numpy()
+
+
+def calibrate(
+    model: FactorizedGPT2,
+    blocks: Dataset,
+    token_counts: np.ndarray,
+    seed: int = 0,
+    device: torch.device | str = "cpu",
+    desc: str | None = None,
+) -> VocabularyUse:
+    """Run a baseline over text, forward and backward, and keep what meets the rows of its vocabulary.
+
+    At every position a next token is drawn from the model's own distribution, and the gradient of the summed negative
+    log-likelihood of the draws taken with respect to the token embeddings: its second moment is the Fisher
+    information, which is the curvature of KL(baseline || changed model) where nothing is changed yet. A text's real
+    tokens would not do: their gradients also hold what the model fits badly. In float32, a block at a time, with no
+    more than `_ROWS_AT_ONCE` rows of logits; what is kept takes 8 d + 104 bytes a token.
+
+    Args:
+        model: Unfactorized.
+        blocks: Rows of `input_ids`.
+        token_counts: (V,) int64, of these blocks or of all the text.
+        seed: Of the draws.
+        device: Where to run.
+        desc: Label of the progress bar; `None` for no bar.
+
+    Returns:
+        The use of its vocabulary.
+
+    Raises:
+        UserError: The baseline computes NaN or infinity on the text.
+    """
+    trunk, head = _float32_parts(model, device)
+    generator = torch.Generator(device).manual_seed(seed)
+    kept = {name: [] for name in ("ids", "hidden", "gradients", "draws", "variances")}
+    for row in Progress(blocks, desc=desc, disable=desc is None):
+        ids = collate_blocks([row])["input_ids"].to(device)
+        embedded = trunk.wte(ids).detach().requires_grad_(True)
+        hidden = trunk(inputs_embeds=embedded, use_cache=False).last_hidden_state[0]  # [T, d]
+        if not torch.isfinite(hidden).all():
+            raise UserError(
+                "The baseline computes NaN or infinity on the calibration text: its weights are too large."
+            )
+        draws, variances, upstream = _draw(hidden.detach(), head, generator)
+        (gradients,) = torch.autograd.grad(hidden, embedded, upstream)
+        values = (ids[0], hidden.detach(), gradients[0], draws, variances)
+        for kind, value in zip(kept.values(), values, strict=True):
+            kind.append(value.cpu())
+    ids, hidden, gradients, draws, variances = (torch.cat(parts).numpy() for parts in kept.values())
+    positions = np.arange(len(ids))
+    return VocabularyUse(
+        token_counts=token_counts,
+        input_side=Side(gradients, ids, positions, np.ones(len(ids), np.float32)),
+        output_side=Side(hidden, draws.ravel(), np.repeat(positions, DRAWS), variances.ravel() / DRAWS),
+    )
+
+
+@torch.no_grad()
+def compensated_head(
+    compressed: FactorizedGPT2,
+    scale_down: np.ndarray,
+    blocks: Dataset,
+    hidden_states: np.ndarray,
+    device: torch.device | str = "cpu",
+    desc: str | None = None,
+) -> np.ndarray:
+    """Fit `scale_down` to the hidden states that a compressed model sees, not those of the baseline.
+
+    With h the baseline's final hidden states and h' the compressed model's on the same text, T = E[h h'^T] E[h'
+    h'^T]^-1 predicts h from h' with least squared error, and (T h') takes the place of h before `scale_down`.
+
+    Args:
+        compressed: The compressed model.
+        scale_down: (d, k) floats, what it has.
+        blocks: Rows of `input_ids`.
+        hidden_states: (N, d) float32, the baseline's final hidden states of these blocks, as `calibrate` keeps them.
+        device: Where to run.
+        desc: Label of the progress bar; `None` for no bar.
+
+    Returns:
+        The new `scale_down`, (d, k) float32.
+    """
+    trunk, _ = _float32_parts(compressed, device)
+    width = hidden_states.shape[1]
+    summed_on = "cpu" if torch.device(device).type == "mps" else device  # MPS has no float64
+    own, cross = (torch.zeros(width, width, dtype=torch.float64, device=summed_on) for _ in range(2))
+    done = 0
+    for row in Progress(blocks, desc=desc, disable=desc is None):
+        ids = collate_blocks([row])["input_ids"].to(device)
+        seen = trunk(ids, use_cache=False).last_hidden_state[0].to(summed_on).double()
+        true = torch.from_numpy(hidden_states[done : done + len(seen)]).to(summed_on, torch.float64)
+        done += len(seen)
+        own += seen.T @ seen
+        cross += seen.T @ true
+    # A ridge towards T = I: where the text says too little, hidden states stay as they are.
+    ridge = _COMPENSATION_RIDGE * own.trace() / width * torch.eye(width, dtype=torch.float64, device=summed_on)
+    transform = torch.linalg.solve(own + ridge, cross + ridge).cpu().numpy()  # T^T, (d, d)
+    return np.ascontiguousarray(transform @ scale_down, dtype=np.float32)
+
+
+_COMPENSATION_RIDGE = 1e-3
+
+
+def _draw(
+    hidden: torch.Tensor, head: torch.Tensor, generator: torch.Generator
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Draw next tokens for hidden states (T, d).
+
+    Returns:
+        The tokens (T, DRAWS) and 1 - p of each: drawn with probability p, they add up to weights p (1 - p); and the
+        gradient of the first draws' negative log-likelihood with respect to `hidden`, (T, d).
+    """
+    draws, variances, gradients = [], [], []
+    for rows in hidden.split(_ROWS_AT_ONCE):
+        probabilities = nn.functional.linear(rows, head).softmax(-1)
+        drawn = torch.multinomial(probabilities, DRAWS, replacement=True, generator=generator)
+        variances.append(1 - probabilities.gather(1, drawn))
+        gradients.append(probabilities @ head - head[drawn[:, 0]])
+        draws.append(drawn)
+    return torch.cat(draws), torch.cat(variances), torch.cat(gradients)
+
+
+def _float32_parts(model: FactorizedGPT2, device: torch.device | str) -> tuple[nn.Module, torch.Tensor]:
+    """Return trunk and head matrix, in float32 on a device and without dropout; copies, unless they are so already."""
+    if model.dtype != torch.float32 or model.device.type != torch.device(device).type or model.training:
+        model = copy.deepcopy(model).to(device, torch.float32).eval()
+    return model.transformer, model.lm_head.weight.detach()

@@ -1,0 +1,320 @@
+"""A trained baseline to compressed models and their folders."""
+
+import hashlib
+import logging
+import re
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+from transformers import PreTrainedTokenizerBase
+
+from ..common.errors import UserError
+from ..common.files import read_json, replacing_folder, write_json
+from ..common.fingerprints import config_fingerprint, tokenizer_fingerprint
+from ..models.conversion import from_gpt2, vocabulary_matrices
+from ..models.factors import Factors
+from ..models.loading import Baseline, load_compressed
+from ..models.record import RECORD_NAME, compressed_folder
+from ..models.verification import verify_copy
+from ..network.modeling_factorized_gpt2 import FactorizedGPT2
+from ..text.tokenizer_files import save_tokenizer
+from .calibration import calibrate, compensated_head, count_tokens, spread_blocks
+from .data_aware import METHODS as DATA_AWARE_METHODS
+from .data_aware import DataAwareDecomposition, VocabularyUse
+from .factor_files import pca_factors
+from .pca import explained_shares, factorize_ranks
+from .refinement import check_device, refine
+
+logger = logging.getLogger(__name__)
+
+METHODS = ("pca", *DATA_AWARE_METHODS)
+
+
+@dataclass(frozen=True)
+class CalibrationText:
+    """Text that tells how a baseline uses its vocabulary.
+
+    Attributes:
+        blocks: All of it, rows of `input_ids`: tokens are counted in all, and refinement draws from all.
+        tokens: How many of them the model is run over.
+        name: Files or dataset it was read from.
+    """
+
+    blocks: Dataset
+    tokens: int
+    name: str
+
+    @cached_property
+    def sample(self) -> Dataset:
+        """The blocks that the model is run over, spread evenly."""
+        return spread_blocks(self.blocks, self.tokens)
+
+    @cached_property
+    def record(self) -> dict[str, Any]:
+        """What a compressed model's record says of it; the fingerprint is of the sampled tokens."""
+        ids = [row["input_ids"] for row in self.sample]
+        digest = hashlib.sha256()
+        for row in ids:
+            digest.update(np.ascontiguousarray(row, dtype=np.int32).data)
+        return {
+            "text": self.name,
+            "blocks": len(self.blocks),
+            "tokens": int(sum(len(row) for row in ids)),
+            "block_size": len(ids[0]),
+            "fingerprint": digest.hexdigest(),
+        }
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a baseline is compressed, apart from the rank.
+
+    Attributes:
+        method: One of `METHODS`.
+        tied: Whether one `wte` serves both sides; a tied baseline can be given two, an untied one never one.
+        refine_steps: Steps of refinement after the factorization.
+        seed: Of every draw.
+    """
+
+    method: str = "pca"
+    tied: bool = True
+    refine_steps: int = 0
+    seed: int = 0
+
+    @property
+    def needs_text(self) -> bool:
+        """Whether there is something to learn from calibration text."""
+        return self.method != "pca" or self.refine_steps > 0
+
+
+class Compressor:
+    """Makes compressed models of one baseline by one recipe; what does not depend on the rank is computed once.
+
+    Args:
+        baseline: The trained model.
+        recipe: How to compress it.
+        root: Folder of the model folders and of the protocol's factor files.
+        tokenizer: Goes into the model folders; `None` where there is none.
+        text: Calibration text, where the recipe needs it.
+        overwrite: Whether what was made otherwise, or from another baseline, may be replaced.
+        device: Where calibration and refinement run.
+        progress: Whether long work shows a bar.
+
+    Raises:
+        UserError: The recipe needs text and there is none, or refinement, which this device cannot do.
+    """
+
+    def __init__(
+        self,
+        baseline: Baseline,
+        recipe: Recipe,
+        root: Path,
+        tokenizer: PreTrainedTokenizerBase | None,
+        text: CalibrationText | None = None,
+        overwrite: bool = False,
+        device: torch.device | str = "cpu",
+        progress: bool = False,
+    ):
+        if recipe.needs_text and text is None:
+            what = f"method {recipe.method}" if recipe.method != "pca" else "refinement"
+            raise UserError(f"{what} learns from text: set calibration_file or dataset_name.")
+        if recipe.refine_steps:
+            check_device(device)
+        self.baseline, self.root, self.tokenizer, self.text = baseline, root, tokenizer, text
+        self.recipe = replace(recipe, tied=recipe.tied and baseline.model.config.tie_word_embeddings)
+        self.overwrite, self.device, self.progress = overwrite, device, progress
+        self.saved: list[int] = []  # ranks whose folders were written
+        self._ahead: dict[int, Factors] = {}
+
+    @cached_property
+    def shares(self) -> np.ndarray:
+        """The `explained_share` of each rank, (min(V, d),) float64, rank 1 first."""
+        if self.recipe.method == "pca":
+            return explained_shares(self._matrices[0])
+        return self._decomposition.shares
+
+    @property
+    def share_name(self) -> str:
+        """What a model's record calls its `explained_share`, which for PCA alone is one of variance."""
+        return "explained_variance_ratio" if self.recipe.method == "pca" else "explained_share"
+
+    @property
+    def label(self) -> str:
+        """What tells this way of compressing from others, as in `tokenwise_refined`."""
+        untied = self.baseline.model.config.tie_word_embeddings and not self.recipe.tied
+        words = [self.recipe.method, "untied" if untied else "", "refined" if self.recipe.refine_steps else ""]
+        return "_".join(filter(None, words))
+
+    def folder(self, rank: int) -> Path:
+        """Where the model of some rank is kept; for PCA alone, under the protocol's name."""
+        return compressed_folder(self.root, rank, self.label, self.recipe.refine_steps > 0)
+
+    def ranks_there(self) -> list[int]:
+        """List the ranks of all folders that hold what this compressor would make, smallest first.
+
+        A folder whose record cannot be read is none of them.
+        """
+
+        def is_of_this_making(rank: int) -> bool:
+            try:
+                return not self._difference(rank)
+            except UserError:
+                return False
+
+        name = re.compile(re.escape(self.folder(0).name).removesuffix("0") + r"([1-9]\d*)")
+        found = [int(match[1]) for path in self.root.iterdir() if (match := name.fullmatch(path.name))]
+        return sorted(filter(is_of_this_making, found))
+
+    def factorize_ahead(self, ranks: Sequence[int]) -> None:
+        """Factorize at ranks that will be made, with one decomposition.
+
+        Raises:
+            UserError: A rank out of range; the protocol's factor files hold something else, unless `overwrite`.
+        """
+        self._ahead |= self._factorize(ranks)
+
+    def make(self, rank: int) -> tuple[FactorizedGPT2, float]:
+        """Factorize, compensate and refine as the recipe says, in memory.
+
+        Returns:
+            The compressed model in evaluation mode, and the `explained_share` of its factors.
+        """
+        factors = self._ahead.pop(rank, None) or self._factorize([rank])[rank]
+        model = from_gpt2(self.baseline.model, factors)
+        if self.recipe.method == "tokenwise":
+            desc = f"Compensating the head at k = {rank}" if self.progress else None
+            hidden_states = self._use.output_side.vectors
+            scale_down = compensated_head(
+                model, factors.scale_down, self.text.sample, hidden_states, self.device, desc
+            )
+            factors = replace(factors, scale_down=scale_down)
+            model = from_gpt2(self.baseline.model, factors)
+        if self.recipe.refine_steps:
+            model = refine(
+                model,
+                self.baseline.model,
+                self.text.blocks,
+                self.recipe.refine_steps,
+                self.recipe.seed,
+                self.progress,
+                self.device,
+            )
+        return model, factors.explained_share
+
+    def save(self, model: FactorizedGPT2, rank: int, share: float) -> None:
+        """Write a compressed model's folder, whole or not at all, and reload it to see that it is this model.
+
+        Raises:
+            UserError: The model's logits are NaN or infinite.
+            RuntimeError: The reloaded model's logits differ.
+        """
+        with replacing_folder(self.folder(rank)) as temporary:
+            model.save_pretrained(temporary)
+            verify_copy(model, temporary, name=self.folder(rank))
+            if self.tokenizer is not None:
+                save_tokenizer(self.tokenizer, temporary, model.config.n_positions)
+            kept = {self.share_name: share, "spectrum": [round(float(share), 6) for share in self.shares]}
+            write_json(temporary / RECORD_NAME, self._record(rank) | kept)
+        self.saved.append(rank)
+
+    def load_or_make(self, rank: int) -> tuple[FactorizedGPT2, Path]:
+        """Load the compressed model of a rank, or make its folder first.
+
+        Returns:
+            The model in evaluation mode, and its folder.
+
+        Raises:
+            UserError: The folder holds something else, unless `overwrite`.
+        """
+        model = self.load(rank)
+        if model is None:
+            model, share = self.make(rank)
+            self.save(model, rank, share)
+        return model, self.folder(rank)
+
+    def load(self, rank: int) -> FactorizedGPT2 | None:
+        """Load the compressed model of a rank if its folder was made from this baseline in this way.
+
+        Raises:
+            UserError: A rank out of range; the folder holds another compressed model, unless `overwrite`, or none.
+        """
+        self.baseline.check_ranks([rank])
+        folder = self.folder(rank)
+        if folder.exists() and not folder.is_dir():
+            raise UserError(f"{folder}, where the model of rank {rank} belongs, is a file: move it away.")
+        if not (folder.exists() and any(folder.iterdir())):
+            return None
+        if not (folder / RECORD_NAME).exists():
+            raise UserError(f"{folder} holds something else than a compressed model; remove it.")
+        difference = self._difference(rank)
+        if not difference:
+            logger.info("%s was made in this way before and is reused.", folder)
+            stored = read_json(folder / RECORD_NAME)
+            unknown = [what for name, what in _WHAT_IS_TAKEN_OVER.items() if name not in stored]
+            if unknown:
+                logger.warning("%s does not say of which %s it was made.", folder, " and ".join(unknown))
+            return load_compressed(str(folder))
+        if not self.overwrite:
+            raise UserError(f"{folder} {difference}; remove or overwrite it.")
+        return None
+
+    def _difference(self, rank: int) -> str:
+        """Say how a folder's model was made otherwise than this compressor would make it; empty if it was not."""
+        record = self.folder(rank) / RECORD_NAME
+        if not record.is_file():
+            return "holds something else than a compressed model"
+        stored, asked = read_json(record), self._record(rank)
+        if stored.get("baseline_fingerprint") != asked["baseline_fingerprint"]:
+            return f"was not made from {self.baseline.name}"
+        changed = sorted(name for name in _WHAT_MAKES_A_MODEL if stored.get(name) != asked[name])
+        changed += [what for name, what in _WHAT_IS_TAKEN_OVER.items() if stored.get(name, asked[name]) != asked[name]]
+        if not changed and not isinstance(stored.get(self.share_name), float):
+            changed = [self.share_name]
+        return f"was made with another {', '.join(changed)}" if changed else ""
+
+    def _record(self, rank: int) -> dict[str, Any]:
+        calibration = self.text.record if self.recipe.needs_text else None
+        return asdict(self.recipe) | {
+            "seed": self.recipe.seed if self.recipe.needs_text else None,
+            "n_embd_wte": rank,
+            "baseline": self.baseline.name,
+            "baseline_fingerprint": self.baseline.fingerprint,
+            "config_fingerprint": config_fingerprint(self.baseline.model.config),
+            "tokenizer_fingerprint": tokenizer_fingerprint(self.tokenizer),
+            "calibration": calibration,
+        }
+
+    @cached_property
+    def _matrices(self) -> tuple[np.ndarray, np.ndarray | None]:
+        embedding, head = vocabulary_matrices(self.baseline.model)
+        return embedding, embedding if head is None and not self.recipe.tied else head
+
+    @cached_property
+    def _use(self) -> VocabularyUse:
+        counts = count_tokens(self.text.blocks, self.baseline.model.config.vocab_size)
+        desc = "Calibrating" if self.progress else None
+        return calibrate(self.baseline.model, self.text.sample, counts, self.recipe.seed, self.device, desc)
+
+    @cached_property
+    def _decomposition(self) -> DataAwareDecomposition:
+        embedding, head = self._matrices
+        return DataAwareDecomposition(embedding, self.recipe.method, self._use, head)
+
+    def _factorize(self, ranks: Sequence[int]) -> dict[int, Factors]:
+        self.baseline.check_ranks(ranks)
+        if self.recipe.method != "pca":
+            return {rank: self._decomposition.factors(rank) for rank in ranks}
+        if self.recipe.tied == self.baseline.model.config.tie_word_embeddings:
+            return pca_factors(self.baseline, ranks, self.root, self.overwrite)
+        embedding, head = self._matrices
+        return factorize_ranks(embedding, ranks, head)
+
+
+_WHAT_MAKES_A_MODEL = ("method", "tied", "refine_steps", "seed", "n_embd_wte", "calibration")
+_WHAT_IS_TAKEN_OVER = {"config_fingerprint": "config", "tokenizer_fingerprint": "tokenizer"}  # of the baseline

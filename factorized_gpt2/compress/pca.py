@@ -1,0 +1,117 @@
+"""Principal component analysis of vocabulary matrices: arrays in, arrays out. No model, no files."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from ..models.factors import Factors
+
+if TYPE_CHECKING:
+    from sklearn.decomposition import PCA
+
+
+def factorize(weight: np.ndarray, rank: int, lm_head: np.ndarray | None = None) -> Factors:
+    """Factorize a vocabulary matrix at one rank; see `factorize_ranks`."""
+    return factorize_ranks(weight, [rank], lm_head)[rank]
+
+
+def factorize_ranks(weight: np.ndarray, ranks: Sequence[int], lm_head: np.ndarray | None = None) -> dict[int, Factors]:
+    """Factorize a vocabulary matrix by principal component analysis at several ranks, with one decomposition.
+
+    With U the k leading eigenvectors of the covariance of the rows, (d, k), and m their mean:
+    `wte = (W - m) U`, `scale_up = U.T`, `scale_down = U`. This is the affine rank-k map of least squared error
+    (Eckart & Young, 1936). Leading components are nested, so the largest rank serves all. On the head's side
+    `W h = wte U.T h + (m . h) 1`: the mean adds one number to all logits of a position, which softmax does not see.
+
+    Args:
+        weight: (V, d) floats, V >= 2, the token embedding; the head too when `lm_head` is `None`.
+        ranks: Ranks k, each 1 <= k <= min(V, d).
+        lm_head: (V, d) floats, the head's own matrix when it is not tied; it gets a decomposition of its own.
+
+    Returns:
+        Factors by rank.
+
+    Raises:
+        ValueError: A rank out of range or none, a matrix that is not two-dimensional, or NaN or infinity in it.
+    """
+    embedding = _fit_pca(weight, ranks, "the token embedding")
+    head = None if lm_head is None else _fit_pca(lm_head, ranks, "the head")
+    scores = _transform(embedding, weight)
+    head_scores = None if head is None else _transform(head, lm_head)
+    factors = {}
+    for rank in ranks:
+        output_side = embedding if head is None else head
+        factors[rank] = Factors(
+            wte=_as_float32(scores[:, :rank]),
+            scale_up=_as_float32(embedding.components_[:rank]),
+            scale_down=_as_float32(output_side.components_[:rank].T),
+            mean=_as_float32(embedding.mean_),
+            explained_share=_explained_share(embedding, rank),
+            lm_head=None if head_scores is None else _as_float32(head_scores[:, :rank].T),
+        )
+    return factors
+
+
+def explained_shares(weight: np.ndarray) -> np.ndarray:
+    """Compute the share of variance that a principal component analysis keeps at every rank.
+
+    Args:
+        weight: (V, d) floats, V >= 2.
+
+    Returns:
+        (min(V, d),) float64, rank 1 first; ones where there is no variance.
+
+    Raises:
+        ValueError: As in `factorize_ranks`.
+    """
+    pca = _fit_pca(weight, [min(weight.shape)], "the token embedding")
+    return np.minimum(np.nan_to_num(pca.explained_variance_ratio_.cumsum(), nan=1.0), 1.0)
+
+
+def check_factorizable(weight: np.ndarray, ranks: Sequence[int], name: str) -> None:
+    """Check a matrix and the ranks asked of it.
+
+    Raises:
+        ValueError: A rank out of range or none, a matrix that is not two-dimensional, or NaN or infinity in it; the
+            message calls the matrix by `name`.
+    """
+    if weight.ndim != 2 or len(weight) < 2:
+        raise ValueError(f"{name} must be a matrix (V, d) with V >= 2, got shape {weight.shape}.")
+    largest = min(weight.shape)
+    if not ranks:
+        raise ValueError("No rank given.")
+    for rank in ranks:
+        if not 1 <= rank <= largest:
+            raise ValueError(f"Rank {rank} is out of range: {name} is {weight.shape}, so 1 <= rank <= {largest}.")
+    if not np.isfinite(weight).all():
+        raise ValueError(f"{name} contains NaN or infinity.")
+
+
+def _fit_pca(weight: np.ndarray, ranks: Sequence[int], name: str) -> PCA:
+    from sklearn.decomposition import PCA  # not for those who only load a model
+
+    check_factorizable(weight, ranks, name)
+    # The covariance squares the condition number; in float64 the leading subspace is that of a full SVD.
+    with np.errstate(invalid="ignore"):  # equal rows: no variance, and shares of it are 0 / 0
+        return PCA(n_components=max(ranks), svd_solver="covariance_eigh").fit(_as_float64(weight))
+
+
+def _transform(pca: PCA, weight: np.ndarray) -> np.ndarray:
+    """Do what `pca.transform` does, in the result's own precision: half the time and memory of float64."""
+    return (_as_float32(weight) - _as_float32(pca.mean_)) @ _as_float32(pca.components_.T)
+
+
+def _explained_share(pca: PCA, rank: int) -> float:
+    share = pca.explained_variance_ratio_[:rank].sum()
+    return 1.0 if np.isnan(share) else min(float(share), 1.0)
+
+
+def _as_float64(array: np.ndarray) -> np.ndarray:
+    return np.asarray(array, dtype=np.float64)
+
+
+def _as_float32(array: np.ndarray) -> np.ndarray:
+    return np.ascontiguousarray(array, dtype=np.float32)

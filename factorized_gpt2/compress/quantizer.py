@@ -1,0 +1,168 @@
+"""How to round a vocabulary matrix so that a budget of bytes buys most."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from .coded_table import CodedTable
+from .data_aware import FREQUENCY_EXPONENT
+from .prediction import OCTAVE, RowRelations, find_parents, measure_spreads
+
+STEP_EXPONENT = 0.25  # steps are row weights to the power of minus this; docs/coding.md measures others
+_LEAST_HEARD = 1e-9  # of all that the head hears
+_SCALE_DEVIATION = 16  # of the integers of `scale_up`
+_DIGIT = 128  # a column whose codes leave [-127, 127] becomes two, in units of 128 and of 1
+_LARGEST_STEP_INDEX = 60
+_PARENT_COMPONENTS = 256  # by which rows are told to be alike
+_SEARCH_ROUNDS = 8
+_TOLERANCE = 0.01  # of the budget
+
+
+def coding_weights(token_counts: np.ndarray, head_use: np.ndarray) -> np.ndarray:
+    """Weigh rows by how often they are looked up and by how much the head hears of them, the geometric mean of both.
+
+    Args:
+        token_counts: (V,) counts of tokens in text; half an occurrence stands for those never seen.
+        head_use: (V,) floats, the sum of p (1 - p) of a token's probability over positions of text.
+
+    Returns:
+        (V,) float64 with sum 1.
+    """
+    looked_up, heard = token_counts + 0.5, head_use / head_use.sum()
+    weights = (looked_up * np.maximum(heard, _LEAST_HEARD)) ** (FREQUENCY_EXPONENT / 2)
+    return weights / weights.sum()
+
+
+def encode_table(
+    weight: np.ndarray,
+    metric: np.ndarray,
+    row_weights: np.ndarray,
+    bits_per_weight: float,
+    exponent: float = STEP_EXPONENT,
+) -> CodedTable:
+    """Code a vocabulary matrix within a budget.
+
+    With m = q W, q the row weights, and a metric C, rows are rotated into the eigenvectors P of C^(1/2) G C^(1/2),
+    G = (W - m)^T diag(q) (W - m), where an error costs the same in every direction, and rounded to integers with one
+    step a row, proportional to q^(-exponent). Components of which no code is left fall away: low rank is where
+    precision ends. The codes are entropy-coded, predicted from like rows; all that a decoder needs is counted.
+
+    Args:
+        weight: (V, d) floats, finite.
+        metric: (d, d) float64, positive definite: what an error e of a row costs, e C e^T.
+        row_weights: (V,) positive float64: what a row's errors weigh.
+        bits_per_weight: The budget, bytes times 8 / (V d); `nbytes` is at most that.
+        exponent: Of row weights in the steps.
+
+    Returns:
+        The coded matrix.
+
+    Raises:
+        ValueError: The budget is too small.
+    """
+    rotation = _Rotation.of(weight, metric, row_weights)
+    step_index = _step_indices(row_weights, exponent)
+    relative = np.exp2(step_index / OCTAVE).astype(np.float32)
+    budget = bits_per_weight * weight.size / 8
+    step = _plain_step(rotation.scores, relative, 8 * budget)
+    weights = 1 / np.sqrt(rotation.scores.var(0) + (step * np.median(relative)) ** 2 / 12)
+    parents = find_parents((rotation.scores * weights)[:, :_PARENT_COMPONENTS], step_index)
+    best = None
+    for _ in range(_SEARCH_ROUNDS):
+        table = _code(rotation, step, step_index, *parents)
+        size = table.nbytes
+        if size <= budget and (best is None or size > best[0]):
+            best = size, table
+        if (1 - _TOLERANCE) * budget <= size <= budget:
+            break
+        excess = 8 * (size - (1 - _TOLERANCE / 2) * budget)
+        step *= 2 ** np.clip(excess / _plain_bits(rotation.scores, step * relative)[1], -2, 2)
+    if best is None:
+        raise ValueError(f"{bits_per_weight} bits a weight do not hold a matrix of {weight.shape}.")
+    return best[1]
+
+
+@dataclass(frozen=True)
+class _Rotation:
+    """`scores @ scale_up + mean` is the matrix; a step in any score costs the same."""
+
+    scores: np.ndarray  # (V, d) float32
+    codes: np.ndarray  # (d, d) int8
+    steps: np.ndarray  # (d,) float16
+    mean: np.ndarray  # (d,) float16
+
+    @staticmethod
+    def of(weight: np.ndarray, metric: np.ndarray, row_weights: np.ndarray) -> "_Rotation":
+        weight = np.asarray(weight, np.float32)
+        weights = row_weights / row_weights.sum()
+        mean = (weights @ weight).astype(np.float16)
+        centred = weight - mean.astype(np.float32)
+        values, vectors = np.linalg.eigh(metric * (len(metric) / np.trace(metric)))  # in the range of fp16's numbers
+        root, inverse_root = ((vectors * values**power) @ vectors.T for power in (0.5, -0.5))
+        gram = (centred * weights[:, None].astype(np.float32)).T @ centred
+        _, vectors = np.linalg.eigh(root @ gram @ root)
+        scale_up = vectors[:, ::-1].T @ inverse_root
+        steps = (np.sqrt((scale_up**2).mean(1)) / _SCALE_DEVIATION).astype(np.float16)
+        steps = np.maximum(steps, np.finfo(np.float16).tiny)
+        codes = np.clip(np.rint(scale_up / steps[:, None].astype(np.float64)), -127, 127).astype(np.int8)
+        # The scores are those of the rounded matrix, so its rounding is no error.
+        rounded = codes * steps[:, None].astype(np.float64)
+        return _Rotation(centred @ np.linalg.inv(rounded).astype(np.float32), codes, steps, mean)
+
+
+def _step_indices(row_weights: np.ndarray, exponent: float) -> np.ndarray:
+    logarithms = -exponent * np.log2(row_weights)
+    return np.minimum(np.rint(OCTAVE * (logarithms - logarithms.min())).astype(np.int64), _LARGEST_STEP_INDEX)
+
+
+def _plain_step(scores: np.ndarray, relative: np.ndarray, bits: float) -> float:
+    """Find the step at which `_plain_bits` meets a budget, by bisection of its logarithm."""
+    low, high = -60.0, 60.0
+    while high - low > 0.01:
+        middle = (low + high) / 2
+        spends_more = _plain_bits(scores, relative * np.float32(2**middle))[0] > bits
+        low, high = (middle, high) if spends_more else (low, middle)
+    return 2**high
+
+
+def _plain_bits(scores: np.ndarray, steps: np.ndarray) -> tuple[float, float]:
+    """Estimate, from some of the rows, bits of codes that nothing predicts, and how many a doubled step saves.
+
+    A Gaussian of many steps' spread s has log2(2 pi e s^2) / 2 bits.
+    """
+    rows = slice(None, None, max(1, len(scores) // 1024))
+    above = 2 * np.pi * np.e * (scores[rows] / steps[rows, None]).var(0)
+    return len(scores) * 0.5 * float(np.log2(1 + above).sum()), len(scores) * float((above / (1 + above)).sum())
+
+
+def _code(
+    rotation: _Rotation, step: float, step_index: np.ndarray, parent: np.ndarray, share: np.ndarray
+) -> CodedTable:
+    steps = (step * np.exp2(step_index / OCTAVE)).astype(np.float32)
+    codes, column, unit = _digits(np.rint(rotation.scores / steps[:, None]).astype(np.int32))
+    scale_steps = (unit * rotation.steps[column]).astype(np.float16)
+    row_spread, column_spread = measure_spreads(codes, step_index, parent, share)
+    relations = RowRelations(step_index, parent, share, row_spread, column_spread)
+    return CodedTable(codes, relations, float(np.float32(step)), rotation.codes[column], scale_steps, rotation.mean)
+
+
+def _digits(wide: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Write integers (V, d) as int8 columns: one a component, more where eight bits do not hold it, none if all are 0.
+
+    Returns:
+        The columns (V, k); of each the component, (k,), and what its 1 stands for, (k,).
+    """
+    columns, components, units = [], [], []
+    component, unit = np.arange(wide.shape[1]), 1
+    while len(component):
+        wide = wide[:, used] if not (used := np.abs(wide).max(0) > 0).all() else wide
+        component = component[used]
+        carried = np.abs(wide).max(0, initial=0) > 127
+        carry = (wide[:, carried] + _DIGIT // 2) // _DIGIT
+        low = wide.copy()
+        low[:, carried] -= carry * _DIGIT
+        columns.append(low.astype(np.int8))
+        components.append(component)
+        units.append(np.full(len(component), unit))
+        wide, component, unit = carry, component[carried], unit * _DIGIT
+    return tuple(np.concatenate(parts, axis=-1) for parts in (columns, components, units))

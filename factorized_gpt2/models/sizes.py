@@ -1,0 +1,52 @@
+"""Parameters and bytes of a model, and its vocabulary's share of them."""
+
+from dataclasses import dataclass
+
+from torch import nn
+from transformers import GPT2Config
+
+
+@dataclass(frozen=True)
+class ModelSize:
+    """Parameters and bytes of a model, shared weights counted once.
+
+    Attributes:
+        parameters: All parameters.
+        vocabulary_parameters: Those of token embedding, scale matrices and head.
+        bytes: Bytes of all parameters in their dtype.
+        vocabulary_bytes: Bytes of the vocabulary's.
+    """
+
+    parameters: int
+    vocabulary_parameters: int
+    bytes: int
+    vocabulary_bytes: int
+
+
+_VOCABULARY_MODULES = ("wte.", "scale_up.", "scale_down.", "lm_head.")
+
+
+def is_vocabulary(name: str) -> bool:
+    """Tell whether a parameter, by its name, belongs to the token embedding, the scale matrices or the head."""
+    return name.removeprefix("transformer.").startswith(_VOCABULARY_MODULES)
+
+
+def model_size(model: nn.Module) -> ModelSize:
+    """Count a model's parameters and bytes, and the vocabulary's share of them."""
+    named = list(model.named_parameters())
+    vocabulary = [weight for name, weight in named if is_vocabulary(name)]
+    weights = [weight for _, weight in named]
+    return ModelSize(
+        parameters=sum(weight.numel() for weight in weights),
+        vocabulary_parameters=sum(weight.numel() for weight in vocabulary),
+        bytes=sum(weight.numel() * weight.element_size() for weight in weights),
+        vocabulary_bytes=sum(weight.numel() * weight.element_size() for weight in vocabulary),
+    )
+
+
+def least_parameters(config: GPT2Config) -> int:
+    """Count the parameters that a configuration asks for, biases and norms left out, without making the model."""
+    width = config.n_embd
+    vocabulary_width = getattr(config, "embedding_size", width)
+    per_layer = 4 * width**2 + 2 * width * (config.n_inner or 4 * width)
+    return config.vocab_size * vocabulary_width + config.n_positions * width + config.n_layer * per_layer

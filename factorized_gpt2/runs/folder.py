@@ -1,0 +1,154 @@
+"""The folder of a run: whose it is, how far it came, and what ends up in it."""
+
+import logging
+import re
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedTokenizerBase
+from transformers.utils import CONFIG_NAME
+
+from ..common.errors import UserError
+from ..common.files import filling_folder, read_json, remove_folder, write_json
+from ..common.weight_files import weight_files
+from ..models.record import RECORD_NAME, compressed_folder
+from ..models.verification import verify_saved
+from ..network.modeling_factorized_gpt2 import FactorizedGPT2
+from ..text.tokenizer_files import save_tokenizer
+from .identity import Differences, differences, identity
+from .results import RESULTS_NAME, Results
+from .settings import Run, RunArguments
+
+logger = logging.getLogger(__name__)
+
+SETTINGS_NAME = "run.json"
+ADAPTER_NAME = "adapter"
+BASE_NAME = "base_model"
+_CHECKPOINT = re.compile(r"(damaged-)?checkpoint-\d+")
+
+
+def claim(run: Run) -> Results | None:
+    """Check that the output folder is this run's to use.
+
+    Returns:
+        The results, if the run finished there before.
+
+    Raises:
+        UserError: It holds something else than a run; or a run with other settings, or from another start, which may
+            not be replaced.
+    """
+    output_dir = Path(run.training.output_dir)
+    settings_path = output_dir / SETTINGS_NAME
+    if not settings_path.exists():
+        _refuse_foreign(run)
+        return None
+    if run.training.overwrite_output_dir:
+        if run.training.should_save:
+            _clear(output_dir)
+        return None
+    found = _compare(run)
+    if run.training.process_index == 0:
+        _tell(found, output_dir)
+    return Results.read(output_dir)
+
+
+def _compare(run: Run, with_dataset: bool = False) -> Differences:
+    output_dir = Path(run.training.output_dir)
+    found = differences(read_json(output_dir / SETTINGS_NAME), run, with_dataset)
+    if found.material:
+        raise UserError(
+            f"{output_dir} holds a run with other settings ({', '.join(found.material[:5])}); choose another "
+            "--output_dir, or replace it with --overwrite_output_dir."
+        )
+    return found
+
+
+def _tell(found: Differences, output_dir: Path) -> None:
+    if found.harmless:
+        names = ", ".join(found.harmless[:5]) + (" and more" if len(found.harmless) > 5 else "")
+        logger.info("%s was begun with another %s, which makes no difference to its result.", output_dir, names)
+    if found.unknown:
+        names = ", ".join(found.unknown)
+        logger.warning("%s does not say what identifies %s: see that nothing was edited since.", output_dir, names)
+
+
+def _refuse_foreign(run: Run) -> None:
+    output_dir = Path(run.training.output_dir)
+    start = compressed_folder(output_dir.parent, run.model.n_embd_wte) if run.model.baseline else run.model.compressed
+    if start is not None and Path(start) == output_dir and not run.training.do_train:
+        return  # a compressed model, recorded where it is
+    names = sorted(path.name for path in output_dir.glob("[!.]*"))
+    if names:
+        raise UserError(
+            f"{output_dir} holds {names[0]} and is no run's folder: choose another --output_dir, or empty this one."
+        )
+
+
+def _clear(output_dir: Path) -> None:
+    """Remove what makes a run's folder finished, loadable or going on; `mark` then replaces whose it is."""
+    (output_dir / RESULTS_NAME).unlink(missing_ok=True)
+    if not (output_dir / RECORD_NAME).exists():
+        (output_dir / CONFIG_NAME).unlink(missing_ok=True)
+    for path in list(output_dir.iterdir()):
+        if path.is_dir() and _CHECKPOINT.fullmatch(path.name):
+            remove_folder(path)
+
+
+def least_bytes(model: torch.nn.Module, training: RunArguments) -> int:
+    """Estimate from below how much a run will write: the model, and the checkpoints it keeps while it writes another.
+
+    Args:
+        model: To be trained, with its adapters.
+        training: What is saved, how often, and by which optimizer it is trained.
+    """
+    whole = sum(parameter.nbytes for parameter in model.parameters())
+    if not training.do_train or training.save_strategy == "no":
+        return whole
+    trained = sum(parameter.nbytes for parameter in model.parameters() if parameter.requires_grad)
+    moments = 2 if training.optim in ("adamw_torch", "adamw_torch_fused") else 0
+    return whole + trained * (1 + moments)
+
+
+def mark(run: Run) -> None:
+    """Write down whose folder it is, before anything else goes into it.
+
+    Raises:
+        UserError: It was another run's, which shows only now that all that it reads is there.
+    """
+    path = Path(run.training.output_dir) / SETTINGS_NAME
+    if path.exists() and not run.training.overwrite_output_dir:
+        _compare(run, with_dataset=True)
+    write_json(path, identity(run))
+
+
+def finish(
+    output_dir: Path,
+    model: FactorizedGPT2,
+    tokenizer: PreTrainedTokenizerBase,
+    probe: torch.Tensor,
+    expected: torch.Tensor,
+) -> int:
+    """Save the plain model and its tokenizer, once the reloaded model has been seen to be what was trained.
+
+    Every file is written beside its place first and then moved there.
+
+    Args:
+        output_dir: The run's folder.
+        model: In float32 or as it was loaded.
+        tokenizer: Goes beside it.
+        probe: (B, T) int64 token ids.
+        expected: (B, T, V) float32, the trained model's logits at them.
+
+    Returns:
+        Bytes of the weight files.
+
+    Raises:
+        UserError: The trained model's logits are NaN or infinite.
+        RuntimeError: The reloaded model's logits differ.
+    """
+    with filling_folder(output_dir, last=CONFIG_NAME) as temporary:  # without its config, no model is loaded
+        model.save_pretrained(temporary)
+        save_tokenizer(tokenizer, temporary, model.config.n_positions)
+        difference = verify_saved(Path(temporary), probe, expected, model.device, name=output_dir)
+    logger.info("Saved and reloaded %s: logits differ by at most %.1e", output_dir, difference)
+    return sum(path.stat().st_size for path in weight_files(output_dir))

@@ -1,0 +1,167 @@
+"""What a run is: the settings and the contents that its result depends on, written down and compared."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from ..common.errors import silenced
+from ..common.fingerprints import files_fingerprint, model_content, tokenizer_content, weights_fingerprint
+from .settings import Run, default_settings
+from .training_fields import MATERIAL, MATERIAL_FOR_THE_BEST
+
+# What is compared by its content where that is known on both sides, and by the settings that name it where it is not.
+_NAMED_BY = {
+    "start": ("baseline", "compressed"),
+    "teacher": ("teacher",),
+    "tokenizer": ("tokenizer",),
+    "train_file": ("train_file",),
+    "validation_file": ("validation_file",),
+    "dataset": ("dataset_name", "dataset_config_name"),
+}
+_BATCH = ("effective_batch_size", "per_device_train_batch_size", "gradient_accumulation_steps")
+_OWN_IMMATERIAL = ("preprocessing_num_workers", "wandb_mode", "hub_base_model_id")
+_WITHOUT_TRAINING = frozenset(("do_train", "bf16", "fp16", "tf32"))
+_SCHEDULES_BY_LOSS = ("reduce_lr_on_plateau", "greedy")
+
+
+@dataclass(frozen=True)
+class Differences:
+    """How a run differs from the one that was written down.
+
+    Attributes:
+        material: What changes the result, in words.
+        harmless: Names of settings that do not.
+        unknown: What cannot be compared, in words, because it was not written down.
+    """
+
+    material: list[str]
+    harmless: list[str]
+    unknown: list[str]
+
+
+def contents(run: Run, with_dataset: bool = False) -> dict[str, str]:
+    """Identify what a run reads by its content; what cannot be told is left out.
+
+    Args:
+        run: The settings.
+        with_dataset: Whether to ask for the commit of a dataset on the Hub, which takes a connection.
+    """
+    start, data = run.start, run.data
+    names = {"start": start, "teacher": run.distillation.teacher}
+    found = {kind: model_content(name) for kind, name in names.items() if name}
+    found["tokenizer"] = tokenizer_content(data.tokenizer or start)
+    found["train_file"] = files_fingerprint(data.train_file or ()) if run.training.do_train else None
+    found["validation_file"] = files_fingerprint(data.validation_file or ())
+    if with_dataset and data.dataset_name:
+        found["dataset"] = _dataset_commit(data.dataset_name, data.dataset_config_name)
+    return {kind: content for kind, content in found.items() if content is not None}
+
+
+def identity(run: Run) -> dict[str, Any]:
+    """Write down a run, for `differences` to compare another with."""
+    start = weights_fingerprint(run.start)
+    return {
+        **_settings(run),
+        "blocks_a_step": _blocks_a_step(run),
+        "content": contents(run, with_dataset=True),
+        **({} if start is None else {"start_fingerprint": start}),
+    }
+
+
+def differences(stored: Mapping[str, Any], run: Run, with_dataset: bool = False) -> Differences:
+    """Compare a run with what `identity`, of this or an earlier version, wrote down.
+
+    Args:
+        stored: That.
+        run: The settings.
+        with_dataset: As `contents` has it.
+    """
+    asked, defaults = _settings(run), default_settings()
+    # A setting that came with a later version counts as having had its default.
+    differing = {name for name, value in asked.items() if stored.get(name, defaults.get(name)) != value}
+    material, unknown, compared = [], [], set()
+    before, now = stored.get("content"), contents(run, with_dataset)
+    for kind, names in _NAMED_BY.items():
+        if isinstance(before, dict) and kind in before and kind in now:
+            compared.update(names)
+            if before[kind] != now[kind]:
+                material.append(_named(kind, run))
+        elif kind in now and not isinstance(before, dict) and not differing.intersection(names):
+            unknown.append(_named(kind, run))
+    if not isinstance(before, dict) and stored.get("start_fingerprint") not in (None, weights_fingerprint(run.start)):
+        material.append(_named("start", run))
+    material += _batch_differences(stored, run, differing)
+    names = _material(run) - compared
+    material += sorted(differing & names)
+    return Differences(material, sorted(differing - names - set(material)), unknown)
+
+
+def _settings(run: Run) -> dict[str, Any]:
+    settings = run.settings()
+    if run.training.effective_batch_size is not None:
+        settings.pop("gradient_accumulation_steps")  # follows from how many processes there are
+    settings.pop("output_dir")  # a folder can be moved
+    return settings
+
+
+def _material(run: Run) -> set[str]:
+    training = run.training
+    if not training.do_train:
+        names = set(_WITHOUT_TRAINING)
+    else:
+        names = set(MATERIAL)
+        keeps_best = training.load_best_model_at_end or training.save_strategy == "best"
+        if keeps_best or training.lr_scheduler_type in _SCHEDULES_BY_LOSS:
+            names |= MATERIAL_FOR_THE_BEST
+        if training.max_steps > 0:
+            names.discard("num_train_epochs")
+    if not training.auto_find_batch_size:
+        names -= set(_BATCH)  # compared as what they come to
+    own = {
+        "loss_backend",
+        *(name for part in (run.model, run.adapter, run.distillation, run.data) for name in vars(part)),
+    }
+    if not run.data.streaming:
+        own.discard("shuffle_buffer")
+    return (names | own) - set(_OWN_IMMATERIAL)
+
+
+def _batch_differences(stored: Mapping[str, Any], run: Run, differing: set[str]) -> list[str]:
+    if not run.training.do_train:
+        return []
+    before, now = stored.get("blocks_a_step"), _blocks_a_step(run)
+    if before is None:  # written by an earlier version, which did not know the number of processes
+        before = stored.get("effective_batch_size")
+        if before is None:
+            before = (stored.get(_BATCH[1]) or 0) * (stored.get(_BATCH[2]) or 0)
+            now = now // run.training.world_size
+    if before == now:
+        return []
+    return [next((name for name in _BATCH if name in differing), "number of processes")]
+
+
+def _blocks_a_step(run: Run) -> int:
+    training = run.training
+    return training.train_batch_size * training.gradient_accumulation_steps * training.world_size
+
+
+def _named(kind: str, run: Run) -> str:
+    data = run.data
+    return {
+        "start": f"the model in {run.start}",
+        "teacher": f"the teacher in {run.distillation.teacher}",
+        "tokenizer": f"the tokenizer in {data.tokenizer or run.start}",
+        "train_file": f"the text of {', '.join(data.train_file or ())}",
+        "validation_file": f"the text of {', '.join(data.validation_file or ())}",
+        "dataset": f"the dataset {data.dataset_name}",
+    }[kind]
+
+
+def _dataset_commit(name: str, config: str | None) -> str | None:
+    try:
+        import datasets  # which runs from files of token ids do without
+
+        with silenced(datasets.logging):
+            return datasets.load_dataset_builder(name, config).hash
+    except (ImportError, OSError, ValueError):  # no such package; no connection, and nothing in the cache
+        return None

@@ -1,0 +1,122 @@
+"""What a run starts from: a random, a trained or a compressed model, and its teacher."""
+
+from pathlib import Path
+
+import psutil
+from huggingface_hub.errors import StrictDataclassError
+from transformers import PreTrainedTokenizerBase
+
+from ..common.errors import UserError
+from ..common.folder_lock import compress_alone
+from ..compress.compressor import Compressor, Recipe
+from ..models.loading import check_tokenizer, load_baseline, load_compressed
+from ..models.record import compressed_from
+from ..models.sizes import least_parameters
+from ..network.configuration_factorized_gpt2 import FactorizedGPT2Config
+from ..network.modeling_factorized_gpt2 import FactorizedGPT2
+from ..text.tokenizers import vocabulary_size
+from ..trainer.adapters import DROPOUTS, set_dropout, untie_head
+from ..trainer.distillation import Distillation
+from .settings import ModelArguments, Run
+
+_POSITIONS = 1024  # of a model from scratch for which no block size is set
+
+
+def build_model(run: Run, tokenizer: PreTrainedTokenizerBase) -> FactorizedGPT2:
+    """Make the model that a run starts from.
+
+    That is a compressed model, the baseline, or, when `n_embd_wte` is smaller than its width, the model that PCA makes
+    of it, whose folder and factor files stand beside the run's output folder; with neither, a random start.
+
+    Returns:
+        The model; its `name_or_path` is the folder that holds exactly this model, or empty where there is none.
+
+    Raises:
+        UserError: Settings that contradict the baseline or the tokenizer.
+    """
+    arguments = run.model
+    if run.is_from_scratch:
+        block_size = run.data.block_size or _POSITIONS
+        model = FactorizedGPT2(_scratch_config(arguments, tokenizer, block_size))
+    else:
+        model = _trained_start(run, tokenizer)
+        if arguments.dropout is not None:
+            set_dropout(model, arguments.dropout)
+    if not arguments.tie_word_embeddings and model.config.tie_word_embeddings:
+        untie_head(model)
+        model.name_or_path = ""
+    return model.float() if run.training.do_train else model  # optimizers and merges need more than half precision
+
+
+def block_size_of(run: Run, model: FactorizedGPT2) -> int:
+    """Say how many tokens a block has: as asked, else as many as the model has positions."""
+    return run.data.block_size or model.config.n_positions
+
+
+def _trained_start(run: Run, tokenizer: PreTrainedTokenizerBase) -> FactorizedGPT2:
+    arguments, training = run.model, run.training
+    baseline = None if arguments.compressed else load_baseline(arguments.baseline)
+    model = baseline.model if baseline else load_compressed(arguments.compressed)
+    check_tokenizer(model, tokenizer)
+    if block_size_of(run, model) > model.config.n_positions:
+        raise UserError(
+            f"block_size {run.data.block_size} exceeds the {model.config.n_positions} positions of the baseline."
+        )
+    if baseline is None:
+        model.name_or_path = arguments.compressed
+    elif arguments.n_embd_wte is None:
+        model.name_or_path = ""
+    else:
+        root = Path(training.output_dir).parent
+        compressor = Compressor(baseline, Recipe(), root, tokenizer, overwrite=training.overwrite_output_dir)
+        model = compressor.load(arguments.n_embd_wte)
+        if model is None:
+            with compress_alone(root, wait=True):
+                model, _ = compressor.load_or_make(arguments.n_embd_wte)
+        model.name_or_path = str(compressor.folder(arguments.n_embd_wte))
+    return model
+
+
+def _scratch_config(
+    arguments: ModelArguments, tokenizer: PreTrainedTokenizerBase, block_size: int
+) -> FactorizedGPT2Config:
+    shape = {name: getattr(arguments, name) for name in ("n_layer", "n_head", "n_embd", "activation_function")}
+    dropouts = dict.fromkeys(DROPOUTS, arguments.dropout)
+    try:
+        config = FactorizedGPT2Config(
+            vocab_size=vocabulary_size(tokenizer),
+            n_positions=block_size,
+            n_embd_wte=arguments.n_embd_wte,
+            tie_word_embeddings=arguments.tie_word_embeddings,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+            **{name: value for name, value in (shape | dropouts).items() if value is not None},
+        )
+    except (StrictDataclassError, ValueError) as error:
+        raise UserError(str(error).strip().splitlines()[-1].strip()) from error
+    needed, there = 4 * least_parameters(config), psutil.virtual_memory().total
+    if needed > there:
+        raise UserError(
+            f"A model with n_layer={config.n_layer}, n_embd={config.n_embd}, block_size={block_size} and "
+            f"{config.vocab_size} tokens takes {needed / 1e9:,.1f} GB, more than this machine's {there / 1e9:.1f} GB."
+        )
+    return config
+
+
+def distillation_of(run: Run, vocab_size: int) -> Distillation | None:
+    """Load the teacher of a run that has one.
+
+    Raises:
+        UserError: It cannot be loaded, or its tokens or positions do not fit.
+    """
+    asked = run.distillation
+    if not (asked.distillation_weight and run.training.do_train):
+        return None
+    teacher = load_baseline(asked.teacher or run.model.baseline or compressed_from(run.model.compressed))
+    config = teacher.model.config
+    if config.vocab_size != vocab_size:
+        raise UserError(f"The teacher {teacher.name} has {config.vocab_size} tokens, the model {vocab_size}.")
+    if config.n_positions < run.data.block_size:
+        raise UserError(f"block_size {run.data.block_size} exceeds the {config.n_positions} positions of the teacher.")
+    return Distillation(teacher.model, asked.distillation_weight, asked.distillation_temperature)

@@ -1,0 +1,12 @@
+"""Command lines and configs: read, checked and explained in one line. No command's own settings are here.
+
+Read `parsing`, then `setting_values` for the ranges, and `text_arguments` and `devices` for the settings that
+commands share.
+"""
+
+from ..common.lazy import exporting
+
+__all__ = ["ManualParser", "check_values", "find_config", "load_config"]
+__getattr__ = exporting(
+    __name__, {"parsing": ["ManualParser", "find_config", "load_config"], "setting_values": ["check_values"]}
+)

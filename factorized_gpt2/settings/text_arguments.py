@@ -1,0 +1,122 @@
+"""Which text a command reads: the settings that several of them share."""
+
+import re
+from dataclasses import dataclass, field
+
+from ..common.errors import UserError
+from ..text.source import TextSource
+
+
+@dataclass
+class TextArguments:
+    """Where text comes from and how it falls into documents."""
+
+    dataset_name: str | None = field(default=None, metadata={"help": "Dataset on the Hub."})
+    dataset_config_name: str | None = field(default=None, metadata={"help": "Its configuration."})
+    text_column: str = field(default="text", metadata={"help": "Column of the text (JSON, parquet, Hub)."})
+    document_start: str | None = field(
+        default=None,
+        metadata={"help": "Regular expression; a row that it matches starts a document. None: every row is one."},
+    )
+    dataset_document_start: str | None = field(
+        default=None, metadata={"help": "The same for the dataset alone, not for local files. None: document_start."}
+    )
+
+    def __post_init__(self) -> None:
+        for name in ("document_start", "dataset_document_start"):
+            try:
+                re.compile(getattr(self, name) or "")
+            except re.error as error:
+                raise UserError(f"{name}={getattr(self, name)!r} is no regular expression: {error}.") from error
+
+    def source_of(self, files: list[str] | None, split: str) -> TextSource:
+        """Text of local files, or where there are none of a split of the dataset."""
+        is_own = bool(files) or self.document_start is not None
+        return TextSource(
+            files=tuple(files or ()),
+            dataset_name=self.dataset_name,
+            dataset_config_name=self.dataset_config_name,
+            split=split,
+            text_column=self.text_column,
+            document_start=self.document_start if is_own else self.dataset_document_start,
+        )
+
+
+@dataclass
+class DataArguments(TextArguments):
+    """Text and tokenizer of a run."""
+
+    _argument_group_name = "Text"
+
+    train_file: list[str] | None = field(
+        default=None,
+        metadata={"help": "Local .txt, .jsonl, .parquet files, or .bin of token ids, instead of the dataset's split."},
+    )
+    validation_file: list[str] | None = field(
+        default=None, metadata={"help": "Local files instead of the dataset's validation split."}
+    )
+    tokenizer: str | None = field(
+        default=None, metadata={"help": "Folder or Hub id of the tokenizer. None: the baseline's."}
+    )
+    block_size: int | None = field(
+        default=None,
+        metadata={"help": "Tokens a block. None: the positions of the model it starts from; from scratch, 1024."},
+    )
+    preprocessing_num_workers: int | None = field(default=None, metadata={"help": "Processes that tokenize."})
+    streaming: bool = field(
+        default=False,
+        metadata={
+            "help": "Read and tokenize the training text while training, for text larger than the disk. Needs "
+            "max_steps. What a run that was cut off has seen is read over again."
+        },
+    )
+    shuffle_buffer: int = field(
+        default=10_000, metadata={"help": "Blocks in memory among which a stream draws the next."}
+    )
+    max_eval_samples: int | None = field(
+        default=None, metadata={"help": "Evaluate on the first blocks of the validation split only. None: all."}
+    )
+
+    def source(self, split: str) -> TextSource:
+        """Where the text of `split`, train or validation, comes from."""
+        return self.source_of(self.train_file if split == "train" else self.validation_file, split)
+
+
+@dataclass
+class EvaluationArguments(TextArguments):
+    """Text to measure models on that are already there."""
+
+    _argument_group_name = "Text to evaluate on"
+
+    eval_file: list[str] | None = field(
+        default=None, metadata={"help": "Local .txt, .jsonl, .parquet or .bin files instead of a dataset."}
+    )
+    split: str = field(default="validation", metadata={"help": "Split of the dataset."})
+    block_size: int | None = field(default=None, metadata={"help": "Tokens a block. None: the model's positions."})
+    eval_batch_size: int = field(default=4, metadata={"help": "Blocks a forward pass."})
+
+    @property
+    def is_asked_for(self) -> bool:
+        """Whether there is any text to evaluate on."""
+        return bool(self.eval_file or self.dataset_name)
+
+    def source(self) -> TextSource:
+        """Where the text comes from."""
+        return self.source_of(self.eval_file, self.split)
+
+    def block_size_for(self, positions: int | None, name: str = "The model") -> int:
+        """Check the block size against a model's positions, which it is by default.
+
+        Args:
+            positions: How many there are; `None` where the model does not say.
+            name: What to call the model.
+
+        Raises:
+            UserError: It does not fit, or neither it nor the positions are known.
+        """
+        if positions is None and self.block_size is None:
+            raise UserError(f"{name} does not say how many tokens it reads at once: set block_size.")
+        block_size = positions if self.block_size is None else self.block_size
+        if positions is not None and not 2 <= block_size <= positions:
+            raise UserError(f"block_size must lie between 2 and the model's {positions} positions, got {block_size}.")
+        return block_size
