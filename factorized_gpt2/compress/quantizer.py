@@ -4,9 +4,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .coded_table import CodedTable
+from ..network.coded_table import CodedTable
+from ..network.prediction import OCTAVE, RowRelations, find_parents, measure_spreads
 from .data_aware import FREQUENCY_EXPONENT
-from .prediction import OCTAVE, RowRelations, find_parents, measure_spreads
 
 STEP_EXPONENT = 0.25  # steps are row weights to the power of minus this; docs/coding.md measures others
 _LEAST_HEARD = 1e-9  # of all that the head hears
