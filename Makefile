@@ -42,7 +42,7 @@ format: $(TOOLS)
 
 $(INSTALLED): setup.cfg constraints.txt pyproject.toml
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/$(PIP) --constraint constraints.txt --editable .
+	$(BIN)/$(PIP) --constraint constraints.txt --editable '.[all]'
 	touch $@
 
 $(TOOLS): $(INSTALLED)
@@ -51,7 +51,7 @@ $(TOOLS): $(INSTALLED)
 
 .venv-oldest/.installed: setup.cfg constraints-oldest.txt
 	$(PYTHON) -m venv .venv-oldest
-	$(OLDEST)/$(PIP) --constraint constraints-oldest.txt --editable . hypothesis pytest pytest-xdist
+	$(OLDEST)/$(PIP) --constraint constraints-oldest.txt --editable '.[all]' hypothesis pytest pytest-xdist
 	touch $@
 
 clean:

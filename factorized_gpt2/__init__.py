@@ -2,8 +2,9 @@
 
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 
+from .common.lazy import exporting
 from .compress.pca import factorize, factorize_ranks
-from .models.conversion import from_gpt2, to_gpt2
+from .models.conversion import from_gpt2, to_gpt2, vocabulary_matrices
 from .models.factors import Factors
 from .models.peft_defaults import register_with_peft
 from .network.classification_factorized_gpt2 import FactorizedGPT2ForSequenceClassification
@@ -34,8 +35,25 @@ __all__ = [
     "FactorizedGPT2Model",
     "FactorizedGPT2PreTrainedModel",
     "Factors",
+    "explained_shares",
+    "export_onnx",
     "factorize",
     "factorize_ranks",
     "from_gpt2",
+    "load_baseline",
+    "load_compressed",
+    "publish",
     "to_gpt2",
+    "vocabulary_matrices",
+    "write_python_corpus",
 ]
+__getattr__ = exporting(
+    __name__,
+    {
+        "models.loading": ["load_baseline", "load_compressed"],
+        "models.onnx_export": ["export_onnx"],
+        "compress.pca": ["explained_shares"],
+        "hub.repository": ["publish"],
+        "text.demo_corpus": ["write_python_corpus"],
+    },
+)
