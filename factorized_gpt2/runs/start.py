@@ -62,11 +62,9 @@ def _trained_start(run: Run, tokenizer: PreTrainedTokenizerBase) -> FactorizedGP
         raise UserError(
             f"block_size {run.data.block_size} exceeds the {model.config.n_positions} positions of the baseline."
         )
-    if baseline is None:
-        model.name_or_path = arguments.compressed
-    elif arguments.n_embd_wte is None:
+    if baseline is not None and arguments.n_embd_wte is None:
         model.name_or_path = ""
-    else:
+    elif baseline is not None:
         root = Path(training.output_dir).parent
         compressor = Compressor(baseline, Recipe(), root, tokenizer, overwrite=training.overwrite_output_dir)
         model = compressor.load(arguments.n_embd_wte)
