@@ -43,6 +43,7 @@ FUNCTIONS = [
     (Trainer, "compute_loss", "self model inputs return_outputs num_items_in_batch"),
     (Trainer, "get_eval_dataloader", "self eval_dataset"),
     (PreTrainedModel, "_init_weights", "self module"),
+    (PreTrainedModel, "_load_pretrained_model", "model state_dict checkpoint_files load_config"),
     (masking_utils, "create_causal_mask", "config inputs_embeds attention_mask past_key_values position_ids"),
     (modeling_gpt2, "eager_attention_forward", "module query key value attention_mask"),
     (modeling_layers, "GradientCheckpointingLayer.__call__", "self"),
