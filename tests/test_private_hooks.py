@@ -55,6 +55,7 @@ FUNCTIONS = [
     (PeftConfigMixin, "from_json_file", "path_json_file"),
     (PreTrainedModel, "_init_weights", "self module"),
     (PreTrainedModel, "tie_weights", "self"),
+    (PreTrainedModel, "_load_pretrained_model", "model state_dict checkpoint_files load_config"),
     (masking_utils, "create_causal_mask", "config inputs_embeds attention_mask past_key_values position_ids"),
     (modeling_gpt2, "eager_attention_forward", "module query key value attention_mask"),
     (modeling_layers, "GradientCheckpointingLayer.__call__", "self"),

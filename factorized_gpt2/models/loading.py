@@ -219,6 +219,8 @@ def _load(
     if problems:
         raise UserError(f"The weights of {name_or_path} do not make its model: {'; '.join(problems)}.")
     for name, weight in model.named_parameters():
+        if weight.dtype == torch.int8:  # the codes of a vocabulary of integers
+            continue
         if weight.dtype not in _DTYPES:
             raise UserError(f"The weight {name!r} of {name_or_path} is of {weight.dtype}, not of plain floats.")
         if not torch.isfinite(weight).all():
@@ -230,6 +232,7 @@ def _load(
     if (
         isinstance(config, GPT2Config)
         and model.config.tie_word_embeddings
+        and not getattr(model.config, "is_coded", False)
         and model.lm_head.weight is not model.transformer.wte.weight
     ):
         logger.warning(

@@ -45,8 +45,11 @@ def model_size(model: nn.Module) -> ModelSize:
 
 
 def least_parameters(config: GPT2Config) -> int:
-    """Count the parameters that a configuration asks for, biases and norms left out, without making the model."""
+    """Count the parameters that a configuration asks for, biases and norms left out, without making the model.
+
+    Those of a vocabulary of integers, which may take less than a byte each in a file, are left out too.
+    """
     width = config.n_embd
-    vocabulary_width = getattr(config, "embedding_size", width)
+    vocabulary_width = 0 if getattr(config, "is_coded", False) else getattr(config, "embedding_size", width)
     per_layer = 4 * width**2 + 2 * width * (config.n_inner or 4 * width)
     return config.vocab_size * vocabulary_width + config.n_positions * width + config.n_layer * per_layer
