@@ -11,7 +11,8 @@ from conftest import tiny_model
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from factorized_gpt2 import FactorizedGPT2, FactorizedGPT2Config
-from factorized_gpt2.cli.compress import CalibrationArguments, CompressArguments, PublishArguments, check
+from factorized_gpt2.cli.compress import check
+from factorized_gpt2.cli.compress_settings import CalibrationArguments, CompressArguments
 from factorized_gpt2.cli.evaluate import EvaluateArguments
 from factorized_gpt2.cli.experiments import GridArguments, ScaleArguments
 from factorized_gpt2.cli.experiments import check as check_grid
@@ -21,6 +22,7 @@ from factorized_gpt2.models.sizes import model_size
 from factorized_gpt2.runs.grid import load_grid, select
 from factorized_gpt2.runs.settings import parse_run
 from factorized_gpt2.settings.parsing import ManualParser
+from factorized_gpt2.settings.publishing import PublishArguments
 from factorized_gpt2.settings.text_arguments import EvaluationArguments
 
 REPOSITORY = Path(__file__).resolve().parents[1]
