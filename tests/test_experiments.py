@@ -16,9 +16,10 @@ from factorized_gpt2 import FactorizedGPT2, FactorizedGPT2Config
 from factorized_gpt2.cli.shell import run_command
 from factorized_gpt2.common.errors import UserError
 from factorized_gpt2.hub.model_card import History, model_card
+from factorized_gpt2.runs.fields import LORA_TARGETS
 from factorized_gpt2.runs.run import FactorizedTrainer, Results, _training_blocks, run_experiment
-from factorized_gpt2.runs.settings import LORA_TARGETS, parse_run
-from factorized_gpt2.settings.parsing import as_flags
+from factorized_gpt2.runs.settings import parse_run
+from factorized_gpt2.settings.words import as_flags
 from factorized_gpt2.text.tokenizers import load_tokenizer
 from factorized_gpt2.trainer.checkpoints import damage
 
@@ -342,9 +343,9 @@ def test_a_finished_run_is_not_repeated(workshop, monkeypatch):
 
 def test_other_settings_need_consent(fresh):
     fresh.run("run", **TINY, max_steps=2)
-    with pytest.raises(UserError, match=r"other settings \(seed\).*--overwrite_output_dir"):
+    with pytest.raises(UserError, match=r"other settings \(seed\).*--overwrite"):
         fresh.run("run", **TINY, max_steps=2, seed=3)
-    assert fresh.run("run", **TINY, max_steps=2, seed=3, overwrite_output_dir=True).settings["seed"] == 3
+    assert fresh.run("run", **TINY, max_steps=2, seed=3, overwrite=True).settings["seed"] == 3
 
 
 def test_a_setting_of_a_later_version_counts_as_having_had_its_default(fresh):

@@ -9,7 +9,8 @@ import pytest
 import torch
 from conftest import tiny_model
 
-from factorized_gpt2.cli.compress import CalibrationArguments, CompressArguments, PublishArguments, check
+from factorized_gpt2.cli.compress import check
+from factorized_gpt2.cli.compress_settings import CalibrationArguments, CompressArguments
 from factorized_gpt2.cli.evaluate import EvaluateArguments
 from factorized_gpt2.cli.experiments import GridArguments, ScaleArguments
 from factorized_gpt2.cli.experiments import check as check_grid
@@ -18,6 +19,7 @@ from factorized_gpt2.cli.report import ReportArguments
 from factorized_gpt2.runs.grid import load_grid, select
 from factorized_gpt2.runs.settings import parse_run
 from factorized_gpt2.settings.parsing import ManualParser
+from factorized_gpt2.settings.publishing import PublishArguments
 from factorized_gpt2.settings.text_arguments import EvaluationArguments
 
 REPOSITORY = Path(__file__).resolve().parents[1]

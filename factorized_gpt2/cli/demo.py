@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
+from typing import Annotated
 
 import torch
 from transformers import set_seed
@@ -20,6 +21,7 @@ from ..runs.results import Results
 from ..runs.run import run_experiment
 from ..runs.settings import parse_run
 from ..settings.parsing import ManualParser
+from ..settings.setting_values import COUNT, OUTPUT_FOLDER
 from ..text.demo_corpus import write_python_corpus
 from ..text.tokenizers import load_tokenizer
 from .compress import compress
@@ -35,8 +37,12 @@ HELD_OUT = 24  # each so-many-th document, which is 28,000 tokens
 class DemoArguments:
     """Where the demo works."""
 
-    output_dir: str = field(default="demo_output", metadata={"help": "Folder for corpus, models, table and plot."})
-    max_steps: int | None = field(default=None, metadata={"help": "Steps of every run, for a shorter demo."})
+    output_dir: Annotated[str, OUTPUT_FOLDER] = field(
+        default="demo_output", metadata={"help": "Folder for corpus, models, table and plot."}
+    )
+    max_steps: Annotated[int, COUNT] | None = field(
+        default=None, metadata={"help": "Steps of every run, for a shorter demo."}
+    )
 
 
 def demo(argv: list[str]) -> None:
@@ -158,7 +164,7 @@ def _prepare_corpus(folder: Path) -> None:
     print(f"{training:,} documents to train on, {validation:,} held out.")
 
 
-def _run(names: str, experiments: list[Experiment], corpus: Path, max_steps: int | None) -> None:
+def _run(names: str, experiments: list[Experiment], corpus: Path, max_steps: Annotated[int, COUNT] | None) -> None:
     flags = [f"--{split}_file={corpus / split}.jsonl" for split in ("train", "validation")]
     flags += [f"--tokenizer={corpus / 'tokenizer'}"] + ([f"--max_steps={max_steps}"] if max_steps else [])
     for experiment in experiments:

@@ -16,7 +16,7 @@ from ..common.files import replacing_folder, require_space
 from ..common.fingerprints import weights_fingerprint
 from ..common.folder_lock import run_alone
 from ..common.leftovers import sweep
-from ..common.progress import LogLines
+from ..common.signals import PostponedStop
 from ..models.adapter_base import whole_path
 from ..models.adapter_folder import complete_adapter
 from ..models.record import compression_record, recorded_spectrum
@@ -28,7 +28,8 @@ from ..text.blocks import collate_blocks, load_blocks, stream_blocks
 from ..text.loss import perplexity
 from ..text.tokenizers import load_tokenizer
 from ..trainer.adapters import add_lora, lora_targets, merge
-from ..trainer.interruption import PostponedStop, StopWhenSaved
+from ..trainer.interruption import StopWhenSaved
+from ..trainer.progress import LogLines
 from ..trainer.trainer import FactorizedTrainer
 from .families import run_name
 from .folder import ADAPTER_NAME, BASE_NAME, claim, finish, least_bytes, mark
@@ -74,7 +75,7 @@ def _run_alone(run: Run, may_sweep: bool = False) -> Results:
     if may_sweep:  # now that the folder is known to be the run's
         sweep(output_dir)
     if finished is not None:
-        logger.info("%s is finished already; --overwrite_output_dir runs it again.", output_dir)
+        logger.info("%s is finished already; --overwrite runs it again.", output_dir)
         return finished
     set_seed(run.training.seed)
     with run.training.main_process_first(desc="preparing model and data"):

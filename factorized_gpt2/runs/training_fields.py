@@ -2,7 +2,8 @@
 
 from dataclasses import fields
 
-from transformers import TrainingArguments
+from ..settings.setting_values import COUNT, NOT_NEGATIVE, OUTPUT_FOLDER, POSITIVE, SEED, SHARE, Limit, Range
+from .training_outline import training_outline
 
 # What changes the weights that come of a run, or their loss.
 MATERIAL = frozenset(
@@ -26,7 +27,7 @@ _IMMATERIAL = frozenset(
         *("output_dir", "run_name", "project", "report_to", "disable_tqdm", "log_level", "log_level_replica"),
         *("log_on_each_node", "logging_strategy", "logging_steps", "logging_first_step", "logging_nan_inf_filter"),
         *("do_eval", "per_device_eval_batch_size", "save_total_limit", "use_cpu", "torch_empty_cache_steps"),
-        *("push_to_hub", "hub_model_id", "hub_private_repo", "hub_revision"),
+        *("push_to_hub", "hub_revision"),
         *("gradient_checkpointing", "gradient_checkpointing_kwargs"),
         *("activation_checkpointing", "activation_checkpointing_kwargs"),  # their names in later versions
         *("dataloader_num_workers", "dataloader_pin_memory", "dataloader_persistent_workers"),
@@ -35,6 +36,19 @@ _IMMATERIAL = frozenset(
         *("ddp_backend", "ddp_timeout", "fsdp", "fsdp_config"),
     )
 )
+# Of what values can be, by name.
+LIMITS: dict[str, Limit] = {
+    **{"output_dir": OUTPUT_FOLDER, "seed": SEED, "data_seed": SEED},
+    **{"max_steps": Range(-1), "num_train_epochs": Range(0, 1e9), "warmup_steps": NOT_NEGATIVE},
+    **dict.fromkeys(("logging_steps", "eval_steps", "save_steps"), POSITIVE),
+    **dict.fromkeys(("learning_rate", "min_lr", "weight_decay", "max_grad_norm", "eval_delay"), NOT_NEGATIVE),
+    **dict.fromkeys(("adam_beta1", "adam_beta2"), Range(0, 1, is_open_above=True)),
+    **{"adam_epsilon": POSITIVE, "label_smoothing_factor": SHARE, "neftune_noise_alpha": NOT_NEGATIVE},
+    **dict.fromkeys(("per_device_train_batch_size", "per_device_eval_batch_size"), COUNT),
+    **dict.fromkeys(("gradient_accumulation_steps", "eval_accumulation_steps", "torch_empty_cache_steps"), COUNT),
+    **{"dataloader_num_workers": Range(0, 1024), "dataloader_prefetch_factor": COUNT, "save_total_limit": COUNT},
+    **{"ddp_timeout": COUNT, "ddp_bucket_cap_mb": COUNT},
+}
 SUPPORTED = MATERIAL | MATERIAL_FOR_THE_BEST | _IMMATERIAL
 
 _REASONS = {
@@ -50,6 +64,8 @@ _REASONS = {
     "debug": "these runs look for NaN and overflow by themselves.",
     "include_num_input_tokens_seen": "results.json has the tokens that were seen.",
     **dict.fromkeys(("bf16_full_eval", "fp16_full_eval"), "evaluations compute as training does."),
+    "hub_model_id": "it is push_to_hub.",
+    "hub_private_repo": "it is private.",
     "hub_token": "log in with `hf auth login`, or set HF_TOKEN.",
     "use_cache": "training needs no cache, and the saved model has one.",
 }
@@ -58,7 +74,7 @@ NOTHING = "it would do nothing in these runs"
 
 def refused() -> dict[str, str]:
     """Say of every option of the installed `TrainingArguments` that a run does not honour why it is not taken."""
-    names = (item.name for item in fields(TrainingArguments))
+    names = (item.name for item in fields(training_outline()))
     # Some names of earlier versions are still options of the oldest that is supported.
     reasons = {name: f"{successor}." for name, successor in ELSEWHERE.items()} | _REASONS
     return {name: reasons.get(name, f"{NOTHING}.") for name in names if name not in SUPPORTED}
@@ -85,8 +101,8 @@ ELSEWHERE = {
     **dict.fromkeys(("split_batches", "dispatch_batches", "include_inputs_for_metrics", "low_cpu_mem_usage"), NOTHING),
     "include_tokens_per_second": "results.json has them",
     **dict.fromkeys(("push_to_hub_token", "use_auth_token", "token"), "log in with `hf auth login`, or set HF_TOKEN"),
-    "push_to_hub_model_id": "it is hub_model_id",
-    "push_to_hub_organization": "it is a part of hub_model_id",
+    "push_to_hub_model_id": "it is push_to_hub",
+    "push_to_hub_organization": "it is a part of push_to_hub",
     "model_name_or_path": "it is baseline",
     **dict.fromkeys(
         ("config_name", "config_overrides", "model_type"),
@@ -111,7 +127,7 @@ ELSEWHERE = {
     **dict.fromkeys(
         ("batch_size", "train_batch_size", "per_gpu_train_batch_size"), "it is per_device_train_batch_size"
     ),
-    **dict.fromkeys(("eval_batch_size", "per_gpu_eval_batch_size"), "it is per_device_eval_batch_size"),
+    "per_gpu_eval_batch_size": "it is per_device_eval_batch_size",
     "min_lr": 'set lr_scheduler_type=cosine_with_min_lr and lr_scheduler_kwargs={"min_lr": ...}',
     "lr": "it is learning_rate",
     "epochs": "it is num_train_epochs",

@@ -1,0 +1,187 @@
+"""What `compress.py` does once its words are read."""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.data import Dataset
+from transformers.utils import is_matplotlib_available
+
+from ..common.errors import UserError
+from ..common.files import read_json, require_space
+from ..compress.compressor import CalibrationText, Compressor, Recipe
+from ..compress.ranks import is_good_enough, smallest_rank_by_loss, smallest_rank_by_share
+from ..hub.model_card import Figures, Measurement
+from ..hub.repository import check_access, publish
+from ..models.loading import check_tokenizer, load_baseline
+from ..models.record import RECORD_NAME
+from ..models.sizes import model_size
+from ..network.modeling_factorized_gpt2 import FactorizedGPT2
+from ..report.plots import plot_loss_against_bytes, plot_spectrum
+from ..runs.results import megabytes
+from ..settings.publishing import PublishArguments
+from ..settings.text_arguments import EvaluationArguments
+from ..text.blocks import load_blocks
+from ..text.loss import LossSum, perplexity, sum_loss
+from ..text.source import TextSource
+from ..text.tokenizers import has_tokenizer, load_tokenizer
+from .compress_settings import CalibrationArguments, CompressArguments
+from .shell import print_table
+
+logger = logging.getLogger(__name__)
+
+
+def compress_all(
+    arguments: CompressArguments,
+    calibration: CalibrationArguments,
+    evaluation: EvaluationArguments,
+    device: torch.device,
+    publishing: PublishArguments,
+) -> None:
+    """Load the baseline, choose ranks, factorize, write the folders, print what it cost, publish it if asked."""
+    if publishing.push_to_hub:
+        check_access(None, publishing.push_to_hub)
+    baseline = load_baseline(arguments.baseline)
+    if arguments.ranks:
+        baseline.check_ranks(arguments.ranks)
+    trunk = model_size(baseline.model)
+    require_space(Path(arguments.output_dir), trunk.bytes - trunk.vocabulary_bytes, "a compressed model")
+    recipe = Recipe(arguments.method, arguments.tie_word_embeddings, arguments.refine, arguments.seed)
+    tokenizer = None
+    if arguments.tokenizer or recipe.needs_text or evaluation.is_asked_for or has_tokenizer(arguments.baseline):
+        tokenizer = load_tokenizer(arguments.tokenizer or arguments.baseline)
+        check_tokenizer(baseline.model, tokenizer)
+    else:
+        logger.warning("%s has no tokenizer, so what is made of it has none.", arguments.baseline)
+    block_size = evaluation.block_size_for(baseline.model.config.n_positions)
+    text = None
+    if recipe.needs_text and (calibration.calibration_file or evaluation.dataset_name):
+        source = evaluation.source_of(calibration.calibration_file, calibration.calibration_split)
+        blocks = load_blocks(source, tokenizer, block_size, keep_tail=False)
+        text = CalibrationText(blocks, calibration.calibration_tokens, source.name)
+    compressor = Compressor(
+        baseline, recipe, Path(arguments.output_dir), tokenizer, text, arguments.overwrite, device, progress=True
+    )
+    blocks = (
+        load_blocks(evaluation.source(), tokenizer, block_size, keep_tail=True) if evaluation.is_asked_for else None
+    )
+    measure = _Measure(baseline.model, recipe.method, blocks, evaluation.eval_batch_size, device)
+
+    rows = [measure.row("-", "", baseline.model, Path(arguments.baseline))]
+    ranks, chosen = (arguments.ranks, {}) if arguments.ranks else _choose(arguments, compressor, measure)
+    missing = [rank for rank in ranks if not compressor.folder(rank).exists()]
+    if missing:
+        compressor.factorize_ahead(missing)
+    for rank in sorted(ranks, reverse=True):
+        model, folder = chosen.get(rank) or compressor.load_or_make(rank)[0], compressor.folder(rank)
+        share = read_json(folder / RECORD_NAME)[compressor.share_name]
+        rows.append(measure.row(rank, f"{share:.4f}", model, folder))
+    if blocks is not None:
+        print(f"Validation loss in nats a token, over {measure.losses['-'].tokens:,} tokens:")
+    print_table(rows)
+    _plot(compressor, ranks, measure)
+    for rank in ranks if publishing.push_to_hub else ():
+        measured = measure.record(rank, evaluation.source()) if measure.losses else None
+        name, private = _repository(publishing.push_to_hub, rank, ranks), publishing.private or None
+        print(f"Published: {publish(compressor.folder(rank), name, private=private, measured=measured)}")
+
+
+def _repository(name: str, rank: int, ranks: list[int]) -> str:
+    return name if len(ranks) == 1 else f"{name}-k{rank}"
+
+
+class _Measure:
+    """Sizes of models, and their losses where there is text."""
+
+    def __init__(
+        self, baseline: FactorizedGPT2, method: str, blocks: Dataset | None, batch_size: int, device: torch.device
+    ):
+        self.baseline_size, self.method = model_size(baseline), method
+        self.blocks, self.batch_size, self.device = blocks, batch_size, device
+        self.losses: dict[int | str, LossSum] = {}  # by rank; the baseline's under "-"
+        self.bytes: dict[int | str, int] = {}
+
+    def loss(self, rank: int | str, model: FactorizedGPT2) -> float:
+        """Measure a model's loss, once for every rank."""
+        if rank not in self.losses:
+            desc = f"Evaluating {'the baseline' if rank == '-' else f'k = {rank}'}"
+            self.losses[rank] = sum_loss(model.to(self.device), self.blocks, self.batch_size, self.device, desc=desc)
+            self.bytes[rank] = model_size(model).bytes
+        return self.losses[rank].loss
+
+    def increase(self, rank: int | str) -> float:
+        """Say how far a measured model's loss exceeds the baseline's, in nats a token."""
+        return self.losses[rank].loss - self.losses["-"].loss
+
+    def record(self, rank: int, text: TextSource) -> Measurement:
+        """Put down a rank's loss, and the baseline's beside it."""
+        size = self.baseline_size
+        baseline = Figures("baseline", None, size.parameters, size.bytes, self.losses["-"].loss)
+        return Measurement(self.losses[rank].loss, text, baseline)
+
+    def row(self, rank: int | str, share: str, model: FactorizedGPT2, folder: Path) -> dict[str, Any]:
+        """Lay out a row of the table."""
+        size = model_size(model)
+        row = {
+            "k": rank,
+            "variance" if self.method == "pca" else "share": share,
+            "parameters": f"{size.parameters:,}",
+            "vocabulary": f"{size.vocabulary_parameters:,}",
+            "MB": megabytes(size.bytes),
+            "vocabulary MB": megabytes(size.vocabulary_bytes),
+            "size": f"{size.bytes / self.baseline_size.bytes:.1%}",
+        }
+        if self.blocks is not None:
+            loss = self.loss(rank, model)
+            row |= {"loss": f"{loss:.4f}", "perplexity": f"{perplexity(loss):.2f}"}
+            row |= {"increase": f"{self.increase(rank):+.4f}"}
+        return row | {"folder": str(folder)}
+
+
+def _choose(
+    arguments: CompressArguments, compressor: Compressor, measure: _Measure
+) -> tuple[list[int], dict[int, FactorizedGPT2]]:
+    """Find the smallest rank that is good enough; return it, and its model where that is at hand, with its folder."""
+    width, vocab_size = (getattr(compressor.baseline.model.config, name) for name in ("n_embd", "vocab_size"))
+    if arguments.explained_variance is not None:
+        rank = smallest_rank_by_share(compressor.shares, arguments.explained_variance)
+        if rank >= width:
+            raise UserError(f"explained_variance {arguments.explained_variance} needs the whole width of {width}.")
+        return [rank], {}
+
+    target, good_enough = arguments.target_loss_increase, {}
+
+    def increase_of(rank: int) -> float:
+        stored = compressor.load(rank)
+        model, share = (stored, None) if stored else compressor.make(rank)
+        measure.loss(rank, model)
+        increase = measure.increase(rank)
+        print(f"k = {rank}: {increase:+.4f} nats a token", flush=True)
+        if is_good_enough(increase, target):
+            good_enough.clear()  # each is smaller than the last
+            good_enough[rank] = model, share
+        return increase
+
+    rank = smallest_rank_by_loss(increase_of, min(width - 1, vocab_size), target)
+    model, share = good_enough[rank]
+    if share is not None:
+        compressor.save(model, rank, share)
+    return [rank], {rank: model}
+
+
+def _plot(compressor: Compressor, ranks: list[int], measure: _Measure) -> None:
+    """Draw the spectrum with every rank that is there, and loss against bytes where there are losses."""
+    if not is_matplotlib_available():
+        logger.warning("No plots: the package matplotlib is not installed.")
+        return
+    label, root = compressor.label, compressor.root
+    path = root / f"spectrum_{label}.png"
+    if compressor.saved or not path.with_suffix(".svg").exists():
+        plot_spectrum(compressor.shares, compressor.ranks_there(), compressor.recipe.method, path)
+        logger.info("Spectrum: %s", path)
+    if measure.losses:
+        path = root / f"loss_against_bytes_{label}.png"
+        points = [(measure.bytes[rank], measure.increase(rank), rank) for rank in measure.losses if rank != "-"]
+        plot_loss_against_bytes(points, measure.baseline_size.bytes, ranks, label, path)
+        logger.info("Loss against bytes: %s", path)
