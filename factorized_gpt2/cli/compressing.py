@@ -1,6 +1,7 @@
 """What `compress.py` does once its words are read."""
 
 import logging
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,13 +10,14 @@ from torch.utils.data import Dataset
 from transformers.utils import is_matplotlib_available
 
 from ..common.errors import UserError
-from ..common.files import read_json, require_space
+from ..common.files import require_space
+from ..common.fingerprints import tokens_fingerprint
 from ..compress.compressor import CalibrationText, Compressor, Recipe
 from ..compress.ranks import is_good_enough, smallest_rank_by_loss, smallest_rank_by_share
 from ..hub.model_card import Figures, Measurement
 from ..hub.repository import check_access, publish
 from ..models.loading import check_tokenizer, load_baseline
-from ..models.record import RECORD_NAME
+from ..models.record import note_measurement
 from ..models.sizes import model_size
 from ..network.modeling_factorized_gpt2 import FactorizedGPT2
 from ..report.plots import plot_loss_against_bytes, plot_spectrum
@@ -67,6 +69,7 @@ def compress_all(
         load_blocks(evaluation.source(), tokenizer, block_size, keep_tail=True) if evaluation.is_asked_for else None
     )
     measure = _Measure(baseline.model, recipe.method, blocks, evaluation.eval_batch_size, device)
+    measure.take_up(compressor)
 
     rows = [measure.row("-", "", baseline.model, Path(arguments.baseline))]
     ranks, chosen = (arguments.ranks, {}) if arguments.ranks else _choose(arguments, compressor, measure)
@@ -75,12 +78,12 @@ def compress_all(
         compressor.factorize_ahead(missing)
     for rank in sorted(ranks, reverse=True):
         model, folder = chosen.get(rank) or compressor.load_or_make(rank)[0], compressor.folder(rank)
-        share = read_json(folder / RECORD_NAME)[compressor.share_name]
-        rows.append(measure.row(rank, f"{share:.4f}", model, folder))
+        rows.append(measure.row(rank, f"{compressor.share(rank):.4f}", model, folder))
+        measure.note(rank, folder)
     if blocks is not None:
         print(f"Validation loss in nats a token, over {measure.losses['-'].tokens:,} tokens:")
     print_table(rows)
-    _plot(compressor, ranks, measure)
+    _plot(compressor, measure)
     for rank in ranks if publishing.push_to_hub else ():
         measured = measure.record(rank, evaluation.source()) if measure.losses else None
         name, private = _repository(publishing.push_to_hub, rank, ranks), publishing.private or None
@@ -99,20 +102,33 @@ class _Measure:
     ):
         self.baseline_size, self.method = model_size(baseline), method
         self.blocks, self.batch_size, self.device = blocks, batch_size, device
+        # Blocks of other sizes make other losses of the same tokens.
+        self.text = None if blocks is None else f"{len(blocks[0]['input_ids'])}-{tokens_fingerprint(_ids(blocks))}"
         self.losses: dict[int | str, LossSum] = {}  # by rank; the baseline's under "-"
-        self.bytes: dict[int | str, int] = {}
+        self.points: dict[int, tuple[int, float]] = {}  # bytes and loss increase of each rank, earlier calls' too
 
     def loss(self, rank: int | str, model: FactorizedGPT2) -> float:
         """Measure a model's loss, once for every rank."""
         if rank not in self.losses:
             desc = f"Evaluating {'the baseline' if rank == '-' else f'k = {rank}'}"
             self.losses[rank] = sum_loss(model.to(self.device), self.blocks, self.batch_size, self.device, desc=desc)
-            self.bytes[rank] = model_size(model).bytes
+            if rank != "-":
+                self.points[rank] = model_size(model).bytes, self.increase(rank)
         return self.losses[rank].loss
 
     def increase(self, rank: int | str) -> float:
         """Say how far a measured model's loss exceeds the baseline's, in nats a token."""
         return self.losses[rank].loss - self.losses["-"].loss
+
+    def take_up(self, compressor: Compressor) -> None:
+        """Read from the records of the ranks that are there what was measured on the same text before."""
+        if self.text is not None:
+            self.points |= compressor.measured(self.text)
+
+    def note(self, rank: int, folder: Path) -> None:
+        """Write what was measured into the record of a rank's folder."""
+        if self.text is not None:
+            note_measurement(folder, self.text, *self.points[rank])
 
     def record(self, rank: int, text: TextSource) -> Measurement:
         """Put down a rank's loss, and the baseline's beside it."""
@@ -128,6 +144,7 @@ class _Measure:
             "variance" if self.method == "pca" else "share": share,
             "parameters": f"{size.parameters:,}",
             "vocabulary": f"{size.vocabulary_parameters:,}",
+            "dtype": str(model.dtype).removeprefix("torch."),
             "MB": megabytes(size.bytes),
             "vocabulary MB": megabytes(size.vocabulary_bytes),
             "size": f"{size.bytes / self.baseline_size.bytes:.1%}",
@@ -137,6 +154,10 @@ class _Measure:
             row |= {"loss": f"{loss:.4f}", "perplexity": f"{perplexity(loss):.2f}"}
             row |= {"increase": f"{self.increase(rank):+.4f}"}
         return row | {"folder": str(folder)}
+
+
+def _ids(blocks: Dataset) -> Iterator[Sequence[int]]:
+    return (blocks[index]["input_ids"] for index in range(len(blocks)))
 
 
 def _choose(
@@ -151,6 +172,7 @@ def _choose(
         return [rank], {}
 
     target, good_enough = arguments.target_loss_increase, {}
+    known = {rank: increase for rank, (_, increase) in measure.points.items()}
 
     def increase_of(rank: int) -> float:
         stored = compressor.load(rank)
@@ -163,15 +185,17 @@ def _choose(
             good_enough[rank] = model, share
         return increase
 
-    rank = smallest_rank_by_loss(increase_of, min(width - 1, vocab_size), target)
+    rank = smallest_rank_by_loss(increase_of, min(width - 1, vocab_size), target, known)
+    if rank not in good_enough:  # measured by an earlier call
+        return [rank], {}
     model, share = good_enough[rank]
     if share is not None:
         compressor.save(model, rank, share)
     return [rank], {rank: model}
 
 
-def _plot(compressor: Compressor, ranks: list[int], measure: _Measure) -> None:
-    """Draw the spectrum with every rank that is there, and loss against bytes where there are losses."""
+def _plot(compressor: Compressor, measure: _Measure) -> None:
+    """Draw the spectrum with every rank that is there, and loss against bytes with all measured on this text."""
     if not is_matplotlib_available():
         logger.warning("No plots: the package matplotlib is not installed.")
         return
@@ -182,6 +206,6 @@ def _plot(compressor: Compressor, ranks: list[int], measure: _Measure) -> None:
         logger.info("Spectrum: %s", path)
     if measure.losses:
         path = root / f"loss_against_bytes_{label}.png"
-        points = [(measure.bytes[rank], measure.increase(rank), rank) for rank in measure.losses if rank != "-"]
-        plot_loss_against_bytes(points, measure.baseline_size.bytes, ranks, label, path)
+        points = [(*point, rank) for rank, point in measure.points.items()]
+        plot_loss_against_bytes(points, measure.baseline_size.bytes, compressor.ranks_there(), label, path)
         logger.info("Loss against bytes: %s", path)

@@ -25,7 +25,7 @@ from transformers.utils import CONFIG_NAME, find_adapter_config_file
 
 from ..common.errors import UNREADABLE, UserError, blaming, silenced
 from ..common.lfs_pointers import refuse_pointers
-from ..common.model_places import refuse_missing_folder
+from ..common.model_places import refuse_missing
 from ..common.weight_files import weight_files
 from ..network.configuration_factorized_gpt2 import FactorizedGPT2Config
 from ..network.modeling_factorized_gpt2 import FactorizedGPT2
@@ -181,7 +181,7 @@ def load_causal_lm(name_or_path: str) -> PreTrainedModel:
 
 
 def _load_config(name_or_path: str) -> PretrainedConfig:
-    refuse_missing_folder(name_or_path)
+    refuse_missing(name_or_path)
     folder = Path(name_or_path)
     refuse_pointers([folder / CONFIG_NAME, *weight_files(folder)])
     with blaming(f"No model can be loaded from {name_or_path!r}", *UNREADABLE):

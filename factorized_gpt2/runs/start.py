@@ -10,7 +10,7 @@ from ..common.errors import UserError
 from ..common.folder_lock import compress_alone
 from ..compress.compressor import Compressor, Recipe
 from ..models.loading import check_tokenizer, load_baseline, load_compressed
-from ..models.record import compressed_from
+from ..models.record import teacher_of
 from ..models.sizes import least_parameters
 from ..network.configuration_factorized_gpt2 import FactorizedGPT2Config
 from ..network.modeling_factorized_gpt2 import FactorizedGPT2
@@ -112,7 +112,10 @@ def distillation_of(run: Run, vocab_size: int) -> Distillation | None:
     asked = run.distillation
     if not (asked.distillation_weight and run.training.do_train):
         return None
-    teacher = load_baseline(asked.teacher or run.model.baseline or compressed_from(run.model.compressed))
+    name = teacher_of(asked.teacher, run.model.baseline, run.model.compressed)
+    if name is None:
+        raise UserError(f"{run.model.compressed} does not say what it was compressed from: name a teacher.")
+    teacher = load_baseline(name)
     config = teacher.model.config
     if config.vocab_size != vocab_size:
         raise UserError(f"The teacher {teacher.name} has {config.vocab_size} tokens, the model {vocab_size}.")
