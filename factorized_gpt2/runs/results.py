@@ -10,7 +10,7 @@ from ..common.errors import UserError
 from ..common.files import read_json, write_json
 from ..text.source import TextSource
 
-RESULTS_NAME = "results.json"
+RESULTS_NAME, SETTINGS_NAME = "results.json", "run.json"
 
 
 def megabytes(size: int) -> str:
