@@ -1,5 +1,6 @@
 """Results of a protocol's runs to tables, pictures and a report: what they say, and that they say it whatever ran."""
 
+import json
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -342,3 +343,18 @@ def test_a_mistake_is_one_line(tmp_path, monkeypatch, capsys, words, complaint):
     assert run_command(report, words) == 2
     assert capsys.readouterr() == ("", complaint)
     assert not list(tmp_path.iterdir())
+
+
+def test_the_result_for_programs(tmp_path):
+    for row in (BASELINE, UNTRAINED):
+        row.write(tmp_path / row.run_name)
+    report(["--results", str(tmp_path), "--json", str(tmp_path / "result.json")])
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert result["command"] == "report"
+    first, second = result["rows"]
+    assert (first["run_name"], first["n_embd_wte"], first["gap"]) == (BASELINE.run_name, None, 0.0)
+    for row, results in ((first, BASELINE), (second, UNTRAINED)):
+        assert row["loss"] == results.eval_loss
+        assert row["bytes"] == results.bytes
+        assert row["versions"] == results.versions
+        assert "training_curve" not in row

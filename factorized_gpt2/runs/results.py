@@ -7,7 +7,7 @@ from types import UnionType
 from typing import Any, get_args, get_origin
 
 from ..common.errors import UserError
-from ..common.files import read_json, write_json
+from ..common.files import read_json, without_nan, write_json
 from ..text.source import TextSource
 
 RESULTS_NAME, SETTINGS_NAME = "results.json", "run.json"
@@ -118,7 +118,7 @@ class Results:
 
         Figures that are not finite, of a run that diverged, are null there.
         """
-        write_json(folder / RESULTS_NAME, _without_nan(asdict(self)))
+        write_json(folder / RESULTS_NAME, without_nan(asdict(self)))
 
     @classmethod
     def read(cls, folder: Path) -> "Results | None":
@@ -154,11 +154,3 @@ def _is_of(value: Any, kind: Any) -> bool:
         return isinstance(value, bool) and origin is bool
     items = value.values() if origin is dict else value if origin is list else ()
     return all(_is_of(item, inner[-1]) for item in items)
-
-
-def _without_nan(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {name: _without_nan(item) for name, item in value.items()}
-    if isinstance(value, list):
-        return [_without_nan(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
