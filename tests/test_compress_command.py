@@ -10,11 +10,13 @@ from matplotlib import image
 from factorized_gpt2 import FactorizedGPT2
 from factorized_gpt2.cli import compressing
 from factorized_gpt2.cli.compress import compress
+from factorized_gpt2.cli.compress_settings import CalibrationArguments
 from factorized_gpt2.cli.evaluate import evaluate
 from factorized_gpt2.common.errors import UserError
 from factorized_gpt2.runs.results import Results
 from factorized_gpt2.runs.run import run_experiment
 from factorized_gpt2.runs.settings import parse_run
+from factorized_gpt2.settings.text_arguments import EvaluationArguments
 
 WIDTH, BLOCK_SIZE = 32, 48
 
@@ -311,3 +313,67 @@ def test_a_compressed_model_without_a_record_needs_a_named_teacher(compressed, t
     run = parse_run(train_words(corpus, tmp_path / "run", "--compressed", compressed, *train))
     with pytest.raises(UserError, match="does not say what it was compressed from"):
         run_experiment(run)
+
+
+def test_the_result_for_programs_is_the_table_unrounded(words, tmp_path, corpus, capsys):
+    path = tmp_path / "out/result.json"
+    compress(words("--ranks", 4, 9, "--json", path, texts=("evaluation",)))
+    result = json.loads(path.read_text())
+    assert (result["command"], result["method"]) == ("compress", "pca")
+    assert result["text"] == str(corpus / "validation.jsonl")
+    assert {"python", "torch", "transformers"} <= result["versions"].keys()
+    assert [row["rank"] for row in result["rows"]] == [None, 9, 4]
+    printed = [line.split() for line in capsys.readouterr().out.splitlines()[3:]]
+    for row, cells in zip(result["rows"], printed, strict=True):
+        assert f"{row['loss']:.4f}" == cells[-4]
+        assert f"{row['perplexity']:.2f}" == cells[-3]
+        assert f"{row['loss_increase']:+.4f}" == cells[-2]
+        assert row["folder"] == cells[-1]
+        assert f"{row['parameters']:,}" in cells
+        assert row["bytes"] == 4 * row["parameters"]
+        assert row["vocabulary_bytes"] == 4 * row["vocabulary_parameters"]
+    assert (
+        result["rows"][1]["explained_share"] == record(tmp_path / "gpt_pca_nofinetune_k9")["explained_variance_ratio"]
+    )
+    compress(words("--ranks", 4, "--json", path, texts=()))
+    assert [row["loss"] for row in json.loads(path.read_text())["rows"]] == [None, None]
+
+
+@pytest.mark.parametrize("place", [".", "/dev/null"])
+def test_a_result_is_written_to_a_file_alone(words, place):
+    with pytest.raises(UserError, match=f"json={place} is no regular file"):
+        compress(words("--ranks", 4, "--json", place, texts=()))
+
+
+def test_calibration_text_and_evaluation_text_have_columns_of_their_own(words, corpus, tmp_path):
+    renamed = tmp_path / "train.jsonl"
+    rows = [json.loads(line) for line in (corpus / "train.jsonl").read_text().splitlines()]
+    renamed.write_text("".join(json.dumps({"content": row["text"]}) + "\n" for row in rows))
+    asked = ["--ranks", 4, "--method", "weighted", "--calibration_tokens", 480]
+    compress(
+        words(*asked, "--calibration_file", renamed, "--calibration_text_column", "content", texts=("evaluation",))
+    )
+    compress(words(*asked, "--output_dir", tmp_path / "same"))
+    first, second = (record(root / "gpt_weighted_nofinetune_k4") for root in (tmp_path, tmp_path / "same"))
+    assert first["calibration"]["fingerprint"] == second["calibration"]["fingerprint"]
+
+
+def test_where_calibration_text_comes_from():
+    evaluation = EvaluationArguments(dataset_name="e", dataset_config_name="c", dataset_document_start="=")
+    assert CalibrationArguments().source(EvaluationArguments()) is None
+    shared = CalibrationArguments().source(evaluation)
+    assert (shared.dataset_name, shared.dataset_config_name, shared.split) == ("e", "c", "train")
+    assert shared.document_start == "="
+    own = CalibrationArguments(calibration_dataset_name="d", calibration_text_column="content").source(evaluation)
+    assert (own.dataset_name, own.dataset_config_name, own.text_column) == ("d", None, "content")
+    assert own.document_start is None
+    with pytest.raises(UserError, match=r"^calibration_document_start='\(' is no regular expression"):
+        CalibrationArguments(calibration_document_start="(")
+
+
+def test_a_run_says_where_it_leaves_the_compressed_baseline(baseline, corpus, tmp_path, caplog):
+    caplog.set_level("INFO", "factorized_gpt2")
+    words = train_words(corpus, tmp_path / "run", "--baseline", baseline, "--n_embd_wte", 4)
+    run_experiment(parse_run(words))
+    said = f"beside the run's folder, for other runs to start from: {tmp_path / 'gpt_pca_nofinetune_k4'}"
+    assert caplog.text.count(said) == 1

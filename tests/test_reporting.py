@@ -1,5 +1,6 @@
 """Results of a protocol's runs to tables, pictures and a report: what they say, and that they say it whatever ran."""
 
+import json
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -387,3 +388,18 @@ def test_what_a_person_wrote_under_a_name_of_the_report_is_refused_and_stays(tmp
     write_report(PROTOCOL, tmp_path)
     write_report(PROTOCOL, tmp_path)
     assert (tmp_path / "thesis.md").read_text() == "# Results\n\nof my thesis"
+
+
+def test_the_result_for_programs(tmp_path):
+    for row in (BASELINE, UNTRAINED):
+        row.write(tmp_path / row.run_name)
+    report(["--results", str(tmp_path), "--json", str(tmp_path / "result.json")])
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert result["command"] == "report"
+    first, second = result["rows"]
+    assert (first["run_name"], first["n_embd_wte"], first["gap"]) == (BASELINE.run_name, None, 0.0)
+    for row, results in ((first, BASELINE), (second, UNTRAINED)):
+        assert row["loss"] == results.eval_loss
+        assert row["bytes"] == results.bytes
+        assert row["versions"] == results.versions
+        assert "training_curve" not in row

@@ -5,9 +5,9 @@ from pathlib import Path
 
 from ..common.errors import UserError
 from ..common.folder_lock import compress_alone
-from ..settings.devices import DeviceArguments
+from ..settings.devices import DeviceArguments, DtypeArguments
+from ..settings.outputs import JsonArguments, PublishArguments
 from ..settings.parsing import ManualParser
-from ..settings.publishing import PublishArguments
 from ..settings.text_arguments import EvaluationArguments
 from .compress_settings import CalibrationArguments, CompressArguments
 from .shell import run_command
@@ -15,8 +15,11 @@ from .shell import run_command
 
 def compress(argv: list[str]) -> None:
     """Load the baseline, choose ranks, factorize, write the folders, print what it cost, publish it if asked."""
-    arguments, calibration, evaluation, computing, publishing = ManualParser(
-        (CompressArguments, CalibrationArguments, EvaluationArguments, DeviceArguments, PublishArguments),
+    arguments, calibration, evaluation, computing, numbers, publishing, output = ManualParser(
+        (
+            *(CompressArguments, CalibrationArguments, EvaluationArguments, DeviceArguments, DtypeArguments),
+            *(PublishArguments, JsonArguments),
+        ),
         prog="compress.py",
         description="Factorize the token embedding and head of a trained GPT-2.",
         usage="%(prog)s --baseline FOLDER --ranks K [K ...] [option ...]",
@@ -32,7 +35,7 @@ def compress(argv: list[str]) -> None:
     from .compressing import compress_all
 
     with compress_alone(Path(arguments.output_dir)):
-        compress_all(arguments, calibration, evaluation, computing.found, publishing)
+        compress_all(arguments, calibration, evaluation, computing.found, numbers, publishing, output)
 
 
 def check(arguments: CompressArguments, calibration: CalibrationArguments, evaluation: EvaluationArguments) -> None:
@@ -52,8 +55,10 @@ def check(arguments: CompressArguments, calibration: CalibrationArguments, evalu
         raise UserError(f"ranks: a rank is given twice in {' '.join(map(str, ranks))}.")
     if loss is not None and not evaluation.is_asked_for:
         raise UserError("target_loss_increase needs text to measure on: set eval_file or dataset_name.")
-    if calibration.calibration_file and arguments.method == "pca" and not arguments.refine:
-        raise UserError("calibration_file does nothing for method pca without refine; tokenwise makes the most of it.")
+    own_text = calibration.calibration_file or calibration.calibration_dataset_name
+    if own_text and arguments.method == "pca" and not arguments.refine:
+        name = "calibration_file" if calibration.calibration_file else "calibration_dataset_name"
+        raise UserError(f"{name} does nothing for method pca without refine; tokenwise makes the most of it.")
 
 
 def main() -> None:

@@ -12,10 +12,9 @@ from ..common.errors import REFUSED_SETTINGS, UserError, blaming
 from ..common.files import read_json, replacing_file
 from ..common.fingerprints import weights_fingerprint
 from ..report.reporting import read_results, write_report
-from ..runs.folder import SETTINGS_NAME
 from ..runs.grid import Experiment, Scale, load_grid, select
 from ..runs.identity import contents_of
-from ..runs.results import RESULTS_NAME, Results
+from ..runs.results import RESULTS_NAME, SETTINGS_NAME, Results
 from ..runs.words import check_words, with_present_names
 from ..settings.devices import launched_processes
 from ..settings.parsing import ManualParser, find_config

@@ -24,6 +24,7 @@ from ..common.fingerprints import (
 )
 from ..common.weight_files import MODEL_FILES, weight_files
 from ..models.conversion import from_gpt2, vocabulary_matrices
+from ..models.dtypes import dtype_name, in_dtype
 from ..models.factors import Factors
 from ..models.loading import Baseline, load_compressed
 from ..models.record import RECORD_NAME, compressed_folder, noted_measurement
@@ -34,6 +35,7 @@ from .calibration import calibrate, compensated_head, count_tokens, spread_block
 from .data_aware import DataAwareDecomposition, VocabularyUse
 from .factor_files import pca_factors
 from .pca import explained_shares, factorize_ranks
+from .ranks import check_ranks
 from .refinement import check_device, refine
 
 logger = logging.getLogger(__name__)
@@ -82,12 +84,14 @@ class Recipe:
         tied: Whether one `wte` serves both sides; a tied baseline can be given two, an untied one never one.
         refine_steps: Steps of refinement after the factorization.
         seed: Of every draw.
+        dtype: Of the weights, as in "bfloat16"; `None`: the baseline's.
     """
 
     method: str = "pca"
     tied: bool = True
     refine_steps: int = 0
     seed: int = 0
+    dtype: str | None = None
 
     @property
     def needs_text(self) -> bool:
@@ -129,7 +133,11 @@ class Compressor:
         if recipe.refine_steps:
             check_device(device)
         self.baseline, self.root, self.tokenizer, self.text = baseline, root, tokenizer, text
-        self.recipe = replace(recipe, tied=recipe.tied and baseline.model.config.tie_word_embeddings)
+        self.recipe = replace(
+            recipe,
+            tied=recipe.tied and baseline.model.config.tie_word_embeddings,
+            dtype=None if recipe.dtype == dtype_name(baseline.model) else recipe.dtype,
+        )
         self.overwrite, self.device, self.progress = overwrite, device, progress
         self.saved: list[int] = []  # ranks whose folders were written
         self._ahead: dict[int, Factors] = {}
@@ -194,7 +202,7 @@ class Compressor:
         self._ahead |= self._factorize(ranks)
 
     def make(self, rank: int) -> tuple[FactorizedGPT2, float]:
-        """Factorize, compensate and refine as the recipe says, in memory.
+        """Factorize, compensate, refine and round as the recipe says, in memory.
 
         Returns:
             The compressed model in evaluation mode, and the `explained_share` of its factors.
@@ -219,7 +227,7 @@ class Compressor:
                 self.progress,
                 self.device,
             )
-        return model, factors.explained_share
+        return in_dtype(model, self.recipe.dtype), factors.explained_share
 
     def save(self, model: FactorizedGPT2, rank: int, share: float) -> None:
         """Write a compressed model's folder, whole or not at all, and reload it to see that it is this model.
@@ -262,7 +270,7 @@ class Compressor:
         Raises:
             UserError: A rank out of range; the folder holds another compressed model, unless `overwrite`, or none.
         """
-        self.baseline.check_ranks([rank])
+        check_ranks([rank], self.baseline.model.config)
         folder = self.folder(rank)
         if folder.exists() and not folder.is_dir():
             raise UserError(f"{folder}, where the model of rank {rank} belongs, is a file: move it away.")
@@ -334,7 +342,7 @@ class Compressor:
         return DataAwareDecomposition(embedding, self.recipe.method, self._use, head)
 
     def _factorize(self, ranks: Sequence[int]) -> dict[int, Factors]:
-        self.baseline.check_ranks(ranks)
+        check_ranks(ranks, self.baseline.model.config)
         if self.recipe.method != "pca":
             return {rank: self._decomposition.factors(rank) for rank in ranks}
         if self.recipe.tied == self.baseline.model.config.tie_word_embeddings:
@@ -344,5 +352,5 @@ class Compressor:
 
 
 _FILES = (*MODEL_FILES, RECORD_NAME, "results.json", "run.json")  # the last two of a run that evaluated it there
-_WHAT_MAKES_A_MODEL = ("method", "tied", "refine_steps", "seed", "n_embd_wte", "calibration")
+_WHAT_MAKES_A_MODEL = ("method", "tied", "refine_steps", "seed", "n_embd_wte", "calibration", "dtype")
 _WHAT_IS_TAKEN_OVER = {"config_fingerprint": "config", "tokenizer_fingerprint": "tokenizer"}  # of the baseline

@@ -31,7 +31,7 @@ def pca_factors(baseline: Baseline, ranks: Sequence[int], root: Path, overwrite:
 
     Args:
         baseline: The trained model.
-        ranks: Ranks k.
+        ranks: Ranks k that `ranks.check_ranks` lets pass.
         root: Folder above `pca_factorized/`, where `wte_pca_k{k}.npy` and `scale_mats_pca_k{k}.npz` stand.
         overwrite: Whether factor files of another baseline may be replaced.
 
@@ -39,9 +39,8 @@ def pca_factors(baseline: Baseline, ranks: Sequence[int], root: Path, overwrite:
         Factors by rank.
 
     Raises:
-        UserError: A rank out of range; factor files of another baseline, unless `overwrite`.
+        UserError: Factor files of another baseline, unless `overwrite`.
     """
-    baseline.check_ranks(ranks)
     folder = factors_folder(root)
     factors = {}
     for rank in ranks:

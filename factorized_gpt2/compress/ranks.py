@@ -1,11 +1,35 @@
-"""The smallest rank that is good enough."""
+"""Which ranks there are, and the smallest that is good enough."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import numpy as np
+from transformers import GPT2Config
 
 from ..common.errors import UserError
+
+
+def largest_rank(config: GPT2Config) -> int:
+    """Say which rank a baseline's vocabulary can have at most: below its width, so that the model becomes smaller."""
+    return min(config.n_embd - 1, config.vocab_size)
+
+
+def check_ranks(ranks: Iterable[int], config: GPT2Config) -> None:
+    """Refuse ranks that make a baseline no smaller, or none at all.
+
+    Args:
+        ranks: Ranks k.
+        config: The baseline's.
+
+    Raises:
+        UserError: Naming the rank.
+    """
+    for rank in ranks:
+        if not 1 <= rank <= largest_rank(config):
+            raise UserError(
+                f"Rank {rank} is out of range: the baseline is {config.n_embd} wide and has {config.vocab_size} "
+                f"tokens, so a rank lies between 1 and {largest_rank(config)}."
+            )
 
 
 def smallest_rank_by_share(shares: Sequence[float], target: float) -> int:

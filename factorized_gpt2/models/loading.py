@@ -2,7 +2,7 @@
 
 import logging
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from pickle import UnpicklingError
@@ -52,20 +52,6 @@ class Baseline:
     model: FactorizedGPT2
     name: str
     fingerprint: str
-
-    def check_ranks(self, ranks: Sequence[int]) -> None:
-        """Refuse ranks that make the model no smaller, or none at all.
-
-        Raises:
-            UserError: Naming the rank.
-        """
-        width, vocab_size = self.model.config.n_embd, self.model.config.vocab_size
-        for rank in ranks:
-            if not 1 <= rank < min(width, vocab_size + 1):
-                raise UserError(
-                    f"Rank {rank} is out of range: the baseline is {width} wide and has {vocab_size} tokens, so a "
-                    f"rank lies between 1 and {min(width - 1, vocab_size)}."
-                )
 
 
 def check_tokenizer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:

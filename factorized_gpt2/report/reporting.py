@@ -67,6 +67,17 @@ def results_table(results: Sequence[Results], style: str = "simple") -> str:
     )
 
 
+def results_rows(results: Sequence[Results]) -> list[dict[str, Any]]:
+    """Lay out results for programs to read: every figure of a run but its curves, and the gap of its loss."""
+    baselines = [row for row in results if row.family == "baseline"]
+    left_out = ("settings", "content", "words", "training_curve", "validation_curve", "spectrum", "eval_loss")
+    return [
+        {name: value for name, value in vars(row).items() if name not in left_out}
+        | {"loss": row.eval_loss, "gap": _gap(row, baselines), "folder": row.settings.get("output_dir")}
+        for row in results
+    ]
+
+
 def _gap(row: Results, baselines: Sequence[Results]) -> float | None:
     """Compare a run's loss with that of its own baseline, on the same text; `None` where it cannot be told which."""
     if row.family == "baseline":

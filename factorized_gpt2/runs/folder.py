@@ -19,12 +19,11 @@ from ..network.modeling_factorized_gpt2 import FactorizedGPT2
 from ..text.tokenizer_files import save_tokenizer
 from ..trainer.checkpoints import refuse_others
 from .identity import Differences, differences, identity
-from .results import RESULTS_NAME, Results
+from .results import RESULTS_NAME, SETTINGS_NAME, Results
 from .settings import Run, RunArguments
 
 logger = logging.getLogger(__name__)
 
-SETTINGS_NAME = "run.json"
 ADAPTER_NAME = "adapter"
 BASE_NAME = "base_model"
 _CHECKPOINT = re.compile(r"(damaged-)?checkpoint-\d+")

@@ -7,10 +7,10 @@ from types import UnionType
 from typing import Any, get_args, get_origin
 
 from ..common.errors import UserError
-from ..common.files import read_json, write_json
+from ..common.files import read_json, without_nan, write_json
 from ..text.source import TextSource
 
-RESULTS_NAME = "results.json"
+RESULTS_NAME, SETTINGS_NAME = "results.json", "run.json"
 
 
 def megabytes(size: int) -> str:
@@ -119,7 +119,7 @@ class Results:
 
         Figures that are not finite, of a run that diverged, are null there.
         """
-        write_json(folder / RESULTS_NAME, _without_nan(asdict(self)))
+        write_json(folder / RESULTS_NAME, without_nan(asdict(self)))
 
     @classmethod
     def read(cls, folder: Path) -> "Results | None":
@@ -155,11 +155,3 @@ def _is_of(value: Any, kind: Any) -> bool:
         return isinstance(value, bool) and origin is bool
     items = value.values() if origin is dict else value if origin is list else ()
     return all(_is_of(item, inner[-1]) for item in items)
-
-
-def _without_nan(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {name: _without_nan(item) for name, item in value.items()}
-    if isinstance(value, list):
-        return [_without_nan(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

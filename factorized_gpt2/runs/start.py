@@ -1,5 +1,6 @@
 """What a run starts from: a random, a trained or a compressed model, and its teacher."""
 
+import logging
 from pathlib import Path
 
 import psutil
@@ -19,6 +20,8 @@ from ..trainer.adapters import DROPOUTS, set_dropout, untie_head
 from ..trainer.distillation import Distillation
 from .fields import ModelArguments
 from .settings import Run
+
+logger = logging.getLogger(__name__)
 
 _POSITIONS = 1024  # of a model from scratch for which no block size is set
 
@@ -71,7 +74,8 @@ def _trained_start(run: Run, tokenizer: PreTrainedTokenizerBase) -> FactorizedGP
         model = compressor.load(arguments.n_embd_wte)
         if model is None:
             with compress_alone(root, wait=True):
-                model, _ = compressor.load_or_make(arguments.n_embd_wte)
+                model, folder = compressor.load_or_make(arguments.n_embd_wte)
+            logger.info("The compressed baseline is beside the run's folder, for other runs to start from: %s", folder)
         model.name_or_path = str(compressor.folder(arguments.n_embd_wte))
     return model
 

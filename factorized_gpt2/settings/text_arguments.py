@@ -17,6 +17,14 @@ _MOST_POSITIONS = 4096  # that make a block by default: attention and logits of 
 _BLOCK_OF_MANY = 1024
 
 
+def check_pattern(name: str, pattern: str | None) -> None:
+    """Refuse a setting that is no regular expression, by name."""
+    try:
+        re.compile(pattern or "")
+    except re.error as error:
+        raise UserError(f"{name}={pattern!r} is no regular expression: {error}.") from error
+
+
 @dataclass
 class TextArguments:
     """Where text comes from and how it falls into documents."""
@@ -34,10 +42,7 @@ class TextArguments:
 
     def __post_init__(self) -> None:
         for name in ("document_start", "dataset_document_start"):
-            try:
-                re.compile(getattr(self, name) or "")
-            except re.error as error:
-                raise UserError(f"{name}={getattr(self, name)!r} is no regular expression: {error}.") from error
+            check_pattern(name, getattr(self, name))
 
     def source_of(self, files: list[str] | None, split: str) -> TextSource:
         """Text of local files, or where there are none of a split of the dataset."""
