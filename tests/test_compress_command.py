@@ -180,7 +180,7 @@ def test_the_spectrum_shows_every_rank_that_is_there(words, monkeypatch):
 @pytest.mark.parametrize(
     ("rest", "texts", "complaint"),
     [
-        ([], (), "Set one of ranks, target_loss_increase and explained_variance"),
+        ([], (), "Set one of ranks, bits_per_weight, vocabulary_mb, target_loss_increase"),
         (["--ranks", 4, "--explained_variance", 0.5], (), "Set one of ranks"),
         (
             ["--explained_variance", 0.5, "--method", "tokenwise"],

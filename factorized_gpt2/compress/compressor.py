@@ -219,7 +219,7 @@ class Compressor:
             verify_copy(model, temporary, name=self.folder(rank))
             if self.tokenizer is not None:
                 save_tokenizer(self.tokenizer, temporary, model.config.n_positions)
-            kept = {self.share_name: share, "spectrum": [round(float(share), 6) for share in self.shares]}
+            kept = {self.share_name: share} | self._of_all_sizes()
             write_json(temporary / RECORD_NAME, self._record(rank) | kept)
         self.saved.append(rank)
 
@@ -244,10 +244,10 @@ class Compressor:
         Raises:
             UserError: A rank out of range; the folder holds another compressed model, unless `overwrite`, or none.
         """
-        self.baseline.check_ranks([rank])
+        self.check(rank)
         folder = self.folder(rank)
         if folder.exists() and not folder.is_dir():
-            raise UserError(f"{folder}, where the model of rank {rank} belongs, is a file: move it away.")
+            raise UserError(f"{folder}, where the model of {self.name_of(rank)} belongs, is a file: move it away.")
         if not (folder.exists() and any(folder.iterdir())):
             return None
         if not (folder / RECORD_NAME).exists():
@@ -264,6 +264,10 @@ class Compressor:
             raise UserError(f"{folder} {difference}; remove or overwrite it.")
         return None
 
+    def check(self, rank: int) -> None:
+        """Refuse a rank that is out of range."""
+        self.baseline.check_ranks([rank])
+
     def _difference(self, rank: int) -> str:
         """Say how a folder's model was made otherwise than this compressor would make it; empty if it was not."""
         record = self.folder(rank) / RECORD_NAME
@@ -272,7 +276,8 @@ class Compressor:
         stored, asked = read_json(record), self._record(rank)
         if stored.get("baseline_fingerprint") != asked["baseline_fingerprint"]:
             return f"was not made from {self.baseline.name}"
-        changed = sorted(name for name in _WHAT_MAKES_A_MODEL if stored.get(name) != asked[name])
+        makings = (*_WHAT_MAKES_A_MODEL, *self._of_size(rank))
+        changed = sorted(name for name in makings if stored.get(name) != asked[name])
         changed += [what for name, what in _WHAT_IS_TAKEN_OVER.items() if stored.get(name, asked[name]) != asked[name]]
         if not changed and not isinstance(stored.get(self.share_name), float):
             changed = [self.share_name]
@@ -282,13 +287,23 @@ class Compressor:
         calibration = self.text.record if self.recipe.needs_text else None
         return asdict(self.recipe) | {
             "seed": self.recipe.seed if self.recipe.needs_text else None,
-            "n_embd_wte": rank,
+            **self._of_size(rank),
             "baseline": self.baseline.name,
             "baseline_fingerprint": self.baseline.fingerprint,
             "config_fingerprint": config_fingerprint(self.baseline.model.config),
             "tokenizer_fingerprint": tokenizer_fingerprint(self.tokenizer),
             "calibration": calibration,
         }
+
+    def name_of(self, rank: int) -> str:
+        """Say in words which model is meant."""
+        return f"rank {rank}"
+
+    def _of_size(self, rank: int) -> dict[str, Any]:
+        return {"n_embd_wte": rank}
+
+    def _of_all_sizes(self) -> dict[str, Any]:
+        return {"spectrum": [round(float(share), 6) for share in self.shares]}
 
     @cached_property
     def _matrices(self) -> tuple[np.ndarray, np.ndarray | None]:
@@ -316,5 +331,5 @@ class Compressor:
         return factorize_ranks(embedding, ranks, head)
 
 
-_WHAT_MAKES_A_MODEL = ("method", "tied", "refine_steps", "seed", "n_embd_wte", "calibration")
+_WHAT_MAKES_A_MODEL = ("method", "tied", "refine_steps", "seed", "calibration")
 _WHAT_IS_TAKEN_OVER = {"config_fingerprint": "config", "tokenizer_fingerprint": "tokenizer"}  # of the baseline

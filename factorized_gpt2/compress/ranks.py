@@ -33,7 +33,9 @@ def is_good_enough(increase: float, target: float) -> bool:
     return increase <= target
 
 
-def smallest_rank_by_loss(increase_of: Callable[[int], float], largest: int, target: float) -> int:
+def smallest_rank_by_loss(
+    increase_of: Callable[[int], float], largest: int, target: float, name: Callable[[int], str] = "rank {}".format
+) -> int:
     """Find the smallest rank whose loss exceeds the baseline's by no more than a target, with few evaluations.
 
     The increase is taken to fall as the rank grows. The logarithm of an increase is nearly a straight line in the
@@ -44,6 +46,7 @@ def smallest_rank_by_loss(increase_of: Callable[[int], float], largest: int, tar
         increase_of: Measures a rank's loss increase, in nats a token. Called once for any rank.
         largest: Largest rank to consider.
         target: Increase allowed, in nats a token, positive.
+        name: What to call a rank.
 
     Returns:
         The rank; every smaller one that was measured exceeds the target.
@@ -64,7 +67,7 @@ def smallest_rank_by_loss(increase_of: Callable[[int], float], largest: int, tar
         return not good
 
     if exceeds(largest):
-        raise UserError(f"Even rank {largest} costs {increases[largest]:.4f} nats a token, more than {target}.")
+        raise UserError(f"Even {name(largest)} costs {increases[largest]:.4f} nats a token, more than {target}.")
     if largest == 1 or not exceeds(1):
         return 1
     too_small, enough = 1, largest
