@@ -5,13 +5,17 @@ import json
 import pytest
 import torch
 from matplotlib import image
-from test_compress_command import baseline, words  # noqa: F401
+from test_compress_command import baseline, train_words, words  # noqa: F401
 
 from factorized_gpt2 import FactorizedGPT2
 from factorized_gpt2.cli.compress import CompressArguments, PublishArguments, compress
 from factorized_gpt2.common.errors import UserError
 from factorized_gpt2.compress.coded import Budget
+from factorized_gpt2.hub.model_card import History, model_card
 from factorized_gpt2.models.sizes import stored_bytes
+from factorized_gpt2.runs.results import Results
+from factorized_gpt2.runs.run import run_experiment
+from factorized_gpt2.runs.settings import parse_run
 
 
 def record(folder) -> dict:
@@ -90,6 +94,44 @@ def test_what_cannot_be_asked_is_one_line(words, tmp_path, rest, complaint):  # 
     with pytest.raises(UserError, match=complaint):
         compress(words(*rest))
     assert not list(tmp_path.glob("gpt_*"))
+
+
+def test_a_run_adapts_the_trunk_and_floats_on_demand(words, tmp_path, corpus):  # noqa: F811
+    compress(words("--bits_per_weight", 6))
+    folder = tmp_path / "gpt_coded_nofinetune_b6"
+    start = ["--compressed", folder, "--do_train", True, "--max_steps", 4, "--learning_rate", "1e-2"]
+    lora = ["--lora_rank", 2, "--lora_target_modules", "q_proj", "scale_up"]
+
+    def run(name, *rest):
+        run_experiment(parse_run(train_words(corpus, tmp_path / name, *start, *rest)))
+        return FactorizedGPT2.from_pretrained(tmp_path / name), Results.read(tmp_path / name)
+
+    before = FactorizedGPT2.from_pretrained(folder)
+    adapted, results = run("adapted", *lora)
+    assert results.family == "coded-lora"
+    assert torch.equal(adapted.transformer.wte.codes, before.transformer.wte.codes)
+    assert not torch.equal(adapted.transformer.scale_up.weight, before.transformer.scale_up.weight)
+    trained, _ = run("trained")
+    assert not torch.equal(trained.transformer.wte.steps, before.transformer.wte.steps)
+    floats, _ = run("floats", *lora, "wte", "--dequantize", True)
+    assert not floats.config.is_coded
+    for rest, complaint in (
+        ((*lora, "wte"), "wte is of integers, which cannot be adapted.*dequantize=true"),
+        (("--tie_word_embeddings", False), "vocabulary of integers is tied.*dequantize"),
+    ):
+        with pytest.raises(UserError, match=complaint):
+            run("refused", *rest)
+    with pytest.raises(UserError, match="dequantize is for a compressed model"):
+        parse_run(train_words(corpus, tmp_path / "x", "--n_embd", 32, "--tokenizer", "x", "--dequantize", True))
+
+
+def test_the_card_says_what_it_is(words, tmp_path):  # noqa: F811
+    compress(words("--bits_per_weight", 6))
+    folder = tmp_path / "gpt_coded_nofinetune_b6"
+    config = FactorizedGPT2.from_pretrained(folder).config
+    card = str(model_card("me/small", config, (1, 2), History.read(folder)))
+    assert "A GPT-2 with a vocabulary of integers" in card
+    assert "by rounding its vocabulary to integers by what the loss feels of it" in card
 
 
 def test_budgets_need_text(words):  # noqa: F811

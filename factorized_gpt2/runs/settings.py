@@ -48,6 +48,13 @@ class ModelArguments:
         default=None,
         metadata={"help": "Folder or Hub id of a model that compress.py made, to start from instead of a baseline."},
     )
+    dequantize: bool = field(
+        default=False,
+        metadata={
+            "help": "Make floats of a compressed model's vocabulary of integers, which can then be adapted and "
+            "trained; the model grows."
+        },
+    )
     n_embd_wte: int | None = field(
         default=None,
         metadata={"help": "Rank k of the token embedding. None, or d for a random start: not factorized."},
@@ -354,6 +361,8 @@ def _check(run: Run) -> None:
     if model.compressed and (model.baseline or model.n_embd_wte):
         other = "baseline" if model.baseline else "n_embd_wte"
         raise UserError(f"{other} contradicts compressed: the compressed model is what the run starts from.")
+    if model.dequantize and not model.compressed:
+        raise UserError("dequantize is for a compressed model: set compressed.")
     if run.is_from_scratch and data.tokenizer is None:
         raise UserError("Without a baseline, tokenizer must name one (a folder or Hub id).")
     if run.is_from_scratch and not training.do_train:
