@@ -16,7 +16,7 @@ from transformers import DynamicCache, StaticCache
 
 from factorized_gpt2 import FactorizedGPT2, FactorizedGPT2Config
 from factorized_gpt2.cli.shell import run_command
-from factorized_gpt2.runs.settings import LORA_TARGETS
+from factorized_gpt2.runs.fields import LORA_TARGETS
 from factorized_gpt2.settings.parsing import ManualParser
 from factorized_gpt2.trainer.adapters import add_lora, merge
 

@@ -12,7 +12,7 @@ from tabulate import tabulate
 from transformers import TrainingArguments, set_seed
 
 from factorized_gpt2.cli.shell import run_command
-from factorized_gpt2.runs.settings import LORA_TARGETS
+from factorized_gpt2.runs.fields import LORA_TARGETS
 from factorized_gpt2.settings.parsing import ManualParser
 from factorized_gpt2.text.blocks import collate_blocks
 from factorized_gpt2.trainer.adapters import add_lora

@@ -13,7 +13,7 @@ from baselines import BaselineArguments, Bench, benches
 from tabulate import tabulate
 
 from factorized_gpt2.cli.shell import run_command
-from factorized_gpt2.compress.compressor import METHODS
+from factorized_gpt2.compress.methods import METHODS
 from factorized_gpt2.models.sizes import model_size
 from factorized_gpt2.settings.parsing import ManualParser
 

@@ -16,8 +16,8 @@ from tabulate import tabulate
 
 from factorized_gpt2.cli.shell import run_command
 from factorized_gpt2.compress.calibration import DRAWS
-from factorized_gpt2.compress.compressor import METHODS
 from factorized_gpt2.compress.data_aware import VocabularyUse, factorize_data_aware
+from factorized_gpt2.compress.methods import METHODS
 from factorized_gpt2.compress.pca import factorize_ranks
 from factorized_gpt2.compress.row_fit import Side
 from factorized_gpt2.settings.parsing import ManualParser

@@ -25,7 +25,8 @@ from transformers import TrainingArguments as StockArguments
 from factorized_gpt2 import FactorizedGPT2, FactorizedGPT2Config
 from factorized_gpt2.cli.shell import run_command
 from factorized_gpt2.common.errors import UserError
-from factorized_gpt2.runs.settings import LORA_TARGETS, RunArguments
+from factorized_gpt2.runs.fields import LORA_TARGETS
+from factorized_gpt2.runs.settings import RunArguments
 from factorized_gpt2.settings.parsing import ManualParser
 from factorized_gpt2.text.blocks import collate_blocks
 from factorized_gpt2.trainer.adapters import add_lora

@@ -12,12 +12,13 @@ from attempts import Case
 from hypothesis import strategies as st
 from mutations import bad_bytes, bad_json, weird_words
 
-from factorized_gpt2.cli.compress import CalibrationArguments, CompressArguments, PublishArguments
+from factorized_gpt2.cli.compress_settings import CalibrationArguments, CompressArguments
 from factorized_gpt2.cli.evaluate import EvaluateArguments
 from factorized_gpt2.cli.experiments import GridArguments, ScaleArguments
 from factorized_gpt2.cli.import_checkpoint import ImportArguments
 from factorized_gpt2.cli.report import ReportArguments
 from factorized_gpt2.runs.settings import default_settings
+from factorized_gpt2.settings.publishing import PublishArguments
 from factorized_gpt2.settings.text_arguments import EvaluationArguments
 
 COMPRESSED, FACTORS = "weights/gpt_pca_nofinetune_k4", "weights/pca_factorized"

@@ -23,11 +23,13 @@ from transformers import LogitsProcessor, LogitsProcessorList, PrinterCallback, 
 from factorized_gpt2 import FactorizedGPT2
 from factorized_gpt2.cli.shell import print_table, run_command
 from factorized_gpt2.common.files import read_json
-from factorized_gpt2.common.progress import Progress, StepProgress
-from factorized_gpt2.runs.settings import LORA_TARGETS, RunArguments
+from factorized_gpt2.common.progress import Progress
+from factorized_gpt2.runs.fields import LORA_TARGETS
+from factorized_gpt2.runs.settings import RunArguments
 from factorized_gpt2.settings.parsing import ManualParser
 from factorized_gpt2.text.blocks import collate_blocks
 from factorized_gpt2.trainer.adapters import DROPOUTS, add_lora
+from factorized_gpt2.trainer.progress import StepProgress
 from factorized_gpt2.trainer.trainer import FactorizedTrainer
 
 BLOCK_SIZE = 32

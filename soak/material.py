@@ -18,8 +18,8 @@ from factorized_gpt2.compress.compressor import Compressor, Recipe
 from factorized_gpt2.models.loading import load_baseline
 from factorized_gpt2.models.sizes import model_size
 from factorized_gpt2.nanogpt.factor_files import write_old_factors
+from factorized_gpt2.runs.fields import LORA_TARGETS
 from factorized_gpt2.runs.results import Results
-from factorized_gpt2.runs.settings import LORA_TARGETS
 from factorized_gpt2.text.demo_corpus import train_tokenizer
 from factorized_gpt2.text.tokenizers import load_tokenizer
 

@@ -9,10 +9,15 @@ from transformers import TrainingArguments
 
 from factorized_gpt2.cli.train import train
 from factorized_gpt2.common.errors import UserError
+from factorized_gpt2.network.blockwise_loss import BACKENDS
 from factorized_gpt2.runs.families import run_name as derived_name
-from factorized_gpt2.runs.settings import LORA_TARGETS, AdapterArguments, ModelArguments, RunArguments, parse_run
+from factorized_gpt2.runs.fields import LORA_TARGETS, LOSS_BACKENDS, AdapterArguments, ModelArguments
+from factorized_gpt2.runs.settings import RunArguments, parse_run
 from factorized_gpt2.runs.training_fields import ELSEWHERE, SUPPORTED, refused
+from factorized_gpt2.runs.training_outline import training_outline
+from factorized_gpt2.runs.words import outlined, parser_of
 from factorized_gpt2.settings.parsing import load_config
+from factorized_gpt2.settings.setting_values import Range, check_values, limits_of
 from factorized_gpt2.settings.text_arguments import DataArguments
 
 RANKS = (64, 128, 256, 512)
@@ -262,7 +267,6 @@ def test_what_would_do_nothing_is_refused_unless_it_is_the_default(tmp_path, nam
         ("eval_interval", "it is eval_steps"),
         ("eval_iters", "max_eval_samples"),
         ("batch_size", "it is per_device_train_batch_size"),
-        ("eval_batch_size", "it is per_device_eval_batch_size"),
         ("min_lr", "lr_scheduler_kwargs"),
         ("lr_decay_iters", "max_steps"),
         ("grad_clip", "it is max_grad_norm"),
@@ -310,3 +314,82 @@ def test_a_file_that_is_no_config(tmp_path, text, complaint):
 def test_bad_words(words, complaint):
     with pytest.raises(UserError, match=complaint):
         parse_run(words)
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        (["--overwrite_output_dir", "True"], ["--overwrite", "True"]),
+        (["--overwrite-output-dir=True"], ["--overwrite=True"]),
+        (["--hub_private_repo"], ["--private"]),
+        (["--push_to_hub", "--hub_model_id", "me/x"], ["--push_to_hub", "me/x"]),
+        (["--hub_model_id", "me/x", "--push_to_hub=True"], ["--push_to_hub", "me/x"]),
+        (["--push_to_hub", "False", "--hub_model_id", "me/x"], []),
+        (["--hub_model_id", "me/x"], []),
+    ],
+)
+def test_old_names_are_taken_with_a_line_that_says_the_new_one(caplog, before, after):
+    old = parse_run(["--config", "baseline", *before]).training
+    assert caplog.text.count("the old name is taken until the next release") == (before[1:2] != ["False"])
+    new = parse_run(["--config", "baseline", *after]).training
+    for name in ("overwrite", "private", "push_to_hub"):
+        assert getattr(old, name) == getattr(new, name)
+
+
+def test_old_names_are_taken_in_configs(tmp_path, caplog):
+    old = {"overwrite_output_dir": True, "push_to_hub": True, "hub_model_id": "me/x", "hub_private_repo": True}
+    (tmp_path / "old.json").write_text(json.dumps(load_config("baseline.json") | old))
+    training = parse_run(["--config", str(tmp_path / "old.json")]).training
+    assert (training.overwrite, training.push_to_hub, training.private) == (True, "me/x", True)
+    for name in ("--overwrite.", "--push_to_hub me/x.", "--private;"):
+        assert name.rstrip(".;") in caplog.text
+
+
+def test_a_run_takes_the_names_that_other_commands_have():
+    run = parse_run(["--config", "baseline", "--eval_file", "a.txt", "b.txt", "--eval_batch_size=3"])
+    assert run.data.validation_file == ["a.txt", "b.txt"]
+    assert run.training.per_device_eval_batch_size == 3
+
+
+def test_null_takes_back_what_a_config_that_is_extended_or_a_flag_before_has_set(tmp_path):
+    (tmp_path / "base.json").write_text('{"seed": 7, "block_size": 64, "ddp_find_unused_parameters": true}')
+    (tmp_path / "run.json").write_text(
+        '{"extends": "base.json", "seed": null, "block_size": null, "ddp_find_unused_parameters": null}'
+    )
+    words = ["--tokenizer=t", "--train_file=a", "--validation_file=b", "--do_train", "--max_steps=1"]
+    run = parse_run([f"--config={tmp_path / 'run'}", *words])
+    assert run.data.block_size is None
+    assert run.training.ddp_find_unused_parameters is None  # whose default is False
+    assert run.training.seed == 42  # which has no null, and so its default
+    assert parse_run([f"--config={tmp_path / 'run'}", *words, "--block_size", "32"]).data.block_size == 32
+    assert parse_run([f"--config={tmp_path / 'base'}", *words, "--block_size", "null"]).data.block_size is None
+
+
+def test_the_outline_of_the_trainers_options_is_theirs():
+    outline, real = fields(training_outline()), fields(TrainingArguments)
+    assert training_outline() is not TrainingArguments
+    assert [item.name for item in outline] == [item.name for item in real]
+    assert [item.metadata for item in outline] == [item.metadata for item in real]
+    differing = {ours.name for ours, theirs in zip(outline, real, strict=True) if ours.default != theirs.default}
+    assert differing <= {"optim"}  # computed from the installed torch
+    words = ["--optim", "sgd", "--eval_strategy=steps", "--lr_scheduler_kwargs", '{"min_lr": 1e-6}', "--seed=3"]
+    shallow, deep = (vars(parser_of(kind).parse_known_args(words)[0]) for kind in (outlined(), RunArguments))
+    assert {name: value for name, value in shallow.items() if name != "optim"} == {
+        name: value for name, value in deep.items() if name != "optim"
+    }
+
+
+def test_another_layout_of_the_trainers_source_costs_time_and_nothing_else(monkeypatch):
+    monkeypatch.setattr("factorized_gpt2.runs.training_outline._CLASS", "Renamed")
+    assert training_outline.__wrapped__() is TrainingArguments
+
+
+def test_the_names_of_loss_backends_are_the_networks():
+    assert LOSS_BACKENDS == BACKENDS
+
+
+def test_limits_stand_in_the_types_of_fields():
+    assert limits_of(ModelArguments)["n_layer"] == Range(1)
+    assert limits_of(RunArguments)["seed"] == Range(0, 2**32 - 1)
+    with pytest.raises(UserError, match=r"^n_layer must be at least 1, got 0\.$"):
+        check_values({"n_layer": 0, "seed": 3}, limits_of(ModelArguments))

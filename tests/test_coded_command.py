@@ -8,7 +8,8 @@ from matplotlib import image
 from test_compress_command import baseline, train_words, words  # noqa: F401
 
 from factorized_gpt2 import FactorizedGPT2
-from factorized_gpt2.cli.compress import CompressArguments, PublishArguments, compress
+from factorized_gpt2.cli.compress import compress
+from factorized_gpt2.cli.compressing import repository_name
 from factorized_gpt2.common.errors import UserError
 from factorized_gpt2.compress.coded import Budget
 from factorized_gpt2.hub.model_card import History, model_card
@@ -84,7 +85,7 @@ def test_a_loss_in_the_place_of_a_budget(words, tmp_path, capsys):  # noqa: F811
         (("--bits_per_weight", 2, "--method", "joint"), "are for method coded, not for joint"),
         (("--bits_per_weight", 2, "--refine", 5), "refine trains floats"),
         (("--bits_per_weight", 2, "--tie_word_embeddings", "false"), "codes one matrix for both sides"),
-        (("--bits_per_weight", 2, 2), "must be positive and differ"),
+        (("--bits_per_weight", 2, 2), "a budget is given twice in 2.0 2.0"),
         (("--bits_per_weight", 99), "99 bits a weight are out of range"),
         (("--bits_per_weight", 2, "--ranks", 99), "Rank 99 is out of range"),
         (("--bits_per_weight", 0.01), "A vocabulary of 0.01 bits cannot be made"),
@@ -140,18 +141,16 @@ def test_budgets_need_text(words):  # noqa: F811
 
 
 def test_names_of_repositories(tmp_path):
-    publishing = PublishArguments(push_to_hub="a/b")
-    for name, repository in (
-        ("gpt_pca_nofinetune_k64", "a/b-k64"),
-        ("gpt_joint_refined_k8", "a/b-k8"),
-        ("gpt_coded_nofinetune_b1.75", "a/b-b1.75"),
-        ("gpt_coded_nofinetune_b1.75_k64", "a/b-b1.75-k64"),
+    for name, size in (
+        ("gpt_pca_nofinetune_k64", "-k64"),
+        ("gpt_joint_refined_k8", "-k8"),
+        ("gpt_coded_nofinetune_b1.75", "-b1.75"),
+        ("gpt_coded_nofinetune_b1.75_k64", "-b1.75-k64"),
     ):
-        assert publishing.repository(tmp_path / name, True) == repository
-        assert publishing.repository(tmp_path / name, False) == "a/b"
+        assert repository_name("a/b", tmp_path / name, True) == f"a/b{size}"
+        assert repository_name("a/b", tmp_path / name, False) == "a/b"
 
 
 def test_budgets_of_megabytes():
     assert Budget.of_megabytes(6.6, 50257 * 768) == Budget(1.367)
-    arguments = CompressArguments(baseline="", vocabulary_mb=[1.0], ranks=[3, 4])
-    assert [str(budget) for budget in arguments.budgets(10**6)] == ["8 bits, k <= 3", "8 bits, k <= 4"]
+    assert str(Budget(1.75, 64)) == "1.75 bits, k <= 64"

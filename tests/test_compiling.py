@@ -10,8 +10,9 @@ from torch import nn
 from transformers import StaticCache
 
 from factorized_gpt2.network.modeling_factorized_gpt2 import FactorizedGPT2Block
+from factorized_gpt2.runs.fields import LORA_TARGETS
 from factorized_gpt2.runs.run import run_experiment
-from factorized_gpt2.runs.settings import LORA_TARGETS, RunArguments, parse_run
+from factorized_gpt2.runs.settings import RunArguments, parse_run
 from factorized_gpt2.text.blocks import collate_blocks
 from factorized_gpt2.trainer.adapters import add_lora
 from factorized_gpt2.trainer.trainer import FactorizedTrainer

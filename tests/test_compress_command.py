@@ -8,7 +8,7 @@ import torch
 from matplotlib import image
 
 from factorized_gpt2 import FactorizedGPT2
-from factorized_gpt2.cli import compress as command
+from factorized_gpt2.cli import compressing
 from factorized_gpt2.cli.compress import compress
 from factorized_gpt2.cli.evaluate import evaluate
 from factorized_gpt2.common.errors import UserError
@@ -163,7 +163,9 @@ def test_the_column_of_a_share_says_what_it_is_of(words, capsys, method, title):
 
 def test_the_spectrum_shows_every_rank_that_is_there(words, monkeypatch):
     drawn = []
-    monkeypatch.setattr(command, "plot_spectrum", lambda shares, ranks, method, path: drawn.append((ranks, path.name)))
+    monkeypatch.setattr(
+        compressing, "plot_spectrum", lambda shares, ranks, method, path: drawn.append((ranks, path.name))
+    )
     compress(words("--ranks", 4, texts=()))
     compress(words("--ranks", 9, 6, texts=()))
     compress(words("--ranks", 5, "--method", "joint"))

@@ -23,7 +23,8 @@ from factorized_gpt2.compress.refinement import refine
 from factorized_gpt2.models.conversion import vocabulary_matrices
 from factorized_gpt2.models.verification import probe_logits
 from factorized_gpt2.network.blockwise_loss import BACKENDS, sum_cross_entropy
-from factorized_gpt2.runs.settings import LORA_TARGETS, parse_run
+from factorized_gpt2.runs.fields import LORA_TARGETS
+from factorized_gpt2.runs.settings import parse_run
 from factorized_gpt2.text.blocks import collate_blocks
 from factorized_gpt2.trainer.adapters import add_lora, merge
 from factorized_gpt2.trainer.trainer import FactorizedTrainer

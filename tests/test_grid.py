@@ -13,11 +13,12 @@ from factorized_gpt2.cli import experiments as command
 from factorized_gpt2.cli.experiments import run_experiments
 from factorized_gpt2.common.errors import UserError
 from factorized_gpt2.common.fingerprints import weights_fingerprint
+from factorized_gpt2.common.signals import leaving_cleanly
 from factorized_gpt2.report.reporting import read_results
 from factorized_gpt2.runs.grid import Scale, load_grid, select
 from factorized_gpt2.runs.results import Results
-from factorized_gpt2.settings.parsing import CONFIG_FOLDERS, as_flags, load_config
-from factorized_gpt2.trainer.interruption import leaving_cleanly
+from factorized_gpt2.settings.parsing import CONFIG_FOLDERS, load_config
+from factorized_gpt2.settings.words import as_flags
 
 RANKS = (64, 128, 256, 512)
 FAMILIES = ("lowrank_scratch", "pca_nofinetune", "pca_lora")
@@ -168,7 +169,7 @@ class FakeRuns:
         (folder / "run.json").write_text("{}")
         if folder.name in self.failing:
             return 1
-        kept = as_flags(config) + [flag for flag in flags if not flag.startswith("--overwrite_output_dir")]
+        kept = as_flags(config) + [flag for flag in flags if not flag.startswith("--overwrite")]
         (folder / "model.safetensors").write_text(" ".join(kept))
         start = config.get("baseline")
         kind = ("lowrank-scratch" if config.get("n_embd_wte") else "baseline") if start is None else "pca-nofinetune"
@@ -270,7 +271,7 @@ def test_overwriting_reaches_every_command_and_is_no_difference_in_itself(grid):
     grid()
     assert grid("--overwrite") == []
     assert grid("--overwrite", "--", "--seed=3") == FOLDERS
-    assert {tuple(words[-2:]) for words in grid.of("train")} == {("--seed=3", "--overwrite_output_dir=True")}
+    assert {tuple(words[-2:]) for words in grid.of("train")} == {("--seed=3", "--overwrite=True")}
     assert [words[-2:] for words in grid.of("compress")] == [["--overwrite", "True"]]
     assert grid("--", "--seed=3") == []
 
@@ -322,7 +323,7 @@ def test_only_some_run_with_what_they_start_from_and_flags_reach_them_all(grid):
         (["--", "--seed=3", "--output_dir=x"], "^--output_dir after -- is not for every run alike"),
         *((["--", f"--{name}=x"], f"^--{name} after -- is not") for name in ("config", "run_name", "baseline")),
         (["--", "--compressed=x"], "^--compressed after -- is not"),
-        (["--", "--overwrite-output-dir"], "^--overwrite_output_dir after -- is not"),
+        (["--", "--overwrite"], "^--overwrite after -- is not"),
         (["--", "--print_config"], "^--print_config after -- is not"),
         (["--", "--max_stepz=5"], "Unknown argument '--max_stepz'. Did you mean 'max_steps'"),
         (["--", "--max_steps=many"], "max_steps.*invalid int value: 'many'"),

@@ -87,7 +87,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_at_its_step(tmp_path, value):
     assert str(caught.value) == (
         "Training went wrong at step 5: the training loss is NaN or infinite. The last good checkpoint is "
         f"{tmp_path}/checkpoint-4. The same command would come to the same end: lower learning_rate, lengthen "
-        "warmup_steps or set a smaller max_grad_norm, and start anew with --overwrite_output_dir."
+        "warmup_steps or set a smaller max_grad_norm, and start anew with --overwrite."
     )
     assert checkpoints(tmp_path) == ["checkpoint-2", "checkpoint-4"]
     assert_all_are_finite(tmp_path)

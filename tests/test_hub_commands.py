@@ -7,7 +7,7 @@ from hub_client import TOKEN, reach
 from hub_server import HubServer
 from huggingface_hub import HfApi
 
-from factorized_gpt2.cli import compress as compress_command
+from factorized_gpt2.cli import compressing
 from factorized_gpt2.cli.compress import compress
 from factorized_gpt2.cli.train import train
 from factorized_gpt2.common.errors import UserError
@@ -61,14 +61,14 @@ def test_every_rank_has_its_repository(hub, root, corpus, tmp_path, capsys):
 def test_a_lora_run_publishes_its_model_and_over_a_published_base_its_adapter(hub, root, capsys, monkeypatch):
     compressed = ["--baseline", str(root / "baseline"), "--output_dir", str(root), "--ranks", "4"]
     compress([*compressed, "--push_to_hub", "me/base"])
-    asked = ["--config", str(root / "lora.json"), "--push_to_hub", "--hub_model_id", "me/healed"]
-    train([*asked, "--hub_base_model_id", "me/base"])
+    asked = ["--config", str(root / "lora.json"), "--push_to_hub", "me/healed"]
+    train([*asked[:2], "--hub_base_model_id", "me/base", *asked[2:]])
     assert {"model.safetensors", "results.json", "README.md"} <= files("me/healed")
     assert {"adapter_model.safetensors", "README.md"} <= files("me/healed-adapter")
     assert not any(name.startswith("checkpoint") for name in files("me/healed"))
     assert capsys.readouterr().out.count("Published: ") == 3
     monkeypatch.setattr(FactorizedTrainer, "train", lambda *args, **kwargs: pytest.fail("trained again"))
-    train([*asked[:-1], "me/again"])  # the same run under another name: nothing to train
+    train([*asked[:-1], "True", "--hub_model_id", "me/again"])  # the same run under another name: nothing to train
     assert "model.safetensors" in files("me/again")
 
 
@@ -83,13 +83,13 @@ def test_a_failing_upload_leaves_what_was_made_and_can_be_repeated(hub, root, tm
 
 
 def test_what_cannot_be_published_is_found_before_the_work(hub, root, tmp_path, monkeypatch):
-    monkeypatch.setattr(compress_command, "load_baseline", lambda *args: pytest.fail("work was begun"))
+    monkeypatch.setattr(compressing, "load_baseline", lambda *args: pytest.fail("work was begun"))
     monkeypatch.setattr(FactorizedTrainer, "train", lambda *args, **kwargs: pytest.fail("work was begun"))
     lora = ["--config", str(root / "lora.json"), "--output_dir", str(tmp_path / "run"), "--push_to_hub"]
-    with pytest.raises(UserError, match="push_to_hub needs hub_model_id"):
+    with pytest.raises(UserError, match="push_to_hub needs the name of a repository: --push_to_hub USER/NAME"):
         train(lora)
     with pytest.raises(UserError, match="is no name for the Hub"):
-        train([*lora, "--hub_model_id", "a/b/c"])
+        train([*lora, "a/b/c"])
     monkeypatch.delenv("HF_TOKEN")
     for ask in (
         lambda: train([*lora, "--hub_model_id", "me/x"]),

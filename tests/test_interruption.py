@@ -10,9 +10,11 @@ import torch
 from transformers import TrainerControl, TrainerState
 
 from factorized_gpt2.cli.shell import run_command
+from factorized_gpt2.common import signals
 from factorized_gpt2.common.errors import UserError
+from factorized_gpt2.common.signals import PostponedStop, leave, leaving_cleanly
 from factorized_gpt2.trainer import interruption
-from factorized_gpt2.trainer.interruption import PostponedStop, StopWhenSaved, leave, leaving_cleanly
+from factorized_gpt2.trainer.interruption import StopWhenSaved
 
 
 def tell(number: int) -> None:
@@ -87,8 +89,8 @@ def test_a_stop_is_postponed_to_the_end(number, raised, capfd):
 
 
 def test_a_second_stop_leaves_at_once(monkeypatch):
-    clock = iter([0.0, interruption.REPEAT_SECONDS + 0.1])
-    monkeypatch.setattr(interruption.time, "monotonic", lambda: next(clock))
+    clock = iter([0.0, signals.REPEAT_SECONDS + 0.1])
+    monkeypatch.setattr(signals.time, "monotonic", lambda: next(clock))
 
     def work():
         with PostponedStop():
@@ -147,7 +149,7 @@ class Process:
         self.stop = SimpleNamespace(received=None)
         accelerator = SimpleNamespace(num_processes=number, device="cpu", reduce=others.add)
         self.callback = StopWhenSaved(self.stop, accelerator)
-        self.args = SimpleNamespace(overwrite_output_dir=False)
+        self.args = SimpleNamespace(overwrite=False)
 
     def at(self, event: str, step: int) -> bool:
         """Tell the callback of an event; return whether it has a checkpoint saved."""

@@ -202,7 +202,7 @@ def test_configs_that_extend_what_they_cannot(parent, complaint, tmp_path, capsy
 @pytest.mark.parametrize("name", ["../out", "me/..", "me/../../x", "/etc/x", "me/x/../y", "me/x\ny", "me/a--b", "~/x"])
 def test_names_for_the_hub_are_checked_first(name, config, tmp_path, capsys):
     before = tree(tmp_path)
-    code, line = outcome(train, ["--config", config, "--push_to_hub", "True", "--hub_model_id", name], capsys)
+    code, line = outcome(train, ["--config", config, "--push_to_hub", name], capsys)
     assert code == 2
     assert "is no name for the Hub" in line
     words = ["--baseline", tmp_path, "--ranks", 4, "--push_to_hub", name, "--output_dir", tmp_path / "inside"]

@@ -8,7 +8,8 @@ from conftest import Terminal
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from factorized_gpt2.common import progress
-from factorized_gpt2.common.progress import LogLines, Progress, StepProgress
+from factorized_gpt2.common.progress import Progress
+from factorized_gpt2.trainer.progress import LogLines, StepProgress
 
 
 @pytest.fixture

@@ -19,7 +19,7 @@ from factorized_gpt2.models.verification import probe_logits
 from factorized_gpt2.runs.folder import claim, finish, least_bytes, mark
 from factorized_gpt2.runs.run import run_experiment
 from factorized_gpt2.runs.settings import Run, RunArguments, parse_run
-from factorized_gpt2.settings.parsing import as_flags
+from factorized_gpt2.settings.words import as_flags
 from factorized_gpt2.text.tokenizers import load_tokenizer
 
 COMMON = {
@@ -116,7 +116,7 @@ def test_other_settings_are_refused_by_name(folder, settings, names):
     mark(parse(folder))
     UNTRAINED.write(folder)
     before = (folder / "run.json").read_bytes()
-    with pytest.raises(UserError, match=f"run holds a run with other settings {names}; .*--overwrite_output_dir"):
+    with pytest.raises(UserError, match=f"run holds a run with other settings {names}; .*--overwrite"):
         claim(parse(folder, **settings))
     assert (folder / "run.json").read_bytes() == before
 
@@ -320,7 +320,7 @@ def filled(folder: Path) -> set[str]:
 def test_overwriting_removes_checkpoints_results_and_what_a_model_is_loaded_by(folder):
     mark(parse(folder))
     names = filled(folder)
-    assert claim(parse(folder, seed=3, overwrite_output_dir=True)) is None
+    assert claim(parse(folder, seed=3, overwrite=True)) is None
     removed = names - {path.name for path in folder.iterdir()}
     assert removed == {"checkpoint-2", "checkpoint-10", "damaged-checkpoint-9", "results.json", "config.json"}
     assert (folder / "adapter/a.txt").read_text() == "adapter/a.txt"
@@ -340,12 +340,12 @@ def test_only_the_process_that_saves_overwrites(folder, monkeypatch):
     mark(parse(folder))
     names = filled(folder)
     monkeypatch.setattr(RunArguments, "should_save", property(lambda _: False))
-    assert claim(parse(folder, overwrite_output_dir=True)) is None
+    assert claim(parse(folder, overwrite=True)) is None
     assert {path.name for path in folder.iterdir()} == names
 
 
 def test_overwriting_nothing_is_fine(folder):
-    assert claim(parse(folder, overwrite_output_dir=True)) is None
+    assert claim(parse(folder, overwrite=True)) is None
 
 
 def test_overwriting_that_is_cut_off_can_be_done_again(folder, monkeypatch):
@@ -354,9 +354,9 @@ def test_overwriting_that_is_cut_off_can_be_done_again(folder, monkeypatch):
     filled(folder)
     monkeypatch.setattr("factorized_gpt2.runs.folder.remove_folder", lambda path: exec("raise KeyboardInterrupt"))
     with pytest.raises(KeyboardInterrupt):
-        claim(parse(folder, seed=3, overwrite_output_dir=True))
+        claim(parse(folder, seed=3, overwrite=True))
     monkeypatch.undo()
-    assert claim(parse(folder, seed=3, overwrite_output_dir=True)) is None
+    assert claim(parse(folder, seed=3, overwrite=True)) is None
 
 
 @pytest.mark.parametrize("overwrite", [False, True])
@@ -365,7 +365,7 @@ def test_a_folder_of_something_else_is_refused_and_left_alone(folder, name, over
     (folder / name).parent.mkdir(parents=True)
     (folder / name).write_text("years of work")
     with pytest.raises(UserError, match=f"run holds {name.split('/')[0]} and is no run's folder: choose another"):
-        claim(parse(folder, overwrite_output_dir=overwrite))
+        claim(parse(folder, overwrite=overwrite))
     assert (folder / name).read_text() == "years of work"
 
 

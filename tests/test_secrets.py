@@ -78,7 +78,7 @@ def traces(tmp_path_factory, corpus):
         settings = {"HF_ENDPOINT": hub.url, "HF_HOME": str(folder / "home"), "HOME": str(folder)}
         settings |= {"HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "PYTHONPATH": str(REPOSITORY)}
         settings |= {"HF_TOKEN": HUB_TOKEN, "WANDB_API_KEY": WANDB_KEY, "WANDB_MODE": "offline"}
-        said, publishing = [], ["--push_to_hub", "--hub_model_id", "me/run"]
+        said, publishing = [], ["--push_to_hub", "me/run"]
         for words in (
             ["run_experiments.py", "--grid", "grid.json", "--output_dir", "models", "--", *publishing],
             ["compress.py", "--baseline", "models/baseline", "--ranks", "8", "--push_to_hub", "me/small"],
@@ -157,7 +157,7 @@ def test_the_config_that_is_printed_holds_no_token(tmp_path, corpus, capsys, mon
     monkeypatch.setenv("WANDB_API_KEY", WANDB_KEY)
     train(["--config", str(tmp_path / "baseline.json"), "--push_to_hub", "--hub_model_id", "me/run", "--print_config"])
     printed = capsys.readouterr().out
-    assert json.loads(printed)["hub_model_id"] == "me/run"
+    assert json.loads(printed)["push_to_hub"] == "me/run"
     assert HUB_TOKEN not in printed
     assert WANDB_KEY not in printed
     assert "hub_token" not in printed

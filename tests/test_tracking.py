@@ -94,7 +94,7 @@ def ids(tmp_path) -> list[str]:
 
 
 def test_a_run_keeps_its_id_until_it_is_done(run, tmp_path):
-    for words in ([], ["--overwrite_output_dir"]):
+    for words in ([], ["--overwrite"]):
         with cut_off_at(3):
             run(*words)
         wandb.finish(exit_code=1)  # as at the end of a process that was cut off
@@ -103,7 +103,7 @@ def test_a_run_keeps_its_id_until_it_is_done(run, tmp_path):
     run()
     assert sorted(ids(tmp_path)) == sorted([cut, begun_anew, begun_anew])
     assert Results.read(tmp_path / "run").best_step == 4
-    run("--overwrite_output_dir")
+    run("--overwrite")
     assert len(set(ids(tmp_path))) == 3
 
 

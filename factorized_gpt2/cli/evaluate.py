@@ -2,20 +2,13 @@
 
 import sys
 from dataclasses import dataclass, field
+from typing import Annotated
 
 from ..common.errors import UserError
-from ..models.foreign_models import LossOfLogits, positions_of
-from ..models.loading import check_tokenizer, load_causal_lm
-from ..models.sizes import model_size
-from ..network.modeling_factorized_gpt2 import FactorizedGPT2
-from ..runs.results import megabytes
 from ..settings.devices import DeviceArguments
 from ..settings.parsing import ManualParser
+from ..settings.setting_values import READ
 from ..settings.text_arguments import EvaluationArguments
-from ..text.bits_per_byte import measure_bits_per_byte
-from ..text.blocks import load_blocks
-from ..text.loss import perplexity, sum_loss
-from ..text.tokenizers import load_tokenizer
 from .shell import print_table, run_command
 
 
@@ -23,8 +16,12 @@ from .shell import print_table, run_command
 class EvaluateArguments:
     """Which models to measure."""
 
-    models: list[str] = field(metadata={"help": "Folders or Hub ids of causal language models, factorized or not."})
-    tokenizer: str | None = field(default=None, metadata={"help": "Folder or Hub id. None: each model's own."})
+    models: list[Annotated[str, READ]] = field(
+        metadata={"help": "Folders or Hub ids of causal language models, factorized or not."}
+    )
+    tokenizer: Annotated[str, READ] | None = field(
+        default=None, metadata={"help": "Folder or Hub id. None: each model's own."}
+    )
     bits_per_byte: bool = field(
         default=False,
         metadata={
@@ -48,6 +45,17 @@ def evaluate(argv: list[str]) -> None:
         raise UserError("No text to evaluate on: set eval_file or dataset_name.")
     if arguments.bits_per_byte and evaluation.source().is_tokenized:
         raise UserError("bits_per_byte needs text, and eval_file holds token ids.")
+    # What follows takes seconds to import.
+    from ..models.foreign_models import LossOfLogits, positions_of
+    from ..models.loading import check_tokenizer, load_causal_lm
+    from ..models.sizes import model_size
+    from ..network.modeling_factorized_gpt2 import FactorizedGPT2
+    from ..runs.results import megabytes
+    from ..text.bits_per_byte import measure_bits_per_byte
+    from ..text.blocks import load_blocks
+    from ..text.loss import perplexity, sum_loss
+    from ..text.tokenizers import load_tokenizer
+
     device = computing.found
     rows = []
     for name in arguments.models:

@@ -6,8 +6,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-
-from accelerate.commands.config.config_args import load_config_from_file
+from typing import Annotated
 
 from ..common.errors import REFUSED_SETTINGS, UserError, blaming
 from ..common.files import replacing_file
@@ -16,8 +15,10 @@ from ..report.reporting import read_results, write_report
 from ..runs.folder import SETTINGS_NAME
 from ..runs.grid import Experiment, Scale, load_grid, select
 from ..runs.results import RESULTS_NAME, Results
-from ..runs.settings import check_words, launched_processes
+from ..runs.words import check_words, with_present_names
+from ..settings.devices import launched_processes
 from ..settings.parsing import ManualParser, find_config
+from ..settings.setting_values import OUTPUT_FOLDER
 from .shell import print_table, run_command
 
 
@@ -32,7 +33,7 @@ class GridArguments:
         default=None,
         metadata={"help": "Names of experiments, with those that they start from; * stands for anything."},
     )
-    output_dir: str | None = field(
+    output_dir: Annotated[str, OUTPUT_FOLDER] | None = field(
         default=None, metadata={"help": "Folder of the run folders. Default: model_weights; at a scale, none."}
     )
     accelerate_config: str | None = field(
@@ -79,7 +80,7 @@ def run_experiments(argv: list[str]) -> None:
         UserError: A mistake in what was asked; or, at the end, runs that failed.
     """
     at = argv.index("--") if "--" in argv else len(argv)
-    words, flags = argv[:at], argv[at + 1 :]
+    words, flags = argv[:at], with_present_names(argv[at + 1 :])
     arguments, scaling = ManualParser(
         (GridArguments, ScaleArguments),
         prog="run_experiments.py",
@@ -138,11 +139,13 @@ def check(arguments: GridArguments, scale: Scale, flags: Sequence[str]) -> None:
         found = find_config(arguments.accelerate_config)
         if found is None:
             raise UserError(f"There is no accelerate config {arguments.accelerate_config!r}.")
+        from accelerate.commands.config.config_args import load_config_from_file
+
         with blaming(f"{arguments.accelerate_config} is no config of accelerate", *REFUSED_SETTINGS):
             load_config_from_file(str(found))
     if scale != Scale() and not arguments.output_dir:
         raise UserError("A grid at another scale needs a folder of its own: name one with --output_dir.")
-    taken = {"config", "print_config", "output_dir", "run_name", "overwrite_output_dir", "baseline", "compressed"}
+    taken = {"config", "print_config", "output_dir", "run_name", "overwrite", "baseline", "compressed"}
     for name in check_words(flags):
         if name in taken:
             raise UserError(f"--{name} after -- is not for every run alike.")
@@ -213,7 +216,7 @@ class _Grid:
             temporary.write_text(json.dumps(experiment.config, indent=2) + "\n", encoding="utf-8")
         words = ["-m", "factorized_gpt2.cli.train", "--config", str(config), *self.flags]
         if self.overwrite:
-            words.append("--overwrite_output_dir=True")
+            words.append("--overwrite=True")
         code = run_process([*self.launcher, *words])
         return DONE if code == 0 else f"failed: exit code {code}"
 

@@ -5,22 +5,21 @@ import logging
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
-from transformers import PreTrainedTokenizerBase
 from transformers.utils import CONFIG_NAME
 
 from ..common.errors import UserError
 from ..common.files import replacing_folder
 from ..common.folder_lock import compress_alone
-from ..models.loading import check_tokenizer
-from ..models.sizes import model_size
-from ..models.verification import verify_copy
-from ..nanogpt.checkpoints import load_old_checkpoint
-from ..network.modeling_factorized_gpt2 import FactorizedGPT2
 from ..settings.parsing import ManualParser
-from ..text.tokenizer_files import save_tokenizer
-from ..text.tokenizers import load_tokenizer, vocabulary_size
+from ..settings.setting_values import OUTPUT_FOLDER, READ
 from .shell import run_command
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from ..network.modeling_factorized_gpt2 import FactorizedGPT2
 
 logger = logging.getLogger(__name__)
 
@@ -29,10 +28,12 @@ logger = logging.getLogger(__name__)
 class ImportArguments:
     """What to import, and where to."""
 
-    checkpoint: str = field(metadata={"help": "File of the checkpoint, as in out/ckpt.pt."})
-    output_dir: str = field(metadata={"help": "Folder of the model."})
-    wte_npy: str | None = field(default=None, metadata={"help": "Embedding (V, k) instead of the checkpoint's, .npy."})
-    scale_npz: str | None = field(
+    checkpoint: Annotated[str, READ] = field(metadata={"help": "File of the checkpoint, as in out/ckpt.pt."})
+    output_dir: Annotated[str, OUTPUT_FOLDER] = field(metadata={"help": "Folder of the model."})
+    wte_npy: Annotated[str, READ] | None = field(
+        default=None, metadata={"help": "Embedding (V, k) instead of the checkpoint's, .npy."}
+    )
+    scale_npz: Annotated[str, READ] | None = field(
         default=None, metadata={"help": "scale_up and scale_down instead of the checkpoint's, either way round, .npz."}
     )
     activation_function: str | None = field(
@@ -43,7 +44,7 @@ class ImportArguments:
             "choices": ["gelu", "gelu_new"],
         },
     )
-    tokenizer: str | None = field(
+    tokenizer: Annotated[str, READ] | None = field(
         default=None, metadata={"help": "Folder or Hub id of the tokenizer to put beside the model."}
     )
     cut_vocabulary: bool = field(
@@ -67,6 +68,13 @@ def import_checkpoint(argv: list[str]) -> None:
         raise UserError("cut_vocabulary needs a tokenizer, whose size it cuts to.")
     folder = Path(arguments.output_dir)
     _check_place(folder, arguments.overwrite)
+    # What follows takes seconds to import.
+    from ..models.sizes import model_size
+    from ..models.verification import verify_copy
+    from ..nanogpt.checkpoints import load_old_checkpoint
+    from ..text.tokenizer_files import save_tokenizer
+    from ..text.tokenizers import load_tokenizer
+
     tokenizer = None if arguments.tokenizer is None else load_tokenizer(arguments.tokenizer)
     logger.info("Reading %s", arguments.checkpoint)
     model = load_old_checkpoint(
@@ -107,8 +115,11 @@ def _check_place(folder: Path, overwrite: bool) -> None:
         raise UserError(f"{folder} holds something else than a model: remove it, or choose another output_dir.")
 
 
-def _fit(model: FactorizedGPT2, tokenizer: PreTrainedTokenizerBase, cut: bool) -> None:
+def _fit(model: "FactorizedGPT2", tokenizer: "PreTrainedTokenizerBase", cut: bool) -> None:
     """Make a model's vocabulary and special tokens those of a tokenizer."""
+    from ..models.loading import check_tokenizer
+    from ..text.tokenizers import vocabulary_size
+
     check_tokenizer(model, tokenizer)
     surplus = model.config.vocab_size - vocabulary_size(tokenizer)
     if surplus and cut:

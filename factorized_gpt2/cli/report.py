@@ -3,9 +3,11 @@
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Annotated
 
 from ..report.reporting import read_results, results_table, write_report
 from ..settings.parsing import ManualParser
+from ..settings.setting_values import OUTPUT_FOLDER, READ
 from .shell import run_command
 
 
@@ -13,10 +15,12 @@ from .shell import run_command
 class ReportArguments:
     """Which results, and where to."""
 
-    results: str = field(
+    results: Annotated[str, READ] = field(
         default="model_weights", metadata={"help": "Folder of the run folders, each with a results.json."}
     )
-    output_dir: str | None = field(default=None, metadata={"help": "Folder of the report. None: report/ in that one."})
+    output_dir: Annotated[str, OUTPUT_FOLDER] | None = field(
+        default=None, metadata={"help": "Folder of the report. None: report/ in that one."}
+    )
 
 
 def report(argv: list[str]) -> None:

@@ -12,8 +12,8 @@ from tabulate import tabulate
 from ..common.errors import UserError, one_line, own_message
 from ..common.files import refusal
 from ..common.progress import hide_bars_of_libraries
-from ..settings.parsing import take_debug
-from ..trainer.interruption import leaving_cleanly
+from ..common.signals import leaving_cleanly
+from ..settings.words import take_debug
 
 MESSAGE_LENGTH = 1000  # characters of an error that quotes what was given
 

@@ -3,47 +3,58 @@
 import json
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from ..common.errors import UserError
-from ..hub.repository import check_access, publish, publish_adapter
-from ..runs.folder import ADAPTER_NAME
-from ..runs.results import megabytes
-from ..runs.run import run_experiment
-from ..runs.settings import PRINT_CONFIG, Run, parse_run
+from ..runs.words import PRINT_CONFIG, judge, read_words
 from .shell import run_command
+
+if TYPE_CHECKING:
+    from ..runs.settings import Run
 
 
 def train(argv: list[str]) -> None:
     """Read the settings, do the run (or only print its config), say how it went, publish it if asked."""
-    run = parse_run(argv)
+    words = read_words(argv)
+    judge(words)
+    # What follows takes seconds to import.
+    from ..runs.settings import parse_run
+
+    run = parse_run(words)
     training, speaks = run.training, run.training.process_index == 0
     if PRINT_CONFIG in argv:
         if speaks:
             print(json.dumps(run.config(), indent=2))
         return
-    is_published, training.push_to_hub = training.push_to_hub, False  # the Trainer would push checkpoints too
-    if is_published:
-        if not training.hub_model_id:
-            raise UserError("push_to_hub needs hub_model_id, such as USER/NAME.")
-        check_access(None, training.hub_model_id, training.hub_base_model_id)
+    from ..hub.repository import check_access
+    from ..runs.results import megabytes
+    from ..runs.run import run_experiment
+
+    repository, training.push_to_hub = training.push_to_hub, None  # the Trainer would push checkpoints too
+    if repository:
+        check_access(None, repository, training.hub_base_model_id)
     results = run_experiment(run)
     if speaks:
         print(
             f"{results.run_name}: validation loss {results.eval_loss:.4f}, perplexity {results.perplexity:.2f}, "
             f"{results.parameters / 1e6:.1f} M parameters, {megabytes(results.bytes)} MB -> {training.output_dir}"
         )
-    if is_published and speaks:
-        _publish(run)
+    if repository and speaks:
+        _publish(run, repository)
 
 
-def _publish(run: Run) -> None:
+def _publish(run: "Run", repository: str) -> None:
     """Publish the model, and the adapter where its base is on the Hub."""
+    from ..hub.repository import publish, publish_adapter
+    from ..runs.folder import ADAPTER_NAME
+
     training, folder = run.training, Path(run.training.output_dir)
-    options = {"private": training.hub_private_repo, "revision": training.hub_revision}
-    print(f"Published: {publish(folder, training.hub_model_id, **options)}")
+    options = {"private": training.private or None, "revision": training.hub_revision}
+    print(f"Published: {publish(folder, repository, **options)}")
     if run.adapter.lora_rank and training.hub_base_model_id:
-        name = f"{training.hub_model_id}-adapter"
-        print(f"Published: {publish_adapter(folder / ADAPTER_NAME, name, training.hub_base_model_id, **options)}")
+        adapter = publish_adapter(
+            folder / ADAPTER_NAME, f"{repository}-adapter", training.hub_base_model_id, **options
+        )
+        print(f"Published: {adapter}")
 
 
 def main() -> None:

@@ -6,13 +6,15 @@ import os
 from collections.abc import Iterable
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from huggingface_hub import try_to_load_from_cache
-from transformers import PretrainedConfig, PreTrainedTokenizerBase
 from transformers.utils import CONFIG_NAME
 
 from .weight_files import weight_files
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 _TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "merges.txt", "vocab.txt", "tokenizer.model", "added_tokens.json")
 # Of a config: what each saving may write anew without changing what the model computes.
@@ -79,7 +81,7 @@ def tokenizer_content(name_or_path: str) -> str | None:
     return _commit(name_or_path, "tokenizer.json") or _commit(name_or_path, "vocab.json")
 
 
-def config_fingerprint(config: PretrainedConfig) -> str:
+def config_fingerprint(config: "PretrainedConfig") -> str:
     """Identify what a model's config changes of the defaults, apart from where it is, how exact and by whom."""
     kept = config.to_diff_dict()
     for name in _PASSING:
@@ -87,7 +89,7 @@ def config_fingerprint(config: PretrainedConfig) -> str:
     return _joined(json.dumps(kept, sort_keys=True, default=str))
 
 
-def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase | None) -> str | None:
+def tokenizer_fingerprint(tokenizer: "PreTrainedTokenizerBase | None") -> str | None:
     """Identify a tokenizer that is loaded, by what it makes of text and by its special tokens; `None` for none."""
     if tokenizer is None:
         return None

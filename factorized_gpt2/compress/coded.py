@@ -13,9 +13,9 @@ from ..models.conversion import from_gpt2
 from ..network.coded_table import CodedTable
 from ..network.modeling_factorized_gpt2 import FactorizedGPT2
 from .compressor import Compressor
+from .methods import CODED
 from .quantizer import coding_weights, encode_table
 
-CODED = "coded"
 INPUT_SIDE = 3  # times the head's in the metric; docs/coding.md measures others
 SEARCHED = tuple(float(f"{0.5 * 2 ** (step / 8):.3f}") for step in range(33))  # bits a weight, from 0.5 to 8
 _MOST_BITS = 16

@@ -25,15 +25,12 @@ from ..models.verification import verify_copy
 from ..network.modeling_factorized_gpt2 import FactorizedGPT2
 from ..text.tokenizer_files import save_tokenizer
 from .calibration import calibrate, compensated_head, count_tokens, spread_blocks
-from .data_aware import METHODS as DATA_AWARE_METHODS
 from .data_aware import DataAwareDecomposition, VocabularyUse
 from .factor_files import pca_factors
 from .pca import explained_shares, factorize_ranks
 from .refinement import check_device, refine
 
 logger = logging.getLogger(__name__)
-
-METHODS = ("pca", *DATA_AWARE_METHODS)
 
 
 @dataclass(frozen=True)
@@ -76,7 +73,7 @@ class Recipe:
     """How a baseline is compressed, apart from the rank.
 
     Attributes:
-        method: One of `METHODS`.
+        method: One of `methods.METHODS`.
         tied: Whether one `wte` serves both sides; a tied baseline can be given two, an untied one never one.
         refine_steps: Steps of refinement after the factorization.
         seed: Of every draw.

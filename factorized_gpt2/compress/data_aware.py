@@ -6,10 +6,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..models.factors import Factors
+from .methods import DATA_AWARE_METHODS as METHODS
 from .pca import check_factorizable
 from .row_fit import Side, fit_rows
-
-METHODS = ("weighted", "joint", "tokenwise")
 
 FREQUENCY_EXPONENT = 0.75  # of token frequencies as row weights; docs/factorization.md measures others
 _ROUNDS = 2  # of fitting rows, and the projection to them in between

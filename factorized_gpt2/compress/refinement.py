@@ -10,13 +10,13 @@ from torch.utils.data import Dataset
 from transformers import PrinterCallback, TrainingArguments
 
 from ..common.errors import UserError
-from ..common.progress import StepProgress
 from ..models.sizes import is_vocabulary
 from ..network.modeling_factorized_gpt2 import FactorizedGPT2
 from ..text.blocks import collate_blocks
 from ..trainer.adapters import set_dropout
 from ..trainer.distillation import Distillation
 from ..trainer.health import TrainingFailure
+from ..trainer.progress import StepProgress
 from ..trainer.trainer import FactorizedTrainer
 from .calibration import spread_blocks
 

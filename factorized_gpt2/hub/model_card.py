@@ -14,6 +14,7 @@ from tabulate import tabulate
 
 from ..common.files import read_json
 from ..common.markdown import code, escaped
+from ..models.adapter_folder import LIBRARY, LORA_TAG, lora_summary
 from ..models.record import RECORD_NAME
 from ..network.configuration_factorized_gpt2 import FactorizedGPT2Config
 from ..runs.results import Results, megabytes
@@ -203,15 +204,13 @@ def adapter_card(
         f"model = AutoPeftModelForCausalLM.from_pretrained({where}, trust_remote_code=True)",
         "model = model.merge_and_unload()  # as small as the base, and as fast",
     )
-    targets = ", ".join(map(code, sorted(lora["target_modules"])))
     is_factorized = results is None or results.n_embd_wte is not None
     adapted = "a GPT-2 with a factorized vocabulary" if is_factorized else "a GPT-2"
-    data = _metadata(name, measured, history, base_model, license, library_name="peft", tags=[*TAGS, "lora"])
+    data = _metadata(name, measured, history, base_model, license, library_name=LIBRARY, tags=[*TAGS, LORA_TAG])
     return _card(
         data,
         f"# {name}",
-        f"A LoRA adapter of rank {escaped(lora['r'])}, alpha {escaped(lora['lora_alpha'])}, on {targets} of "
-        f"[{base_model}](/{base_model}), {adapted}.",
+        f"{lora_summary(lora)} of [{base_model}](/{base_model}), {adapted}.",
         *([_training(history), *_table(Figures.of(results, "with this adapter"), measured)] if results else ()),
         "## Use",
         _python(*loading),

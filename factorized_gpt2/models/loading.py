@@ -119,6 +119,9 @@ def load_compressed(name_or_path: str) -> FactorizedGPT2:
 def load_complete(name_or_path: str) -> GPT2LMHeadModel | FactorizedGPT2:
     """Load a model with every weight accounted for and finite.
 
+    Returns:
+        The model; its `name_or_path` is empty where transformers alone would load another from there.
+
     Raises:
         UserError: As `load_baseline`, but for what is factorized already.
     """
@@ -236,6 +239,7 @@ def _load(
             "%s has a head of its own, though its config says that it is tied: the head is kept, untied.", name_or_path
         )
         model.config.tie_word_embeddings = False
+        model.name_or_path = ""
     for name in CODE_KEYS:
         vars(model.config).pop(name, None)
     return model
@@ -251,10 +255,11 @@ def _load_as_stored(
     """
     named, config.dtype = config.dtype, None
     model, loading = load_weights(model_class, name_or_path, config=config)
-    # Stock GPT-2 alone, which is converted: transformers would save a model under the names it was loaded from.
-    if isinstance(model, GPT2LMHeadModel) and loading["missing_keys"]:
-        wrapped = {wrapped_name(name): name for name in loading["missing_keys"]}
+    if loading["missing_keys"]:
+        wrapped = {wrapped_name(name): name for name in {*loading["missing_keys"], *model.all_tied_weights_keys}}
         model, loading = load_weights(model_class, name_or_path, config=config, key_mapping=wrapped)
+        vars(model).pop("_weight_conversions", None)  # by which it would be saved under the names that it had
+        model.name_or_path = ""
     if named in _DTYPES and model.dtype in _DTYPES and named != model.dtype:
         if torch.promote_types(named, model.dtype) == named:
             model.config.dtype = named
@@ -263,6 +268,7 @@ def _load_as_stored(
             "The weights of %s are %s, though its config says %s: they are kept as they are.",
             *(name_or_path, *(str(dtype).removeprefix("torch.") for dtype in (model.dtype, named))),
         )
+        model.name_or_path = ""
     return model, loading
 
 

@@ -251,6 +251,9 @@ class FactorizedGPT2Model(FactorizedGPT2PreTrainedModel):
     and a final LayerNorm follow.
     """
 
+    # Heads of a language model that share the matrix of `wte`. In a tuple they are no modules of the trunk.
+    tied_heads: tuple[nn.Module, ...] = ()
+
     def __init__(self, config: FactorizedGPT2Config):
         super().__init__(config)
         embedding = CodedEmbedding if config.is_coded else nn.Embedding
@@ -271,6 +274,22 @@ class FactorizedGPT2Model(FactorizedGPT2PreTrainedModel):
 
     def set_input_embeddings(self, new_embeddings: nn.Module) -> None:
         self.wte = new_embeddings
+
+    def __setattr__(self, name: str, value) -> None:
+        """Set an attribute; what is put in the place of `wte` gives its matrix to the head that is tied to it.
+
+        PEFT merges a trained copy of an embedding by such an assignment, and takes a model whose head has another
+        matrix then for untied.
+        """
+        super().__setattr__(name, value)
+        if name != "wte" or not self.config.tie_word_embeddings or not isinstance(value, nn.Embedding):
+            return
+        for head in self.tied_heads:
+            # Different shapes mean a resizing under way, which ties the head itself; copies of the model for several
+            # devices (`nn.DataParallel`) are put together of modules that have no parameters.
+            weight = value._parameters.get("weight")
+            if isinstance(head, nn.Linear) and weight is not None and weight.shape == head.weight.shape:
+                head.weight = weight
 
     def _to_hidden_width(self, embeds: torch.Tensor) -> torch.Tensor:
         return embeds if self.scale_up is None else self.scale_up(embeds)  # [B, T, k] -> [B, T, d]
@@ -375,18 +394,10 @@ class FactorizedGPT2(FactorizedGPT2PreTrainedModel, GenerationMixin):
             self.lm_head = nn.Linear(config.embedding_size, config.vocab_size, bias=config.lm_head_bias)
         self.post_init()
 
-    def get_output_embeddings(self) -> nn.Module:
-        """Return the head; while it is tied, with the matrix that `wte` has now.
-
-        PEFT merges a trained copy of `wte` by putting it in the place of `wte`, then asks for the head to see whether
-        the two are still tied: a head that is tied follows here.
-        """
-        wte, lm_head = self.transformer.wte, self.lm_head
-        plain = isinstance(wte, nn.Embedding) and isinstance(lm_head, nn.Linear)
-        # Different shapes mean a resizing under way, which brings its own head.
-        if self.config.tie_word_embeddings and plain and lm_head.weight.shape == wte.weight.shape:
-            lm_head.weight = wte.weight
-        return lm_head
+    def tie_weights(self, *args, **kwargs) -> None:
+        """Tie the head to `wte` where the config says so, and to what is put in the place of `wte` from then on."""
+        super().tie_weights(*args, **kwargs)
+        self.transformer.tied_heads = (self.lm_head,)
 
     def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Map final hidden states to logits: `lm_head(scale_down(hidden_states))`.

@@ -42,7 +42,7 @@ def claim(run: Run) -> Results | None:
     if not settings_path.exists():
         _refuse_foreign(run)
         return None
-    if run.training.overwrite_output_dir:
+    if run.training.overwrite:
         if run.training.should_save:
             _clear(output_dir)
         return None
@@ -58,7 +58,7 @@ def _compare(run: Run, with_dataset: bool = False) -> Differences:
     if found.material:
         raise UserError(
             f"{output_dir} holds a run with other settings ({', '.join(found.material[:5])}); choose another "
-            "--output_dir, or replace it with --overwrite_output_dir."
+            "--output_dir, or replace it with --overwrite."
         )
     return found
 
@@ -116,7 +116,7 @@ def mark(run: Run) -> None:
         UserError: It was another run's, which shows only now that all that it reads is there.
     """
     path = Path(run.training.output_dir) / SETTINGS_NAME
-    if path.exists() and not run.training.overwrite_output_dir:
+    if path.exists() and not run.training.overwrite:
         _compare(run, with_dataset=True)
     write_json(path, identity(run))
 

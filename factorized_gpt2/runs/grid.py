@@ -11,8 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from ..common.errors import UserError
-from ..settings.parsing import as_flags, load_config
+from ..settings.parsing import load_config
 from ..settings.setting_values import check_values
+from ..settings.words import as_flags
+from .words import limits
 
 _SCALED = {  # settings by the factor of `Scale` that multiplies them
     "layers": ("n_layer",),
@@ -185,7 +187,7 @@ def _typed(entry: str, config: dict[str, Any]) -> dict[str, Any]:
 def _number(entry: str, name: str, value: Any) -> float:
     try:
         number = math.nan if isinstance(value, bool) else float(value)
-        check_values({name: number})
+        check_values({name: number}, limits())
     except (TypeError, ValueError, OverflowError, UserError) as error:
         raise UserError(f"{entry}: {name}={value!r} is no number that it can be.") from error
     return int(number) if number.is_integer() else number

@@ -16,7 +16,9 @@ from ..common.files import replacing_folder, require_space
 from ..common.fingerprints import weights_fingerprint
 from ..common.folder_lock import run_alone
 from ..common.leftovers import sweep
-from ..common.progress import LogLines
+from ..common.signals import PostponedStop
+from ..models.adapter_base import whole_path
+from ..models.adapter_folder import complete_adapter
 from ..models.record import compression_record, recorded_spectrum
 from ..models.sizes import model_size
 from ..models.verification import probe_logits
@@ -26,7 +28,8 @@ from ..text.blocks import collate_blocks, load_blocks, stream_blocks
 from ..text.loss import perplexity
 from ..text.tokenizers import load_tokenizer
 from ..trainer.adapters import add_lora, lora_targets, merge
-from ..trainer.interruption import PostponedStop, StopWhenSaved
+from ..trainer.interruption import StopWhenSaved
+from ..trainer.progress import LogLines
 from ..trainer.trainer import FactorizedTrainer
 from .families import run_name
 from .folder import ADAPTER_NAME, BASE_NAME, claim, finish, least_bytes, mark
@@ -72,7 +75,7 @@ def _run_alone(run: Run, may_sweep: bool = False) -> Results:
     if may_sweep:  # now that the folder is known to be the run's
         sweep(output_dir)
     if finished is not None:
-        logger.info("%s is finished already; --overwrite_output_dir runs it again.", output_dir)
+        logger.info("%s is finished already; --overwrite runs it again.", output_dir)
         return finished
     set_seed(run.training.seed)
     with run.training.main_process_first(desc="preparing model and data"):
@@ -86,7 +89,7 @@ def _run_alone(run: Run, may_sweep: bool = False) -> Results:
     model.loss_backend = run.training.loss_backend
     _check_loss_backend(run, model)
     use_cache = model.config.use_cache  # which Trainer switches off for good
-    spectrum = recorded_spectrum(model.name_or_path)
+    spectrum = recorded_spectrum(run.model.compressed or model.name_or_path)
     rank = model.config.n_embd_wte if model.config.is_factorized else None
     family = run.family(model.config.is_factorized, compression_record(run.model.compressed or "").get("method"))
     run.training.run_name = run.training.run_name or run_name(family, rank, run.adapter.lora_rank)
@@ -94,7 +97,7 @@ def _run_alone(run: Run, may_sweep: bool = False) -> Results:
         lora = run.adapter
         lora_targets(model, lora.lora_rank, lora.lora_target_modules)  # before anything is written
         _keep_base(asked, model)
-        model.name_or_path = _from_anywhere(model.name_or_path)
+        model.name_or_path = whole_path(model.name_or_path)
         model = add_lora(model, lora.lora_rank, lora.lora_alpha, lora.lora_dropout, lora.lora_target_modules)
     if run.training.should_save:
         require_space(output_dir, least_bytes(model, run.training), "the run")
@@ -127,7 +130,7 @@ def _run_alone(run: Run, may_sweep: bool = False) -> Results:
         if run.training.should_save:
             with replacing_folder(output_dir / ADAPTER_NAME) as folder:
                 model.save_pretrained(folder)
-                (folder / "README.md").unlink(missing_ok=True)  # PEFT's card, which tells of a folder on this machine
+                complete_adapter(folder, output_dir / ADAPTER_NAME)
         model = merge(model)
     disk_bytes = finish(output_dir, model, tokenizer, probe, expected) if run.training.should_save else None
     results = Results(
@@ -187,11 +190,6 @@ def _keep_base(run: Run, model: FactorizedGPT2) -> None:
         mark(run)
         with replacing_folder(folder) as temporary:
             model.save_pretrained(temporary)
-
-
-def _from_anywhere(name_or_path: str) -> str:
-    """Name a model so that it is found from every folder: a local one by its whole path, others by their Hub id."""
-    return str(Path(name_or_path).absolute()) if Path(name_or_path).exists() else name_or_path
 
 
 def _train(trainer: FactorizedTrainer, output_dir: Path, block_size: int) -> dict[str, Any]:

@@ -1,11 +1,10 @@
 """What a run is told: a JSON config first, flags over it, every check before any work."""
 
-import argparse
 import logging
 import os
 import sys
-from collections.abc import Sequence
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import MISSING, dataclass, fields
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,154 +12,28 @@ from transformers import TrainingArguments
 from transformers.activations import ACT2FN
 
 from ..common.errors import UserError
-from ..network.blockwise_loss import BACKENDS, cut_cross_entropy_runs
-from ..settings.parsing import ManualParser, as_flags, load_config, setting_name, without_flags
+from ..common.files import read_json
+from ..network.blockwise_loss import cut_cross_entropy_runs
+from ..settings.devices import launched_processes
 from ..settings.setting_values import check_values
 from ..settings.text_arguments import DataArguments
+from ..settings.words import setting_name, without_flags
 from .families import UNKNOWN_METHOD, family_of
-from .training_fields import ELSEWHERE, refused
+from .fields import AdapterArguments, DistillationArguments, ModelArguments, TrainingFields
+from .words import PARTS, limits, parser_of, read_words
 
 logger = logging.getLogger(__name__)
 
-PRINT_CONFIG = "--print_config"
-_TOKEN = "hub_token"
-_YES = ("1", "true", "yes", "on")  # in the environment
-
-LORA_TARGETS = ("wte", "scale_up", "scale_down", "q_proj", "k_proj", "v_proj", "c_proj", "mlp_up", "mlp_down")
-
-
-def launched_processes() -> int:
-    """Count the processes that a launcher started together with this one, itself included."""
-    return int(os.environ.get("WORLD_SIZE") or 1)
+YES, _NO = ("1", "true", "yes", "on"), ("0", "false", "no", "off", "")  # in the environment
 
 
 @dataclass
-class ModelArguments:
-    """The network, and where it starts."""
-
-    _argument_group_name = "The model and its start"
-
-    baseline: str | None = field(
-        default=None,
-        metadata={"help": "Folder or Hub id of a trained, unfactorized GPT-2 to start from. None: a random start."},
-    )
-    compressed: str | None = field(
-        default=None,
-        metadata={"help": "Folder or Hub id of a model that compress.py made, to start from instead of a baseline."},
-    )
-    dequantize: bool = field(
-        default=False,
-        metadata={
-            "help": "Make floats of a compressed model's vocabulary of integers, which can then be adapted and "
-            "trained; the model grows."
-        },
-    )
-    n_embd_wte: int | None = field(
-        default=None,
-        metadata={"help": "Rank k of the token embedding. None, or d for a random start: not factorized."},
-    )
-    n_layer: int | None = field(default=None, metadata={"help": "Blocks (random start only). Default: 12."})
-    n_head: int | None = field(default=None, metadata={"help": "Attention heads (random start only). Default: 12."})
-    n_embd: int | None = field(default=None, metadata={"help": "Width d (random start only). Default: 768."})
-    activation_function: str | None = field(
-        default=None, metadata={"help": "Of the MLP (random start only): gelu is exact. Default: gelu_new, GPT-2's."}
-    )
-    dropout: float | None = field(
-        default=None, metadata={"help": "Dropout of embeddings, attention and residuals while training. Default: 0.1."}
-    )
-    tie_word_embeddings: bool = field(
-        default=True,
-        metadata={
-            "help": "The head shares its matrix with wte. A LoRA adapter on wte then acts on the head too, and merges "
-            "into one matrix. False: the head gets a matrix of its own and an adapter on wte acts on the input alone; "
-            "the model grows by V k parameters."
-        },
-    )
-
-
-@dataclass
-class AdapterArguments:
-    """LoRA; without a rank the whole model trains."""
-
-    _argument_group_name = "LoRA adapters"
-
-    lora_rank: int = field(default=0, metadata={"help": "Rank of the LoRA adapters. 0: no adapters."})
-    lora_alpha: float = field(default=64, metadata={"help": "Adapters are scaled by lora_alpha / lora_rank."})
-    lora_dropout: float = field(default=0.1, metadata={"help": "Dropout before the adapters of linear layers."})
-    lora_target_modules: list[str] = field(
-        default_factory=lambda: list(LORA_TARGETS), metadata={"help": "Names of the modules that get an adapter."}
-    )
-
-
-@dataclass
-class DistillationArguments:
-    """A teacher whose predictions the model learns from, beside the text."""
-
-    _argument_group_name = "Distillation"
-
-    distillation_weight: float = field(
-        default=0.0,
-        metadata={
-            "help": "w of (1 - w) * cross-entropy + w * KL(teacher || model), between 0 (no teacher) and 1 (the "
-            "teacher alone)."
-        },
-    )
-    distillation_temperature: float = field(
-        default=1.0,
-        metadata={"help": "t: both distributions are flattened by it, the divergence scaled by t squared."},
-    )
-    teacher: str | None = field(
-        default=None,
-        metadata={"help": "Folder or Hub id of an unfactorized GPT-2. None: the baseline, or the compressed model's."},
-    )
-
-
-@dataclass
-class RunArguments(TrainingArguments):
+class RunArguments(TrainingFields, TrainingArguments):
     """`TrainingArguments`, and what they leave to the environment."""
-
-    _argument_group_name = "Training: options of TrainingArguments, and some of our own"
-
-    effective_batch_size: int | None = field(
-        default=None,
-        metadata={"help": "Blocks a step over all processes; gradient_accumulation_steps follows from it."},
-    )
-    wandb_mode: str = field(
-        default="auto",
-        metadata={
-            "help": "auto: online when a W&B login is at hand, else offline.",
-            "choices": ["auto", "online", "offline", "disabled"],
-        },
-    )
-    hub_base_model_id: str | None = field(
-        default=None,
-        metadata={
-            "help": "Hub id of the compressed model that a LoRA run starts from, published before: the adapter is "
-            "then published too, as hub_model_id-adapter."
-        },
-    )
-    overwrite_output_dir: bool = field(
-        default=False, metadata={"help": "Replace what another run, or another baseline, left in the output folders."}
-    )
-    loss_backend: str = field(
-        default="blockwise",
-        metadata={
-            "help": "How the loss does without logits. blockwise: anywhere. attention: an attention kernel, of a head "
-            "that is not trained. cut_cross_entropy: that package's kernels, on CUDA in half precision. auto: "
-            "attention where it can run and pays, else blockwise. logits: it does not do without.",
-            "choices": list(BACKENDS),
-        },
-    )
-    # Every parameter takes part in every step; and looking for NaN would wait for the device each time.
-    ddp_find_unused_parameters: bool | None = field(
-        default=False, metadata={"help": "Let DistributedDataParallel look for parameters without a gradient."}
-    )
-    logging_nan_inf_filter: bool = field(
-        default=False, metadata={"help": "Leave NaN and infinity out of the logged loss, for a wait in every step."}
-    )
 
     def __post_init__(self) -> None:
         self._take_up_the_launchers_precision()
+        self._read_sharding()
         has_cuda = torch.cuda.is_available() and not self.use_cpu
         self.as_configured = {name: getattr(self, name) for name in ("fp16", "bf16", "torch_compile")}
         # A CPU asked for in so many words can do these two.
@@ -178,7 +51,7 @@ class RunArguments(TrainingArguments):
         self.use_cpu = self.use_cpu or (launched > 1 and not has_cuda)
         super().__post_init__()
         self.mixed_precision = "fp16" if self.fp16 else "bf16" if self.bf16 else "no"  # and not the environment's
-        if os.environ.get("WANDB_DISABLED", "").lower() in _YES and "wandb" in self.report_to:
+        if os.environ.get("WANDB_DISABLED", "").lower() in YES and "wandb" in self.report_to:
             logger.info("WANDB_DISABLED is set: nothing is reported to W&B.")
             self.report_to = [name for name in self.report_to if name != "wandb"]
         if launched > 1 and self.world_size != launched:
@@ -188,13 +61,26 @@ class RunArguments(TrainingArguments):
 
     def _take_up_the_launchers_precision(self) -> None:
         """Count `accelerate launch --mixed_precision` as the setting that it stands for."""
-        if os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() in _YES:
+        if os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() in YES:
             raise UserError("The launcher asks for DeepSpeed, which these runs do not take: shard by FSDP instead.")
         precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no").lower()
         if precision not in ("no", "fp16", "bf16"):
             raise UserError(f"The launcher asks for mixed_precision {precision}; these runs take no, fp16 and bf16.")
         if precision != "no" and not (self.fp16 or self.bf16):
             setattr(self, precision, True)
+
+    def _read_sharding(self) -> None:
+        """Read what FSDP is told, in the words of flags and of configs.
+
+        Raises:
+            UserError: The file of `fsdp_config` cannot be read; it stands there without `fsdp`.
+        """
+        if str(self.fsdp).lower() in (*YES, *_NO):  # transformers knows the flag without a word and itself True
+            self.fsdp = True if str(self.fsdp).lower() in YES else None
+        if self.fsdp_config and not self.fsdp:
+            raise UserError("fsdp_config counts where fsdp is set, and it is not: add --fsdp True, or leave it out.")
+        if isinstance(self.fsdp_config, str) and not self.fsdp_config.startswith("{"):
+            self.fsdp_config = read_json(Path(self.fsdp_config))
 
     def _accumulation_for(self, effective_batch_size: int) -> int:
         per_pass = self.train_batch_size * self.world_size
@@ -250,7 +136,7 @@ class Run:
         parts = (self.model, self.adapter, self.distillation, self.data)
         settings = {item.name: getattr(part, item.name) for part in parts for item in fields(part)}
         settings |= self.training.to_dict()
-        for name in ("logging_dir", "local_rank", "overwrite_output_dir", "disable_tqdm", _TOKEN):
+        for name in ("logging_dir", "local_rank", "overwrite", "disable_tqdm", "hub_token"):
             settings.pop(name, None)
         return settings
 
@@ -260,18 +146,20 @@ class Run:
         It does on other machines too: precision and compilation stand as they were asked for.
         """
         asked = {setting_name(word) for word in self.words if word.startswith("--")}
-        defaults = Run(*(part() for part in _PARTS)).settings()
+        defaults = Run(*(part() for part in PARTS), RunArguments()).settings()
         settings = self.settings() | self.training.as_configured
         config = {name: value for name, value in settings.items() if name in asked or value != defaults[name]}
         return config if config.get("report_to", True) else config | {"report_to": ["none"]}
 
 
-_PARTS = (ModelArguments, AdapterArguments, DistillationArguments, DataArguments, RunArguments)  # as in `Run`
-
-
 def default_settings() -> dict[str, Any]:
     """Collect the default of every setting that has a fixed one."""
-    return {item.name: item.default for part in _PARTS for item in fields(part) if item.default is not MISSING}
+    return {
+        item.name: item.default
+        for part in (*PARTS, RunArguments)
+        for item in fields(part)
+        if item.default is not MISSING
+    }
 
 
 def parse_run(argv: list[str]) -> Run:
@@ -286,70 +174,16 @@ def parse_run(argv: list[str]) -> Run:
     Raises:
         UserError: An unknown, mistyped or contradictory setting, by name.
     """
-    selector = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    selector.add_argument("--config", action="append", default=[])
-    selected, flags = selector.parse_known_args(argv)
-    parser = _make_parser()
-    config: dict[str, Any] = {}
-    for name in selected.config:
-        config |= load_config(name)
-    parser.refuse_unknown(config, "config key")
-    words = as_flags(config) + flags
-    _refuse_token(words)
-    *parts, _ = parser.parse(words)
-    run = Run(*parts, words=without_flags(words, {"overwrite_output_dir", "print_config"}))
+    words = read_words(argv)
+    *parts, _ = parser_of(RunArguments).parse(words)
+    run = Run(*parts, words=without_flags(words, {"overwrite", "print_config"}))
     _check(run)
     return run
 
 
-def check_words(words: Sequence[str]) -> list[str]:
-    """Check the names and types of flags, as far as each can be judged alone.
-
-    Returns:
-        The names, as settings have them.
-
-    Raises:
-        UserError: An unknown or mistyped flag, or a token.
-    """
-    _refuse_token(words)
-    parser = _make_parser()
-    _, rest = parser.parse_known_args(list(words))
-    parser.refuse_unknown((word.partition("=")[0] for word in rest), "argument")
-    return [setting_name(word) for word in words if word.startswith("--")]
-
-
-def _refuse_token(words: Sequence[str]) -> None:
-    if any(word.startswith("--") and setting_name(word) == _TOKEN for word in words):
-        raise UserError(
-            f"{_TOKEN} is not taken: process lists, shell histories and files would show it. Log in with "
-            "`hf auth login`, or set HF_TOKEN."
-        )
-
-
-def _make_parser() -> ManualParser:
-    parser = ManualParser(
-        _PARTS,
-        prog="train_hf.py",
-        description="Train, fine-tune with LoRA or evaluate a GPT-2 with a factorized vocabulary.",
-        usage="%(prog)s --config NAME [option ...]",
-        examples=(
-            "train_hf.py --config baseline.json",
-            "train_hf.py --config pca_lora_k64.json --train_file train.txt --validation_file held_out.txt",
-            "train_hf.py --config pca_lora_k64.json --learning_rate 1e-3 --print_config",
-        ),
-        remark="All options can stand in a JSON config, by the same names; flags override it. The same command\n"
-        "goes on with a run that was cut off, and does not repeat one that is finished.",
-        refused=refused(),
-        elsewhere=ELSEWHERE,
-    )
-    parser.add_argument("--config", metavar="NAME", help="JSON config: a path, or a name under configs/.")
-    parser.add_argument(PRINT_CONFIG, action="store_true", help="Print, as a JSON config, what would run, and end.")
-    return parser
-
-
 def _check(run: Run) -> None:
     model, adapter, distillation, data, training = run.model, run.adapter, run.distillation, run.data, run.training
-    check_values(run.settings())
+    check_values(run.settings(), limits())
     for name in ("lr_scheduler_kwargs", "gradient_checkpointing_kwargs", "activation_checkpointing_kwargs"):
         if isinstance(getattr(training, name, None), str):
             raise UserError(f"{name} must be a JSON object, got {getattr(training, name)!r}.")

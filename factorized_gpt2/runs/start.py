@@ -17,7 +17,8 @@ from ..network.modeling_factorized_gpt2 import FactorizedGPT2
 from ..text.tokenizers import vocabulary_size
 from ..trainer.adapters import DROPOUTS, set_dropout, untie_head
 from ..trainer.distillation import Distillation
-from .settings import ModelArguments, Run
+from .fields import ModelArguments
+from .settings import Run
 
 _POSITIONS = 1024  # of a model from scratch for which no block size is set
 
@@ -69,13 +70,11 @@ def _trained_start(run: Run, tokenizer: PreTrainedTokenizerBase) -> FactorizedGP
             raise UserError(f"dequantize: the vocabulary of {arguments.compressed} is of floats already.")
         model = model.dequantize()
         model.name_or_path = ""
-    elif baseline is None:
-        model.name_or_path = arguments.compressed
-    elif arguments.n_embd_wte is None:
+    elif baseline is not None and arguments.n_embd_wte is None:
         model.name_or_path = ""
-    else:
+    elif baseline is not None:
         root = Path(training.output_dir).parent
-        compressor = Compressor(baseline, Recipe(), root, tokenizer, overwrite=training.overwrite_output_dir)
+        compressor = Compressor(baseline, Recipe(), root, tokenizer, overwrite=training.overwrite)
         model = compressor.load(arguments.n_embd_wte)
         if model is None:
             with compress_alone(root, wait=True):

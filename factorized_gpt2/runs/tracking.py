@@ -35,7 +35,7 @@ def start_tracking(training: RunArguments) -> None:
     init = {"project": project, "name": training.run_name, "dir": _made(training.output_dir)}
     # W&B would record the remote's address, in which some people keep a token; `results.json` has the commit.
     init |= {"resume": "auto", "settings": wandb.Settings(quiet=True, show_info=False, disable_git=True)}
-    if training.overwrite_output_dir:
+    if training.overwrite:
         (Path(training.output_dir) / "wandb" / _UNFINISHED).unlink(missing_ok=True)
     run = _opened(mode, init)
     if run.settings.mode == "offline":

@@ -1,6 +1,7 @@
 """The commands, by the names under which a checkout and an installed package have them."""
 
 import sys
+from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,9 +25,25 @@ COMMANDS = (
 )
 
 
+_PACKAGE, _INSTALLED = "factorized_gpt2", "factorized-gpt2-"
+
+
+def runs_a_command() -> bool:
+    """Tell whether this process was started as one of the commands: installed, of the checkout, or by `python -m`."""
+    script = Path(sys.argv[0] if sys.argv else "")
+    if script.name == "-m":  # as it stands there while the package of the module is imported
+        return any(
+            word == "-m" and (module == _PACKAGE or module.startswith(f"{_PACKAGE}.cli."))
+            for word, module in pairwise(sys.orig_argv)
+        )
+    checkout = Path(__file__).parents[2]
+    is_own = script.name in {command.script for command in COMMANDS} and script.absolute().parent == checkout
+    return is_own or script.name.startswith(_INSTALLED)
+
+
 def as_called(text: str) -> str:
     """Name the commands in a help text as this process was called: by script, or as installed."""
-    if not Path(sys.argv[0]).name.startswith("factorized-gpt2-"):
+    if not Path(sys.argv[0]).name.startswith(_INSTALLED):
         return text
     for command in COMMANDS:
         text = text.replace(f"python {command.script}", command.installed).replace(command.script, command.installed)

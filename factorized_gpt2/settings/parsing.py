@@ -2,13 +2,13 @@
 
 import argparse
 import difflib
-import json
 import os
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
-from types import MappingProxyType
-from typing import Any
+from types import MappingProxyType, NoneType
+from typing import Any, get_args, get_type_hints
 
 from transformers import HfArgumentParser
 
@@ -16,7 +16,8 @@ from ..common.errors import REFUSED_SETTINGS, UserError, blaming
 from ..common.files import read_json
 from .command_names import as_called
 from .help_pages import HelpPage, epilog, hide_negations
-from .setting_values import check_values
+from .setting_values import check_values, limits_of
+from .words import DEBUG, NULL, grouped, setting_name, value_of
 
 
 def _shipped_configs() -> Path:
@@ -74,7 +75,6 @@ def load_config(name: str, heirs: tuple[Path, ...] = ()) -> dict[str, Any]:
     return load_config(str(found.parent / parent), (*heirs, found.resolve())) | config
 
 
-DEBUG = "--debug"
 _DEBUG_HELP = "Show where an error comes from, with its traceback."
 
 
@@ -108,6 +108,9 @@ class ManualParser(HfArgumentParser):
         page = {"formatter_class": HelpPage, "usage": usage, "epilog": epilog(examples, remark)}
         super().__init__(dataclass_types, allow_abbrev=False, **page, **kwargs)
         self._refused, self._elsewhere = refused, elsewhere
+        self._limits = limits_of(*self.dataclass_types)
+        hints = {name: hint for kind in self.dataclass_types for name, hint in get_type_hints(kind).items()}
+        self._optional = {name for name, hint in hints.items() if NoneType in get_args(hint)}
         hide_negations(self)
         for action in self._actions:
             if action.dest in refused:
@@ -132,19 +135,40 @@ class ManualParser(HfArgumentParser):
         Raises:
             UserError: A word that is unknown, mistyped or refused by a dataclass, by name.
         """
+        self.judge(words)
         with blaming("The settings cannot be used", *REFUSED_SETTINGS):
-            *parts, rest = self.parse_args_into_dataclasses(
-                words, return_remaining_strings=True, look_for_args_file=False
-            )
+            return self.parse_args_into_dataclasses(words, look_for_args_file=False)
+
+    def judge(self, words: Sequence[str]) -> None:
+        """Judge every command-line word by itself, before anything is made of them.
+
+        Raises:
+            UserError: A word that is unknown, mistyped or out of its range, by name.
+        """
+        _, rest = self.parse_known_args(list(words))
         self.refuse_unknown((word.split("=")[0] for word in rest), "argument")
-        return tuple(parts)
 
     def parse_known_args(self, args: list[str] | None = None, namespace: Any = None) -> tuple[Any, list[str]]:
         """Parse what is known, and judge every value by its setting's name."""
-        namespace, rest = super().parse_known_args(args, namespace)
+        words, nothing = self._without_null(sys.argv[1:] if args is None else args)
+        namespace, rest = super().parse_known_args(words, namespace)
+        vars(namespace).update(dict.fromkeys(nothing))
         self._refuse(vars(namespace))
-        check_values(vars(namespace))
+        check_values(vars(namespace), self._limits)
         return namespace, rest
+
+    def _without_null(self, words: Sequence[str]) -> tuple[list[str], set[str]]:
+        """Leave out settings that are taken back; return the other words, and which settings become `None`."""
+        kept: list[tuple[str, list[str]]] = []
+        nothing: set[str] = set()
+        for name, group in grouped(words):
+            nothing.discard(name)
+            if name and value_of(group) == NULL:
+                kept = [(other, words) for other, words in kept if other != name]
+                nothing |= {name} & self._optional
+            else:
+                kept.append((name, group))
+        return [word for _, group in kept for word in group], nothing
 
     def _refuse(self, settings: Mapping[str, Any]) -> None:
         first = {action.dest: action for action in reversed(self._actions)}  # whose default counts
@@ -164,54 +188,3 @@ class ManualParser(HfArgumentParser):
                 hint = f" Did you mean {near[0]!r}?" if near else ""
                 successor = self._elsewhere.get(setting_name(name))
                 raise UserError(f"Unknown {kind} {name!r}" + (f": {successor}." if successor else f".{hint}"))
-
-
-def take_debug(words: Sequence[str]) -> tuple[bool, list[str]]:
-    """Take `--debug` out of a command's own words, those before a `--`; with a value it is Trainer's, and stays.
-
-    Returns:
-        Whether it was there, and the other words.
-    """
-    end = words.index("--") if "--" in words else len(words)
-    places = {
-        place
-        for place, word in enumerate(words[:end])
-        if word == DEBUG and (place + 1 == len(words) or words[place + 1].startswith("-"))
-    }
-    return bool(places), [word for place, word in enumerate(words) if place not in places]
-
-
-def as_flags(config: dict[str, Any]) -> list[str]:
-    """Spell a config as command-line words, so that one parser types and checks both.
-
-    Raises:
-        UserError: A list holds what is no word.
-    """
-    words = []
-    for name, value in config.items():
-        if isinstance(value, list):
-            for item in value:
-                if not isinstance(item, str | int | float) or str(item).startswith("--"):
-                    raise UserError(f"{name} holds {item!r}, which is no value of it.")
-            words += [f"--{name}", *map(str, value)]
-        elif isinstance(value, dict):
-            words.append(f"--{name}={json.dumps(value)}")
-        elif value is not None:
-            words.append(f"--{name}={value}")
-    return words
-
-
-def setting_name(flag: str) -> str:
-    """Name the setting that a command-line word like `--max-steps=5` sets."""
-    return flag.partition("=")[0].lstrip("-").replace("-", "_")
-
-
-def without_flags(words: Iterable[str], names: set[str]) -> tuple[str, ...]:
-    """Leave out the flags that set `names`, each with the values that follow it."""
-    kept, is_kept = [], True
-    for word in words:
-        if word.startswith("--"):
-            is_kept = setting_name(word) not in names
-        if is_kept:
-            kept.append(word)
-    return tuple(kept)

@@ -1,11 +1,11 @@
-"""Which values settings may have, by the setting's name, whatever command it belongs to."""
+"""Which values settings may have: stated in their types, as in `Annotated[int, COUNT]`, and checked here."""
 
 import math
 import os
 import stat
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args, get_type_hints
 
 from ..common.errors import UserError
 
@@ -34,62 +34,66 @@ class Range(NamedTuple):
         return f"be at least {self.low:g}"
 
 
-_POSITIVE, _NOT_NEGATIVE, _COUNT, _SHARE = Range(0, is_open_below=True), Range(0), Range(1), Range(0, 1)
-
-_RANGES = {
-    **dict.fromkeys(("n_layer", "n_head", "n_embd", "n_embd_wte", "ranks"), _COUNT),
-    **{"block_size": Range(2), "dropout": _SHARE, "lora_rank": _NOT_NEGATIVE, "lora_alpha": _POSITIVE},
-    **{"lora_dropout": _SHARE, "distillation_weight": _SHARE, "distillation_temperature": _POSITIVE},
-    **dict.fromkeys(("max_eval_samples", "shuffle_buffer", "eval_batch_size", "calibration_tokens"), _COUNT),
-    **{"preprocessing_num_workers": Range(1, 1024), "effective_batch_size": _COUNT, "refine": _NOT_NEGATIVE},
-    **{"target_loss_increase": _POSITIVE, "explained_variance": Range(0, 1, is_open_below=True)},
-    **{"seed": Range(0, 2**32 - 1), "data_seed": Range(0, 2**32 - 1)},
-    # Of `TrainingArguments`.
-    **{"max_steps": Range(-1), "num_train_epochs": Range(0, 1e9), "warmup_steps": _NOT_NEGATIVE},
-    **dict.fromkeys(("logging_steps", "eval_steps", "save_steps"), _POSITIVE),
-    **dict.fromkeys(("learning_rate", "min_lr", "weight_decay", "max_grad_norm", "eval_delay"), _NOT_NEGATIVE),
-    **dict.fromkeys(("adam_beta1", "adam_beta2"), Range(0, 1, is_open_above=True)),
-    **{"adam_epsilon": _POSITIVE, "label_smoothing_factor": _SHARE, "neftune_noise_alpha": _NOT_NEGATIVE},
-    **dict.fromkeys(("per_device_train_batch_size", "per_device_eval_batch_size"), _COUNT),
-    **dict.fromkeys(("gradient_accumulation_steps", "eval_accumulation_steps", "torch_empty_cache_steps"), _COUNT),
-    **{"dataloader_num_workers": Range(0, 1024), "dataloader_prefetch_factor": _COUNT, "save_total_limit": _COUNT},
-    **{"ddp_timeout": _COUNT, "ddp_bucket_cap_mb": _COUNT},
-}
-
-_FOLDERS = ("output_dir",)
-_PATHS = (
-    *(*_FOLDERS, "baseline", "compressed", "teacher", "models", "tokenizer", "results", "checkpoint"),
-    *("wte_npy", "scale_npz", "train_file", "validation_file", "calibration_file", "eval_file"),
-)
+POSITIVE, NOT_NEGATIVE, COUNT, SHARE = Range(0, is_open_below=True), Range(0), Range(1), Range(0, 1)
+SEED = Range(0, 2**32 - 1)
 
 
-def check_values(settings: Mapping[str, Any]) -> None:
+class Place(NamedTuple):
+    """A path: of what is read (or a Hub id), of a folder to write into, or of a file to write."""
+
+    writes: str = ""
+
+
+READ, OUTPUT_FOLDER, OUTPUT_FILE = Place(), Place("folder"), Place("file")
+
+Limit = Range | Place
+
+
+def limits_of(*dataclasses: type) -> dict[str, Limit]:
+    """Collect the limits of fields by their names, from their types and from the class attribute `_limits`."""
+    found: dict[str, Limit] = {}
+    for dataclass in dataclasses:
+        found |= getattr(dataclass, "_limits", {})
+        for name, hint in get_type_hints(dataclass, include_extras=True).items():
+            found.update((name, limit) for limit in _limits_in(hint))
+    return found
+
+
+def _limits_in(hint: Any) -> Iterator[Limit]:
+    yield from (note for note in getattr(hint, "__metadata__", ()) if isinstance(note, Range | Place))
+    for inner in get_args(hint):
+        yield from _limits_in(inner)
+
+
+def check_values(settings: Mapping[str, Any], limits: Mapping[str, Limit]) -> None:
     """Judge values, each by itself.
 
     Args:
         settings: Values by the settings' names; lists and mappings are judged by what they hold. `None` is not judged.
+        limits: By the same names. A number without one must be finite.
 
     Raises:
         UserError: A number out of its range, NaN or infinite; text that no file or terminal can hold; a path that the
-            system refuses, or a folder to write to that is a file. By name.
+            system refuses, a folder to write to that is a file, or a file to write that is a folder. By name.
     """
     for name, value in settings.items():
+        limit = limits.get(name)
         if isinstance(value, Mapping):
-            check_values(value)
+            check_values(value, limits)
         for item in value if isinstance(value, list | tuple) else [value]:
             if isinstance(item, int | float) and not isinstance(item, bool):
-                _check_number(name, item)
+                _check_number(name, item, limit)
             elif isinstance(item, str):
                 _check_text(name, item)
-                if name in _PATHS:
-                    _check_path(name, item)
+                if isinstance(limit, Place):
+                    _check_path(name, item, limit.writes)
 
 
-def _check_number(name: str, number: float) -> None:
+def _check_number(name: str, number: float, limit: Limit | None) -> None:
     if isinstance(number, float) and not math.isfinite(number):
         raise UserError(f"{name} must be finite, got {number}.")
-    if name in _RANGES and number not in _RANGES[name]:
-        raise UserError(f"{name} must {_RANGES[name]}, got {number}.")
+    if isinstance(limit, Range) and number not in limit:
+        raise UserError(f"{name} must {limit}, got {number}.")
     if abs(number) > (_LARGEST_INT if isinstance(number, int) else _LARGEST_FLOAT):
         raise UserError(f"{name} is larger than any number of its kind that can be computed with: {number}.")
 
@@ -103,19 +107,20 @@ def _check_text(name: str, text: str) -> None:
         raise UserError(f"{name} is not valid Unicode: {text!r}.") from error
 
 
-def _check_path(name: str, path: str) -> None:
+def _check_path(name: str, path: str, writes: str) -> None:
     if not path:
         raise UserError(f"{name} is empty.")
-    is_folder_to_write = name in _FOLDERS
-    if is_folder_to_write and not Path(path).absolute().name:
+    if writes and not Path(path).absolute().name:
         raise UserError(f"{name}={path} is the root of all folders; name one in it.")
     try:
-        is_file = not stat.S_ISDIR(os.stat(path).st_mode)
+        is_folder = stat.S_ISDIR(os.stat(path).st_mode)
     except FileNotFoundError:
         return
     except OSError as error:
-        if isinstance(error, NotADirectoryError) and not is_folder_to_write:
+        if isinstance(error, NotADirectoryError) and not writes:
             return  # as good as not there, which whoever reads it will say
         raise UserError(f"{name}={path} cannot be used: {error.strerror}.") from error
-    if is_folder_to_write and is_file:
+    if writes == "folder" and not is_folder:
         raise UserError(f"{name}={path} is a file, not a folder; name another.")
+    if writes == "file" and is_folder:
+        raise UserError(f"{name}={path} is a folder, not a file; name a file in it.")

@@ -2,9 +2,13 @@
 
 import re
 from dataclasses import dataclass, field
+from typing import Annotated
 
 from ..common.errors import UserError
 from ..text.source import TextSource
+from .setting_values import COUNT, READ, Range
+
+BLOCK = Range(2)  # tokens, of which all but the first are predicted
 
 
 @dataclass
@@ -48,21 +52,23 @@ class DataArguments(TextArguments):
 
     _argument_group_name = "Text"
 
-    train_file: list[str] | None = field(
+    train_file: list[Annotated[str, READ]] | None = field(
         default=None,
         metadata={"help": "Local .txt, .jsonl, .parquet files, or .bin of token ids, instead of the dataset's split."},
     )
-    validation_file: list[str] | None = field(
+    validation_file: list[Annotated[str, READ]] | None = field(
         default=None, metadata={"help": "Local files instead of the dataset's validation split."}
     )
-    tokenizer: str | None = field(
+    tokenizer: Annotated[str, READ] | None = field(
         default=None, metadata={"help": "Folder or Hub id of the tokenizer. None: the baseline's."}
     )
-    block_size: int | None = field(
+    block_size: Annotated[int, BLOCK] | None = field(
         default=None,
         metadata={"help": "Tokens a block. None: the positions of the model it starts from; from scratch, 1024."},
     )
-    preprocessing_num_workers: int | None = field(default=None, metadata={"help": "Processes that tokenize."})
+    preprocessing_num_workers: Annotated[int, Range(1, 1024)] | None = field(
+        default=None, metadata={"help": "Processes that tokenize."}
+    )
     streaming: bool = field(
         default=False,
         metadata={
@@ -70,10 +76,10 @@ class DataArguments(TextArguments):
             "max_steps. What a run that was cut off has seen is read over again."
         },
     )
-    shuffle_buffer: int = field(
+    shuffle_buffer: Annotated[int, COUNT] = field(
         default=10_000, metadata={"help": "Blocks in memory among which a stream draws the next."}
     )
-    max_eval_samples: int | None = field(
+    max_eval_samples: Annotated[int, COUNT] | None = field(
         default=None, metadata={"help": "Evaluate on the first blocks of the validation split only. None: all."}
     )
 
@@ -88,12 +94,14 @@ class EvaluationArguments(TextArguments):
 
     _argument_group_name = "Text to evaluate on"
 
-    eval_file: list[str] | None = field(
+    eval_file: list[Annotated[str, READ]] | None = field(
         default=None, metadata={"help": "Local .txt, .jsonl, .parquet or .bin files instead of a dataset."}
     )
     split: str = field(default="validation", metadata={"help": "Split of the dataset."})
-    block_size: int | None = field(default=None, metadata={"help": "Tokens a block. None: the model's positions."})
-    eval_batch_size: int = field(default=4, metadata={"help": "Blocks a forward pass."})
+    block_size: Annotated[int, BLOCK] | None = field(
+        default=None, metadata={"help": "Tokens a block. None: the model's positions."}
+    )
+    eval_batch_size: Annotated[int, COUNT] = field(default=4, metadata={"help": "Blocks a forward pass."})
 
     @property
     def is_asked_for(self) -> bool:

@@ -18,18 +18,22 @@ from ..common.fingerprints import files_fingerprint
 from ..common.lfs_pointers import refuse_pointers
 from .documents import parts_of_documents
 from .text_files import kind_of, read_rows
-from .token_file import SUFFIX as TOKEN_SUFFIX
-from .token_file import is_token_file
 
 if TYPE_CHECKING:
     import datasets
     from datasets import Dataset, IterableDataset
 
 
+TOKEN_SUFFIX = ".bin"  # of files of token ids
 _FILE_SETTINGS = "train_file, validation_file, eval_file, calibration_file"
 
 
 _FORMAT = 2  # of what is cached on disk; to be raised with every change to what this module makes of a text
+
+
+def is_token_file(name: str) -> bool:
+    """Say by a file's name whether it holds token ids."""
+    return Path(name).suffix.lower() == TOKEN_SUFFIX
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,6 @@ from torch.utils.data import Dataset
 from ..common.errors import UserError, blaming
 from ..common.files import replacing_file
 
-SUFFIX = ".bin"
 LARGEST_VOCABULARY = 2**16  # ids that uint16 holds
 
 _TYPE = np.dtype("<u2")
@@ -59,11 +58,6 @@ class TokenBlocks(Dataset):
     def __reduce__(self) -> tuple:
         """Open the files anew where a worker process gets a copy; pickled, a memory map is all that it maps."""
         return TokenBlocks, self._made_of
-
-
-def is_token_file(name: str) -> bool:
-    """Say by a file's name whether it holds token ids."""
-    return Path(name).suffix.lower() == SUFFIX
 
 
 def load_token_blocks(files: Sequence[str], vocab_size: int, block_size: int, keep_tail: bool) -> TokenBlocks:

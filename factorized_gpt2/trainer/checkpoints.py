@@ -9,6 +9,7 @@ from typing import Any
 from accelerate.utils import broadcast_object_list
 from torch import nn
 from transformers import Trainer
+from transformers.tokenization_utils_base import TOKENIZER_CONFIG_FILE
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint, sort_checkpoints
@@ -16,6 +17,8 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoin
 from ..common.errors import UserError
 from ..common.files import explaining_refusals, put_in_place, read_json, remove_folder, write_json
 from ..common.leftovers import marked_for_all
+from ..models.adapter_folder import ADAPTER_CONFIG, complete_adapter
+from ..text.tokenizer_files import make_portable
 
 logger = logging.getLogger(__name__)
 
@@ -89,6 +92,17 @@ class CheckpointingTrainer(Trainer):
         found = [last_whole_checkpoint(Path(self.args.output_dir)) if self.is_world_process_zero() else None]
         broadcast_object_list(found)
         return None if found[0] is None else str(found[0])
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save the model as it is handed on: others read its tokenizer, and find the base of its adapter."""
+        super().save_model(output_dir, _internal_call)
+        if not self.args.should_save:
+            return
+        folder = Path(output_dir or self.args.output_dir)
+        if (folder / TOKENIZER_CONFIG_FILE).exists():
+            make_portable(folder, self.model.config.n_positions)
+        if (folder / ADAPTER_CONFIG).exists():
+            complete_adapter(folder, folder if self._staging is None else Path(self.args.output_dir, folder.name))
 
     def _get_output_dir(self, trial: Any) -> str:
         return super()._get_output_dir(trial) if self._staging is None else str(self._staging)

@@ -143,7 +143,7 @@ class TrainingHealth(TrainerCallback):
         return TrainingFailure(
             f"Training went wrong {problem}.",
             f"{kept} The same command would come to the same end: {more_ways}lower learning_rate, lengthen "
-            "warmup_steps or set a smaller max_grad_norm, and start anew with --overwrite_output_dir.",
+            "warmup_steps or set a smaller max_grad_norm, and start anew with --overwrite.",
         )
 
 

@@ -1,0 +1,87 @@
+"""What `compress.py` is told, beside the text to evaluate on, the device and where to publish."""
+
+from dataclasses import dataclass, field
+from typing import Annotated
+
+from ..compress.methods import CODED, METHODS
+from ..settings.setting_values import COUNT, NOT_NEGATIVE, OUTPUT_FOLDER, POSITIVE, READ, SEED, Range
+
+
+@dataclass
+class CompressArguments:
+    """What to compress, and how far."""
+
+    _argument_group_name = "What to make of what"
+
+    baseline: Annotated[str, READ] = field(metadata={"help": "Folder or Hub id of a trained, unfactorized GPT-2."})
+    ranks: list[Annotated[int, COUNT]] | None = field(
+        default=None, metadata={"help": "Ranks k of the token embedding, each smaller than its width."}
+    )
+    bits_per_weight: list[Annotated[float, POSITIVE]] | None = field(
+        default=None,
+        metadata={
+            "help": "Budgets of method coded, a model each: bits that the vocabulary takes in the file, everything "
+            "counted, for each of its V d weights. Ranks beside it are upper limits, for every budget in turn."
+        },
+    )
+    vocabulary_mb: list[Annotated[float, POSITIVE]] | None = field(
+        default=None, metadata={"help": "The same budgets in million bytes, instead of bits_per_weight."}
+    )
+    target_loss_increase: Annotated[float, POSITIVE] | None = field(
+        default=None,
+        metadata={
+            "help": "Instead of ranks or budgets: the smallest model whose loss on the evaluation text exceeds the "
+            "baseline's by no more than this, in nats a token."
+        },
+    )
+    explained_variance: Annotated[float, Range(0, 1, is_open_below=True)] | None = field(
+        default=None,
+        metadata={
+            "help": "Instead of ranks, for method pca alone: the smallest rank that keeps this share of the "
+            "embedding's variance. Variance tells little of loss: target_loss_increase is the better guide."
+        },
+    )
+    method: str = field(
+        default="pca",
+        metadata={
+            "help": "pca: the protocol's. weighted: rows weighted by frequency. joint: the loss to second order, on "
+            "both sides. tokenwise: joint, then every row fitted to its own token's use. coded: joint's directions, "
+            "integers, entropy coding; the best at equal bytes. All but pca need text. Budgets imply coded.",
+            "choices": [*METHODS, CODED],
+        },
+    )
+    refine: Annotated[int, NOT_NEGATIVE] = field(
+        default=0, metadata={"help": "Steps of training wte, scale_up and scale_down to match the baseline."}
+    )
+    tie_word_embeddings: bool = field(
+        default=True,
+        metadata={"help": "One wte serves both sides. False: each side gets its own, V k parameters more."},
+    )
+    output_dir: Annotated[str, OUTPUT_FOLDER] = field(
+        default="model_weights", metadata={"help": "Folder of the compressed models and factors."}
+    )
+    tokenizer: Annotated[str, READ] | None = field(
+        default=None, metadata={"help": "Folder or Hub id. None: the baseline's."}
+    )
+    overwrite: bool = field(default=False, metadata={"help": "Replace what was made from another baseline."})
+    seed: Annotated[int, SEED] = field(default=0, metadata={"help": "Of everything that is drawn."})
+
+    @property
+    def makes_codes(self) -> bool:
+        """Whether the vocabulary becomes integers."""
+        return self.method == CODED or bool(self.bits_per_weight or self.vocabulary_mb)
+
+
+@dataclass
+class CalibrationArguments:
+    """Text that tells how the baseline uses its vocabulary: best of the kind it was trained on."""
+
+    _argument_group_name = "Text to learn from"
+
+    calibration_file: list[Annotated[str, READ]] | None = field(
+        default=None, metadata={"help": "Local .txt, .jsonl, .parquet or .bin files instead of the dataset's split."}
+    )
+    calibration_split: str = field(default="train", metadata={"help": "Split of the dataset."})
+    calibration_tokens: Annotated[int, COUNT] = field(
+        default=16384, metadata={"help": "Tokens to run the baseline over; frequencies are counted in all the text."}
+    )
