@@ -250,13 +250,20 @@ def test_with_the_package_its_own_code_runs(loaded_with_package, original, run):
 def test_the_code_demands_no_other_package():
     """What transformers looks for in a repository's code, and refuses to load it without."""
     imported = {name for path in code_files() for name in get_imports(path)} - sys.stdlib_module_names
-    assert imported == {"huggingface_hub", "torch", "transformers"}
+    assert imported == {
+        "huggingface_hub",
+        "numpy",
+        "safetensors",
+        "torch",
+        "transformers",
+    }
 
 
 def test_what_is_published(published, hub, run):
     assert published["compressed"] == f"{hub.url}/me/compressed"
     code = {"attention_loss.py", "blockwise_loss.py", "classification_factorized_gpt2.py", "fused_rows.py", "head.py"}
     code |= {"configuration_factorized_gpt2.py", "modeling_factorized_gpt2.py"}
+    code |= {"coded_table.py", "coded_vocabulary.py", "frequencies.py", "prediction.py", "rans.py"}
     assert {path.name for path in code_files()} == code
     always = {".gitattributes", "README.md", "config.json", "generation_config.json", "model.safetensors"}
     always |= code | {"tokenizer.json", "tokenizer_config.json"}

@@ -1,7 +1,6 @@
 """A trained baseline to compressed models and their folders."""
 
 import logging
-import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
@@ -172,26 +171,27 @@ class Compressor:
         """Where the model of some rank is kept; for PCA alone, under the protocol's name."""
         return compressed_folder(self.root, rank, self.label, self.recipe.refine_steps > 0)
 
-    def ranks_there(self) -> list[int]:
+    def sizes_there(self) -> list[Any]:
         """List the ranks of all folders that hold what this compressor would make, smallest first.
 
         A folder whose record cannot be read is none of them.
         """
 
-        def is_of_this_making(rank: int) -> bool:
+        def size_of(path: Path) -> Any:
             try:
-                return not self._difference(rank)
+                size = self._size_in(read_json(path))
+                is_it = size is not None and self.folder(size) == path.parent and not self._difference(size)
             except UserError:
-                return False
+                return None
+            return size if is_it else None
 
-        name = re.compile(re.escape(self.folder(0).name).removesuffix("0") + r"([1-9]\d*)")
-        found = [int(match[1]) for path in self.root.iterdir() if (match := name.fullmatch(path.name))]
-        return sorted(filter(is_of_this_making, found))
+        found = map(size_of, self.root.glob(f"gpt_*/{RECORD_NAME}"))
+        return sorted(size for size in found if size is not None)
 
-    def measured(self, text: str) -> dict[int, tuple[int, float]]:
+    def measured(self, text: str) -> dict[Any, tuple[int, float]]:
         """Read what the ranks that are there were measured to cost on a text, as `note_measurement` has it."""
-        found = {rank: noted_measurement(self.folder(rank), text) for rank in self.ranks_there()}
-        return {rank: figures for rank, figures in found.items() if figures is not None}
+        found = {size: noted_measurement(self.folder(size), text) for size in self.sizes_there()}
+        return {size: figures for size, figures in found.items() if figures is not None}
 
     def factorize_ahead(self, ranks: Sequence[int]) -> None:
         """Factorize at ranks that will be made, with one decomposition.
@@ -241,11 +241,8 @@ class Compressor:
             verify_copy(model, temporary, name=self.folder(rank))
             if self.tokenizer is not None:
                 save_tokenizer(self.tokenizer, temporary, model.config.n_positions)
-            kept = {
-                self.share_name: share,
-                "spectrum": [round(float(share), 6) for share in self.shares],
-                "weights_fingerprint": files_fingerprint(weight_files(temporary)),
-            }
+            kept = {self.share_name: share, "weights_fingerprint": files_fingerprint(weight_files(temporary))}
+            kept |= self._of_all_sizes()
             write_json(temporary / RECORD_NAME, self._record(rank) | kept)
         self.saved.append(rank)
 
@@ -270,10 +267,10 @@ class Compressor:
         Raises:
             UserError: A rank out of range; the folder holds another compressed model, unless `overwrite`, or none.
         """
-        check_ranks([rank], self.baseline.model.config)
+        self.check(rank)
         folder = self.folder(rank)
         if folder.exists() and not folder.is_dir():
-            raise UserError(f"{folder}, where the model of rank {rank} belongs, is a file: move it away.")
+            raise UserError(f"{folder}, where the model of {self.name_of(rank)} belongs, is a file: move it away.")
         if not (folder.exists() and any(folder.iterdir())):
             return None
         if not (folder / RECORD_NAME).exists():
@@ -298,6 +295,10 @@ class Compressor:
             raise UserError(f"{folder} {difference}; remove or overwrite it.")
         return None
 
+    def check(self, rank: int) -> None:
+        """Refuse a rank that is out of range."""
+        check_ranks([rank], self.baseline.model.config)
+
     def _difference(self, rank: int) -> str:
         """Say how a folder's model was made otherwise than this compressor would make it; empty if it was not."""
         record = self.folder(rank) / RECORD_NAME
@@ -306,7 +307,8 @@ class Compressor:
         stored, asked = read_json(record), self._record(rank)
         if stored.get("baseline_fingerprint") != asked["baseline_fingerprint"]:
             return f"was not made from {self.baseline.name}"
-        changed = sorted(name for name in _WHAT_MAKES_A_MODEL if stored.get(name) != asked[name])
+        makings = (*_WHAT_MAKES_A_MODEL, *self._of_size(rank))
+        changed = sorted(name for name in makings if stored.get(name) != asked[name])
         changed += [what for name, what in _WHAT_IS_TAKEN_OVER.items() if stored.get(name, asked[name]) != asked[name]]
         if not changed and not isinstance(self._share(stored), float):
             changed = [self.share_name]
@@ -316,7 +318,7 @@ class Compressor:
         calibration = self.text.record if self.recipe.needs_text else None
         return asdict(self.recipe) | {
             "seed": self.recipe.seed if self.recipe.needs_text else None,
-            "n_embd_wte": rank,
+            **self._of_size(rank),
             "baseline": self.baseline.name,
             "baseline_fingerprint": self.baseline.fingerprint,
             "baseline_content": model_content(self.baseline.name),
@@ -324,6 +326,20 @@ class Compressor:
             "tokenizer_fingerprint": tokenizer_fingerprint(self.tokenizer),
             "calibration": calibration,
         }
+
+    def name_of(self, rank: int) -> str:
+        """Say in words which model is meant."""
+        return f"rank {rank}"
+
+    def _of_size(self, rank: int) -> dict[str, Any]:
+        return {"n_embd_wte": rank}
+
+    def _size_in(self, record: dict[str, Any]) -> Any:
+        rank = record.get("n_embd_wte")
+        return rank if isinstance(rank, int) else None
+
+    def _of_all_sizes(self) -> dict[str, Any]:
+        return {"spectrum": [round(float(share), 6) for share in self.shares]}
 
     @cached_property
     def _matrices(self) -> tuple[np.ndarray, np.ndarray | None]:
@@ -352,5 +368,5 @@ class Compressor:
 
 
 _FILES = (*MODEL_FILES, RECORD_NAME, "results.json", "run.json")  # the last two of a run that evaluated it there
-_WHAT_MAKES_A_MODEL = ("method", "tied", "refine_steps", "seed", "n_embd_wte", "calibration", "dtype")
+_WHAT_MAKES_A_MODEL = ("method", "tied", "refine_steps", "seed", "calibration", "dtype")
 _WHAT_IS_TAKEN_OVER = {"config_fingerprint": "config", "tokenizer_fingerprint": "tokenizer"}  # of the baseline

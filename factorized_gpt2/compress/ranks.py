@@ -58,7 +58,11 @@ def is_good_enough(increase: float, target: float) -> bool:
 
 
 def smallest_rank_by_loss(
-    increase_of: Callable[[int], float], largest: int, target: float, known: Mapping[int, float] | None = None
+    increase_of: Callable[[int], float],
+    largest: int,
+    target: float,
+    known: Mapping[int, float] | None = None,
+    name: Callable[[int], str] = "rank {}".format,
 ) -> int:
     """Find the smallest rank whose loss exceeds the baseline's by no more than a target, with few evaluations.
 
@@ -73,6 +77,7 @@ def smallest_rank_by_loss(
         largest: Largest rank to consider.
         target: Increase allowed, in nats a token, positive.
         known: Increases of ranks that were measured before, which are not measured again.
+        name: What to call a rank.
 
     Returns:
         The rank; every smaller one that was measured exceeds the target.
@@ -97,7 +102,7 @@ def smallest_rank_by_loss(
         else:
             too_small = rank
     if enough > largest:
-        raise UserError(f"Even rank {largest} costs {increases[largest]:.4f} nats a token, more than {target}.")
+        raise UserError(f"Even {name(largest)} costs {increases[largest]:.4f} nats a token, more than {target}.")
     return enough
 
 

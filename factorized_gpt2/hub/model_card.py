@@ -29,6 +29,7 @@ _METHODS = {
     "weighted": "a low-rank fit of the token embedding that counts each token as often as it occurs",
     "joint": "a fit of the loss to second order, on the embedding's side and on the head's",
     "tokenwise": "a fit of the loss to second order, then of every token's row to that token's own use",
+    "coded": "rounding its vocabulary to integers by what the loss feels of it, and entropy coding",
 }
 
 
@@ -261,6 +262,12 @@ def _architecture(config: FactorizedGPT2Config) -> str:
     shape = f"{config.n_layer} layers, width d = {config.n_embd}, V = {config.vocab_size:,} tokens"
     if not config.is_factorized:
         return f"A GPT-2: {shape}."
+    if config.is_coded:
+        return (
+            f"A GPT-2 with a vocabulary of integers: {shape}. Embedding and head share a V x k table of int8 with a "
+            f"step a row, k = {config.n_embd_wte}, and a k x d and a d x k matrix lead to and from it. The file holds "
+            "the table entropy-coded; in memory a number takes a byte."
+        )
     head = "the first of them again" if config.tie_word_embeddings else "a k x V matrix of its own"
     return (
         f"A GPT-2 with a factorized vocabulary: {shape}. Its token embedding is the product of a V x k and a k x d "

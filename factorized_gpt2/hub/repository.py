@@ -34,7 +34,7 @@ from ..common.files import read_json
 from ..models.adapter_folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from ..models.loading import CODE_KEYS, load_complete
 from ..models.record import RECORD_NAME
-from ..models.sizes import model_size
+from ..models.sizes import model_size, stored_bytes
 from ..network.classification_factorized_gpt2 import FactorizedGPT2ForSequenceClassification
 from ..network.configuration_factorized_gpt2 import FactorizedGPT2Config
 from ..network.modeling_factorized_gpt2 import FactorizedGPT2, FactorizedGPT2Model
@@ -104,7 +104,7 @@ def publish(
         card = model_card(
             url.repo_id,
             model.config,
-            (size.parameters, size.bytes),
+            (size.parameters, stored_bytes(folder) if model.config.is_coded else size.bytes),
             history,
             measured,
             base_model,
@@ -200,7 +200,7 @@ def _model_files(folder: Path, stored: Path) -> dict[str, Path | bytes]:
 
 def _plots(folder: Path) -> list[Path]:
     """List the pictures that `compress.py` leaves beside a model's folder, and those in it."""
-    label = re.fullmatch(r"gpt_(\w+?)(_nofinetune)?_k\d+", folder.name)
+    label = re.fullmatch(r"gpt_(\w+?)(_nofinetune)?(_k\d+|_b[\d.]+(_k\d+)?)", folder.name)
     beside = [folder.parent / f"{kind}_{label[1]}.png" for kind in ("loss_against_bytes", "spectrum")] if label else []
     return [*sorted(folder.glob("*.png")), *(path for path in beside if path.is_file())]
 

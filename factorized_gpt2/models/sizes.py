@@ -1,6 +1,7 @@
 """Parameters and bytes of a model, and its vocabulary's share of them."""
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from torch import nn
 from transformers import GPT2Config
@@ -42,6 +43,11 @@ def model_size(model: nn.Module) -> ModelSize:
         bytes=sum(weight.numel() * weight.element_size() for weight in weights),
         vocabulary_bytes=sum(weight.numel() * weight.element_size() for weight in vocabulary),
     )
+
+
+def stored_bytes(folder: Path) -> int:
+    """Count the bytes of the files of weights in a model's folder."""
+    return sum(path.stat().st_size for path in folder.glob("model*.safetensors"))
 
 
 def least_parameters(config: GPT2Config) -> int:

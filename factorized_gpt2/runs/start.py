@@ -46,6 +46,8 @@ def build_model(run: Run, tokenizer: PreTrainedTokenizerBase) -> FactorizedGPT2:
         model = _trained_start(run, tokenizer)
         if arguments.dropout is not None:
             set_dropout(model, arguments.dropout)
+    if not arguments.tie_word_embeddings and model.config.is_coded:
+        raise UserError("A vocabulary of integers is tied: leave tie_word_embeddings as it is, or set dequantize.")
     if not arguments.tie_word_embeddings and model.config.tie_word_embeddings:
         untie_head(model)
         model.name_or_path = ""
@@ -66,7 +68,12 @@ def _trained_start(run: Run, tokenizer: PreTrainedTokenizerBase) -> FactorizedGP
         raise UserError(
             f"block_size {run.data.block_size} exceeds the {model.config.n_positions} positions of the baseline."
         )
-    if baseline is not None and arguments.n_embd_wte is None:
+    if arguments.dequantize:
+        if not model.config.is_coded:
+            raise UserError(f"dequantize: the vocabulary of {arguments.compressed} is of floats already.")
+        model = model.dequantize()
+        model.name_or_path = ""
+    elif baseline is not None and arguments.n_embd_wte is None:
         model.name_or_path = ""
     elif baseline is not None:
         root = Path(training.output_dir).parent
