@@ -5,8 +5,8 @@ import logging
 import os
 import sys
 import traceback
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext, redirect_stdout
+from collections.abc import Callable
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -63,11 +63,11 @@ def run_command(command: Callable[[list[str]], None], argv: list[str] | None = N
     return 0
 
 
-@contextmanager
-def quiet_stdout_of_imports() -> Iterator[None]:
-    """Keep stdout for results: transformers tells there, on being imported, that W&B is offline."""
-    with redirect_stdout(io.StringIO()) if os.environ.get("WANDB_MODE") == "offline" else nullcontext():
-        yield
+def keep_stdout_for_results() -> None:
+    """Import what tells on stdout, on being imported, that W&B is offline."""
+    if os.environ.get("WANDB_MODE") == "offline":
+        with redirect_stdout(io.StringIO()):
+            import transformers.integrations.integration_utils  # noqa: F401
 
 
 def _tell(message: str) -> None:
