@@ -18,7 +18,7 @@ from factorized_gpt2.cli.experiments import GridArguments, ScaleArguments
 from factorized_gpt2.cli.import_checkpoint import ImportArguments
 from factorized_gpt2.cli.report import ReportArguments
 from factorized_gpt2.runs.settings import default_settings
-from factorized_gpt2.settings.publishing import PublishArguments
+from factorized_gpt2.settings.outputs import PublishArguments
 from factorized_gpt2.settings.text_arguments import EvaluationArguments
 
 COMPRESSED, FACTORS = "weights/gpt_pca_nofinetune_k4", "weights/pca_factorized"

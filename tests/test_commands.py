@@ -22,7 +22,7 @@ def run(*words, cwd) -> subprocess.CompletedProcess:
     ("script", "words", "complaint"),
     [
         ("train_hf.py", ["--config", "pca_lora_k46.json"], "error: There is no config 'pca_lora_k46.json'"),
-        ("compress.py", ["--baseline", "nowhere", "--ranks", "4"], "error: No model can be loaded from 'nowhere'"),
+        ("compress.py", ["--baseline", "nowhere", "--ranks", "4"], "error: There is no folder nowhere"),
     ],
 )
 def test_a_mistake_is_one_line_and_exit_code_2(tmp_path, script, words, complaint):

@@ -10,10 +10,13 @@ from matplotlib import image
 from factorized_gpt2 import FactorizedGPT2
 from factorized_gpt2.cli import compressing
 from factorized_gpt2.cli.compress import compress
+from factorized_gpt2.cli.compress_settings import CalibrationArguments
 from factorized_gpt2.cli.evaluate import evaluate
 from factorized_gpt2.common.errors import UserError
+from factorized_gpt2.runs.results import Results
 from factorized_gpt2.runs.run import run_experiment
 from factorized_gpt2.runs.settings import parse_run
+from factorized_gpt2.settings.text_arguments import EvaluationArguments
 
 WIDTH, BLOCK_SIZE = 32, 48
 
@@ -109,8 +112,30 @@ def test_what_was_made_in_the_same_way_is_reused(words, tmp_path):
     for other in (["--seed", 1], ["--calibration_tokens", 96]):
         with pytest.raises(UserError, match=f"made with another {'seed' if '--seed' in other else 'calibration'}"):
             compress([*asked, *map(str, other)])
+    for name in ("notes.txt", "mine/chapter.tex", "results.json"):
+        (path.parent / name).parent.mkdir(exist_ok=True)
+        (path.parent / name).write_text("{}")
     compress([*asked, "--seed", "1", "--overwrite"])
     assert record(path.parent)["seed"] == 1
+    assert (path.parent / "notes.txt").exists()
+    assert (path.parent / "mine/chapter.tex").exists()
+    assert not (path.parent / "results.json").exists()  # of a run that evaluated what was there before
+
+
+def test_a_share_under_its_name_of_the_last_release_is_read_and_its_new_name_said(words, tmp_path, caplog, capsys):
+    asked = words("--ranks", 4, "--method", "joint")
+    compress(asked)
+    table = capsys.readouterr().out
+    path = tmp_path / "gpt_joint_nofinetune_k4/compression.json"
+    old = json.loads(path.read_text())
+    old["explained_variance_ratio"] = old.pop("explained_share")
+    for name in ("weights_fingerprint", "baseline_content"):  # which it did not have
+        del old[name]
+    path.write_text(json.dumps(old))
+    compress(asked)
+    assert capsys.readouterr().out == table
+    (said,) = [message for message in caplog.messages if "explained_variance_ratio" in message]
+    assert "it is explained_share now" in said
 
 
 def test_the_same_seed_gives_the_same_model(words, tmp_path):
@@ -179,6 +204,32 @@ def test_the_spectrum_shows_every_rank_that_is_there(words, monkeypatch):
     ]
 
 
+def test_loss_against_bytes_shows_every_rank_that_was_measured_on_the_same_text(words, tmp_path, corpus, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(
+        compressing,
+        "plot_loss_against_bytes",
+        lambda points, size, labelled, label, path: drawn.append((sorted(rank for *_, rank in points), labelled)),
+    )
+    evaluated = ("evaluation",)
+    compress(words("--ranks", 4, texts=evaluated))
+    compress(words("--ranks", 9, texts=evaluated))
+    compress(words("--ranks", 6, texts=()))
+    compress(words("--ranks", 5, "--block_size", 16, texts=evaluated))
+    compress(words("--ranks", 7, "--eval_file", corpus / "train.jsonl", texts=()))
+    compress(words("--ranks", 8, texts=evaluated))
+    assert drawn == [
+        ([4], [4]),
+        ([4, 9], [4, 9]),
+        ([5], [4, 5, 6, 9]),
+        ([7], [4, 5, 6, 7, 9]),
+        ([4, 8, 9], [4, 5, 6, 7, 8, 9]),
+    ]
+    measured = [set(record(path)["measurements"]) for path in sorted(tmp_path.glob("gpt_*_k[478]"))]
+    assert measured[0] == measured[2] != measured[1]
+    assert "measurements" not in record(tmp_path / "gpt_pca_nofinetune_k6")
+
+
 @pytest.mark.parametrize(
     ("rest", "texts", "complaint"),
     [
@@ -218,7 +269,9 @@ def compressed(words, tmp_path):
     return tmp_path / "gpt_tokenwise_nofinetune_k6"
 
 
-def test_training_starts_from_a_compressed_model_and_learns_from_its_baseline(compressed, tmp_path, corpus, capsys):
+def test_training_starts_from_a_compressed_model_and_learns_from_its_baseline(
+    baseline, compressed, words, tmp_path, corpus, capsys
+):
     start = ["--compressed", compressed, "--lora_rank", 2]
     train = ["--do_train", True, "--max_steps", 2, "--distillation_weight", 0.5, "--learning_rate", "1e-3"]
     results = run_experiment(parse_run(train_words(corpus, tmp_path / "run", *start, *train)))
@@ -227,6 +280,9 @@ def test_training_starts_from_a_compressed_model_and_learns_from_its_baseline(co
     assert results.n_embd_wte == 6
     adapter = json.loads((tmp_path / "run/adapter/adapter_config.json").read_text())
     assert adapter["base_model_name_or_path"] == str(compressed)
+    assert results.content["made_from"] == results.content["teacher"] == Results.read(baseline).content["model"]
+    run_experiment(parse_run(train_words(corpus, compressed, "--compressed", compressed)))
+    compress(words("--ranks", 6, "--method", "tokenwise"))  # evaluated where it is, it is still what was made
     unchanged = run_experiment(parse_run(train_words(corpus, tmp_path / "eval", "--compressed", compressed)))
     evaluate(["--models", str(compressed), "--eval_file", str(corpus / "validation.jsonl"), "--block_size", "16"])
     assert f"{unchanged.eval_loss:.4f}" in capsys.readouterr().out
@@ -257,3 +313,67 @@ def test_a_compressed_model_without_a_record_needs_a_named_teacher(compressed, t
     run = parse_run(train_words(corpus, tmp_path / "run", "--compressed", compressed, *train))
     with pytest.raises(UserError, match="does not say what it was compressed from"):
         run_experiment(run)
+
+
+def test_the_result_for_programs_is_the_table_unrounded(words, tmp_path, corpus, capsys):
+    path = tmp_path / "out/result.json"
+    compress(words("--ranks", 4, 9, "--json", path, texts=("evaluation",)))
+    result = json.loads(path.read_text())
+    assert (result["command"], result["method"]) == ("compress", "pca")
+    assert result["text"] == str(corpus / "validation.jsonl")
+    assert {"python", "torch", "transformers"} <= result["versions"].keys()
+    assert [row["rank"] for row in result["rows"]] == [None, 9, 4]
+    printed = [line.split() for line in capsys.readouterr().out.splitlines()[3:]]
+    for row, cells in zip(result["rows"], printed, strict=True):
+        assert f"{row['loss']:.4f}" == cells[-4]
+        assert f"{row['perplexity']:.2f}" == cells[-3]
+        assert f"{row['loss_increase']:+.4f}" == cells[-2]
+        assert row["folder"] == cells[-1]
+        assert f"{row['parameters']:,}" in cells
+        assert row["bytes"] == 4 * row["parameters"]
+        assert row["vocabulary_bytes"] == 4 * row["vocabulary_parameters"]
+    assert (
+        result["rows"][1]["explained_share"] == record(tmp_path / "gpt_pca_nofinetune_k9")["explained_variance_ratio"]
+    )
+    compress(words("--ranks", 4, "--json", path, texts=()))
+    assert [row["loss"] for row in json.loads(path.read_text())["rows"]] == [None, None]
+
+
+@pytest.mark.parametrize("place", [".", "/dev/null"])
+def test_a_result_is_written_to_a_file_alone(words, place):
+    with pytest.raises(UserError, match=f"json={place} is no regular file"):
+        compress(words("--ranks", 4, "--json", place, texts=()))
+
+
+def test_calibration_text_and_evaluation_text_have_columns_of_their_own(words, corpus, tmp_path):
+    renamed = tmp_path / "train.jsonl"
+    rows = [json.loads(line) for line in (corpus / "train.jsonl").read_text().splitlines()]
+    renamed.write_text("".join(json.dumps({"content": row["text"]}) + "\n" for row in rows))
+    asked = ["--ranks", 4, "--method", "weighted", "--calibration_tokens", 480]
+    compress(
+        words(*asked, "--calibration_file", renamed, "--calibration_text_column", "content", texts=("evaluation",))
+    )
+    compress(words(*asked, "--output_dir", tmp_path / "same"))
+    first, second = (record(root / "gpt_weighted_nofinetune_k4") for root in (tmp_path, tmp_path / "same"))
+    assert first["calibration"]["fingerprint"] == second["calibration"]["fingerprint"]
+
+
+def test_where_calibration_text_comes_from():
+    evaluation = EvaluationArguments(dataset_name="e", dataset_config_name="c", dataset_document_start="=")
+    assert CalibrationArguments().source(EvaluationArguments()) is None
+    shared = CalibrationArguments().source(evaluation)
+    assert (shared.dataset_name, shared.dataset_config_name, shared.split) == ("e", "c", "train")
+    assert shared.document_start == "="
+    own = CalibrationArguments(calibration_dataset_name="d", calibration_text_column="content").source(evaluation)
+    assert (own.dataset_name, own.dataset_config_name, own.text_column) == ("d", None, "content")
+    assert own.document_start is None
+    with pytest.raises(UserError, match=r"^calibration_document_start='\(' is no regular expression"):
+        CalibrationArguments(calibration_document_start="(")
+
+
+def test_a_run_says_where_it_leaves_the_compressed_baseline(baseline, corpus, tmp_path, caplog):
+    caplog.set_level("INFO", "factorized_gpt2")
+    words = train_words(corpus, tmp_path / "run", "--baseline", baseline, "--n_embd_wte", 4)
+    run_experiment(parse_run(words))
+    said = f"beside the run's folder, for other runs to start from: {tmp_path / 'gpt_pca_nofinetune_k4'}"
+    assert caplog.text.count(said) == 1

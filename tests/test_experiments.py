@@ -444,7 +444,7 @@ def test_tracking_needs_no_account(fresh, monkeypatch, mode):
         ({"block_size": 64}, "block_size 64 exceeds the 16 positions"),
         ({"lora_target_modules": ["q_prj"]}, "no linear layer or embedding 'q_prj'"),
         ({"lora_target_modules": ["wte", "lm_head"]}, "lm_head is tied to wte"),
-        ({"baseline": "nowhere"}, "No model can be loaded from 'nowhere'"),
+        ({"baseline": "nowhere"}, "There is no folder nowhere"),
     ],
 )
 def test_settings_that_contradict_the_baseline(workshop, settings, complaint):

@@ -279,6 +279,7 @@ def test_the_hub_is_asked_for_an_adapter_if_it_answers(cause, told, monkeypatch)
 
     monkeypatch.setattr(baseline.AutoConfig, "from_pretrained", fail)
     monkeypatch.setattr(baseline, "find_adapter_config_file", lambda name: "adapter_config.json")
+    monkeypatch.setattr(baseline, "refuse_missing", lambda name: None)
     with pytest.raises(UserError, match="is an adapter" if told else "does not appear to have"):
         load_causal_lm("me/lora")
 

@@ -18,8 +18,8 @@ from factorized_gpt2.cli.import_checkpoint import ImportArguments
 from factorized_gpt2.cli.report import ReportArguments
 from factorized_gpt2.runs.grid import load_grid, select
 from factorized_gpt2.runs.settings import parse_run
+from factorized_gpt2.settings.outputs import PublishArguments
 from factorized_gpt2.settings.parsing import ManualParser
-from factorized_gpt2.settings.publishing import PublishArguments
 from factorized_gpt2.settings.text_arguments import EvaluationArguments
 
 REPOSITORY = Path(__file__).resolve().parents[1]

@@ -6,9 +6,9 @@ from pathlib import Path
 from ..common.errors import UserError
 from ..common.folder_lock import compress_alone
 from ..compress.methods import CODED
-from ..settings.devices import DeviceArguments
+from ..settings.devices import DeviceArguments, DtypeArguments
+from ..settings.outputs import JsonArguments, PublishArguments
 from ..settings.parsing import ManualParser
-from ..settings.publishing import PublishArguments
 from ..settings.text_arguments import EvaluationArguments
 from .compress_settings import CalibrationArguments, CompressArguments
 from .shell import run_command
@@ -16,8 +16,11 @@ from .shell import run_command
 
 def compress(argv: list[str]) -> None:
     """Load the baseline, choose ranks, factorize, write the folders, print what it cost, publish it if asked."""
-    arguments, calibration, evaluation, computing, publishing = ManualParser(
-        (CompressArguments, CalibrationArguments, EvaluationArguments, DeviceArguments, PublishArguments),
+    arguments, calibration, evaluation, computing, numbers, publishing, output = ManualParser(
+        (
+            *(CompressArguments, CalibrationArguments, EvaluationArguments, DeviceArguments, DtypeArguments),
+            *(PublishArguments, JsonArguments),
+        ),
         prog="compress.py",
         description="Factorize the token embedding and head of a trained GPT-2.",
         usage="%(prog)s --baseline FOLDER (--ranks K [K ...] | --bits_per_weight B [B ...]) [option ...]",
@@ -34,7 +37,7 @@ def compress(argv: list[str]) -> None:
     from .compressing import compress_all
 
     with compress_alone(Path(arguments.output_dir)):
-        compress_all(arguments, calibration, evaluation, computing.found, publishing)
+        compress_all(arguments, calibration, evaluation, computing.found, numbers, publishing, output)
 
 
 def check(arguments: CompressArguments, calibration: CalibrationArguments, evaluation: EvaluationArguments) -> None:
@@ -44,22 +47,21 @@ def check(arguments: CompressArguments, calibration: CalibrationArguments, evalu
         UserError: A setting out of range, or one that contradicts or lacks another.
     """
     ranks, loss, share = arguments.ranks, arguments.target_loss_increase, arguments.explained_variance
+    method = CODED if arguments.makes_codes else arguments.method
     if arguments.makes_codes:
         _check_codes(arguments)
     elif sum(choice is not None for choice in (ranks, loss, share)) != 1:
-        raise UserError(
-            "Set one of ranks, bits_per_weight, vocabulary_mb, target_loss_increase and explained_variance."
-        )
-    if share is not None and (arguments.makes_codes or arguments.method != "pca"):
-        method = CODED if arguments.makes_codes else arguments.method
+        raise UserError("Set one of ranks, bits_per_weight, vocabulary_mb, target_loss_increase, explained_variance.")
+    if share is not None and method != "pca":
         raise UserError(f"explained_variance is for method pca alone; with method {method} set target_loss_increase.")
     if ranks is not None and len(set(ranks)) != len(ranks):
         raise UserError(f"ranks: a rank is given twice in {' '.join(map(str, ranks))}.")
     if loss is not None and not evaluation.is_asked_for:
         raise UserError("target_loss_increase needs text to measure on: set eval_file or dataset_name.")
-    learns = arguments.makes_codes or arguments.refine or arguments.method != "pca"
-    if calibration.calibration_file and not learns:
-        raise UserError("calibration_file does nothing for method pca without refine; tokenwise makes the most of it.")
+    own_text = calibration.calibration_file or calibration.calibration_dataset_name
+    if own_text and method == "pca" and not arguments.refine:
+        name = "calibration_file" if calibration.calibration_file else "calibration_dataset_name"
+        raise UserError(f"{name} does nothing for method pca without refine; tokenwise makes the most of it.")
 
 
 def _check_codes(arguments: CompressArguments) -> None:

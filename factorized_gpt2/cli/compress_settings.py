@@ -1,10 +1,12 @@
 """What `compress.py` is told, beside the text to evaluate on, the device and where to publish."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Annotated
 
 from ..compress.methods import CODED, METHODS
 from ..settings.setting_values import COUNT, NOT_NEGATIVE, OUTPUT_FOLDER, POSITIVE, READ, SEED, Range
+from ..settings.text_arguments import EvaluationArguments, check_pattern
+from ..text.source import TextSource
 
 
 @dataclass
@@ -81,7 +83,34 @@ class CalibrationArguments:
     calibration_file: list[Annotated[str, READ]] | None = field(
         default=None, metadata={"help": "Local .txt, .jsonl, .parquet or .bin files instead of the dataset's split."}
     )
+    calibration_dataset_name: str | None = field(
+        default=None, metadata={"help": "Dataset on the Hub. None: the one to evaluate on."}
+    )
+    calibration_dataset_config_name: str | None = field(default=None, metadata={"help": "Its configuration."})
     calibration_split: str = field(default="train", metadata={"help": "Split of the dataset."})
+    calibration_text_column: str | None = field(
+        default=None, metadata={"help": "Column of the text. None: text_column."}
+    )
+    calibration_document_start: str | None = field(
+        default=None,
+        metadata={"help": "Regular expression; a row that it matches starts a document. None: document_start."},
+    )
     calibration_tokens: Annotated[int, COUNT] = field(
         default=16384, metadata={"help": "Tokens to run the baseline over; frequencies are counted in all the text."}
     )
+
+    def __post_init__(self) -> None:
+        check_pattern("calibration_document_start", self.calibration_document_start)
+
+    def source(self, evaluation: EvaluationArguments) -> TextSource | None:
+        """Where the text comes from: what is not said here is as for the text to evaluate on; `None` for no text."""
+        names = ("dataset_name", "dataset_config_name", "text_column", "document_start")
+        own = {name: getattr(self, f"calibration_{name}") for name in names}
+        if self.calibration_dataset_name is None:
+            own = {name: value for name, value in own.items() if value is not None}
+        else:  # of another dataset, configuration and documents are others
+            own |= {"text_column": own["text_column"] or evaluation.text_column, "dataset_document_start": None}
+        shared = replace(evaluation, **own)
+        if not (self.calibration_file or shared.dataset_name):
+            return None
+        return shared.source_of(self.calibration_file, self.calibration_split)

@@ -3,6 +3,8 @@
 import logging
 import math
 import re
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -11,28 +13,31 @@ from torch.utils.data import Dataset
 from transformers.utils import is_matplotlib_available
 
 from ..common.errors import UserError
-from ..common.files import read_json, require_space
+from ..common.files import require_space
+from ..common.fingerprints import tokens_fingerprint
 from ..compress.coded import SEARCHED, Budget, BudgetTooSmall, CodedCompressor
 from ..compress.compressor import CalibrationText, Compressor, Recipe
 from ..compress.methods import CODED
-from ..compress.ranks import is_good_enough, smallest_rank_by_loss, smallest_rank_by_share
+from ..compress.ranks import check_ranks, is_good_enough, largest_rank, smallest_rank_by_loss, smallest_rank_by_share
 from ..hub.model_card import Figures, Measurement
 from ..hub.repository import check_access, publish
+from ..models.dtypes import dtype_name
 from ..models.loading import check_tokenizer, load_baseline
-from ..models.record import RECORD_NAME
+from ..models.record import note_measurement
 from ..models.sizes import model_size, stored_bytes
 from ..network.configuration_factorized_gpt2 import FactorizedGPT2Config
 from ..network.modeling_factorized_gpt2 import FactorizedGPT2
 from ..report.plots import plot_loss_against_bytes, plot_spectrum
 from ..runs.results import megabytes
-from ..settings.publishing import PublishArguments
+from ..settings.devices import DtypeArguments
+from ..settings.outputs import JsonArguments, PublishArguments
 from ..settings.text_arguments import EvaluationArguments
 from ..text.blocks import load_blocks
 from ..text.loss import LossSum, perplexity, sum_loss
 from ..text.source import TextSource
 from ..text.tokenizers import has_tokenizer, load_tokenizer
 from .compress_settings import CalibrationArguments, CompressArguments
-from .shell import print_table
+from .shell import print_table, write_result
 
 logger = logging.getLogger(__name__)
 
@@ -44,18 +49,20 @@ def compress_all(
     calibration: CalibrationArguments,
     evaluation: EvaluationArguments,
     device: torch.device,
+    numbers: DtypeArguments,
     publishing: PublishArguments,
+    output: JsonArguments,
 ) -> None:
     """Load the baseline, choose ranks, factorize, write the folders, print what it cost, publish it if asked."""
     if publishing.push_to_hub:
         check_access(None, publishing.push_to_hub)
     baseline = load_baseline(arguments.baseline)
     if arguments.ranks:
-        baseline.check_ranks(arguments.ranks)
-    method = CODED if arguments.makes_codes else arguments.method
+        check_ranks(arguments.ranks, baseline.model.config)
     trunk = model_size(baseline.model)
     require_space(Path(arguments.output_dir), trunk.bytes - trunk.vocabulary_bytes, "a compressed model")
-    recipe = Recipe(method, arguments.tie_word_embeddings, arguments.refine, arguments.seed)
+    method = CODED if arguments.makes_codes else arguments.method
+    recipe = Recipe(method, arguments.tie_word_embeddings, arguments.refine, arguments.seed, numbers.dtype)
     tokenizer = None
     if arguments.tokenizer or recipe.needs_text or evaluation.is_asked_for or has_tokenizer(arguments.baseline):
         tokenizer = load_tokenizer(arguments.tokenizer or arguments.baseline)
@@ -64,8 +71,8 @@ def compress_all(
         logger.warning("%s has no tokenizer, so what is made of it has none.", arguments.baseline)
     block_size = evaluation.block_size_for(baseline.model.config.n_positions)
     text = None
-    if recipe.needs_text and (calibration.calibration_file or evaluation.dataset_name):
-        source = evaluation.source_of(calibration.calibration_file, calibration.calibration_split)
+    source = calibration.source(evaluation) if recipe.needs_text else None
+    if source is not None:
         blocks = load_blocks(source, tokenizer, block_size, keep_tail=False)
         text = CalibrationText(blocks, calibration.calibration_tokens, source.name)
     compressor = (CodedCompressor if method == CODED else Compressor)(
@@ -74,9 +81,10 @@ def compress_all(
     blocks = (
         load_blocks(evaluation.source(), tokenizer, block_size, keep_tail=True) if evaluation.is_asked_for else None
     )
-    measure = _Measure(baseline.model, method, blocks, evaluation.eval_batch_size, device)
+    measure = _Measure(baseline.model, recipe.method, blocks, evaluation.eval_batch_size, device)
+    measure.take_up(compressor)
 
-    rows = [measure.row("-", "", baseline.model, Path(arguments.baseline))]
+    rows = [measure.row("-", None, baseline.model, Path(arguments.baseline))]
     sizes = _budgets(arguments, baseline.model.config) if method == CODED else arguments.ranks
     sizes, chosen = (sizes, {}) if sizes else _choose(arguments, compressor, measure)
     missing = [size for size in sizes if not compressor.folder(size).exists()]
@@ -84,12 +92,22 @@ def compress_all(
         compressor.factorize_ahead(missing)
     for size in sorted(sizes, reverse=True):
         model, folder = chosen.get(size) or compressor.load_or_make(size)[0], compressor.folder(size)
-        share = read_json(folder / RECORD_NAME)[compressor.share_name]
-        rows.append(measure.row(size, f"{share:.4f}", model, folder))
+        rows.append(measure.row(size, compressor.share(size), model, folder))
+        measure.note(size, folder)
     if blocks is not None:
         print(f"Validation loss in nats a token, over {measure.losses['-'].tokens:,} tokens:")
     print_table(rows)
-    _plot(compressor, sizes, measure)
+    write_result(
+        output.json,
+        "compress",
+        measure.results,
+        method=recipe.method,
+        label=compressor.label,
+        text=evaluation.source().name if blocks is not None else None,
+        tokens=measure.losses["-"].tokens if blocks is not None else None,
+        device=str(device),
+    )
+    _plot(compressor, measure)
     for size in sizes if publishing.push_to_hub else ():
         measured = measure.record(size, evaluation.source()) if measure.losses else None
         folder, private = compressor.folder(size), publishing.private or None
@@ -111,6 +129,10 @@ def repository_name(name: str, folder: Path, is_one_of_several: bool) -> str:
     return f"{name}-{size}" if is_one_of_several else name
 
 
+def _name(size: Size) -> str:
+    return str(size) if isinstance(size, Budget) else f"k = {size}"
+
+
 class _Measure:
     """Sizes of models, and their losses where there is text."""
 
@@ -119,8 +141,11 @@ class _Measure:
     ):
         self.baseline_size, self.method = model_size(baseline), method
         self.blocks, self.batch_size, self.device = blocks, batch_size, device
+        # Blocks of other sizes make other losses of the same tokens.
+        self.text = None if blocks is None else f"{len(blocks[0]['input_ids'])}-{tokens_fingerprint(_ids(blocks))}"
         self.losses: dict[Size, LossSum] = {}  # the baseline's under "-"
-        self.bytes: dict[Size, int] = {}
+        self.points: dict[Size, tuple[int, float]] = {}  # bytes and loss increase of each size, earlier calls' too
+        self.results: list[dict[str, Any]] = []  # the rows of the table, for programs to read
 
     def loss(self, size: Size, model: FactorizedGPT2, stored: int | None = None) -> float:
         """Measure a model's loss, once for every size.
@@ -136,12 +161,23 @@ class _Measure:
         if size not in self.losses:
             desc = f"Evaluating {'the baseline' if size == '-' else _name(size)}"
             self.losses[size] = sum_loss(model.to(self.device), self.blocks, self.batch_size, self.device, desc=desc)
-            self.bytes[size] = model_size(model).bytes if stored is None else stored
+            if size != "-":
+                self.points[size] = model_size(model).bytes if stored is None else stored, self.increase(size)
         return self.losses[size].loss
 
     def increase(self, size: Size) -> float:
         """Say how far a measured model's loss exceeds the baseline's, in nats a token."""
         return self.losses[size].loss - self.losses["-"].loss
+
+    def take_up(self, compressor: Compressor) -> None:
+        """Read from the records of the models that are there what was measured on the same text before."""
+        if self.text is not None:
+            self.points |= compressor.measured(self.text)
+
+    def note(self, size: Size, folder: Path) -> None:
+        """Write what was measured into the record of a model's folder."""
+        if self.text is not None:
+            note_measurement(folder, self.text, *self.points[size])
 
     def record(self, size: Size, text: TextSource) -> Measurement:
         """Put down a model's loss, and the baseline's beside it."""
@@ -149,30 +185,48 @@ class _Measure:
         baseline = Figures("baseline", None, of.parameters, of.bytes, self.losses["-"].loss)
         return Measurement(self.losses[size].loss, text, baseline)
 
-    def row(self, size: Size, share: str, model: FactorizedGPT2, folder: Path) -> dict[str, Any]:
+    def row(self, size: Size, share: float | None, model: FactorizedGPT2, folder: Path) -> dict[str, Any]:
         """Lay out a row of the table."""
         of, stored = model_size(model), None
+        share_name = {"pca": "variance", CODED: "bits a weight"}.get(self.method, "share")
         row = {
             "k": "-" if size == "-" else model.config.n_embd_wte,
-            {"pca": "variance", CODED: "bits a weight"}.get(self.method, "share"): share,
+            share_name: "" if share is None else f"{share:.4f}",
             "parameters": f"{of.parameters:,}",
             "vocabulary": f"{of.vocabulary_parameters:,}",
+            "dtype": dtype_name(model),
             "MB": megabytes(of.bytes),
             "vocabulary MB": megabytes(of.vocabulary_bytes),
+        }
+        result = {
+            "rank": None if size == "-" else model.config.n_embd_wte,
+            "explained_share": None if self.method == CODED else share,
+            "dtype": dtype_name(model),
+            **asdict(of),
         }
         if self.method == CODED:
             stored = of.bytes if size == "-" else stored_bytes(folder)
             row["file MB"] = megabytes(stored)
+            result |= {"bits_per_weight": share, "file_bytes": stored}
         row["size"] = f"{(stored or of.bytes) / self.baseline_size.bytes:.1%}"
         if self.blocks is not None:
             loss = self.loss(size, model, stored)
             row |= {"loss": f"{loss:.4f}", "perplexity": f"{perplexity(loss):.2f}"}
             row |= {"increase": f"{self.increase(size):+.4f}"}
+        self.results.append(
+            {
+                **result,
+                "loss": None if self.blocks is None else self.losses[size].loss,
+                "perplexity": None if self.blocks is None else perplexity(self.losses[size].loss),
+                "loss_increase": None if self.blocks is None else self.increase(size),
+                "folder": str(folder),
+            }
+        )
         return row | {"folder": str(folder)}
 
 
-def _name(size: Size) -> str:
-    return str(size) if isinstance(size, Budget) else f"k = {size}"
+def _ids(blocks: Dataset) -> Iterator[Sequence[int]]:
+    return (blocks[index]["input_ids"] for index in range(len(blocks)))
 
 
 def _choose(
@@ -180,17 +234,17 @@ def _choose(
 ) -> tuple[list[Size], dict[Size, FactorizedGPT2]]:
     """Find the smallest model that is good enough; return its size, and where it is at hand itself, saved."""
     config = compressor.baseline.model.config
-    is_coded = measure.method == CODED
     if arguments.explained_variance is not None:
         rank = smallest_rank_by_share(compressor.shares, arguments.explained_variance)
         if rank >= config.n_embd:
-            width = config.n_embd
-            raise UserError(f"explained_variance {arguments.explained_variance} needs the whole width of {width}.")
+            share, width = arguments.explained_variance, config.n_embd
+            raise UserError(f"explained_variance {share} needs the whole width of {width}.")
         return [rank], {}
 
     target, good_enough = arguments.target_loss_increase, {}
-    ranks = range(1, min(config.n_embd - 1, config.vocab_size) + 1)
-    sizes = [Budget(bits) for bits in SEARCHED] if is_coded else ranks
+    is_coded = measure.method == CODED
+    sizes = [Budget(bits) for bits in SEARCHED] if is_coded else range(1, largest_rank(config) + 1)
+    known = {sizes.index(size) + 1: increase for size, (_, increase) in measure.points.items() if size in sizes}
 
     def increase_of(number: int) -> float:
         size = sizes[number - 1]
@@ -207,10 +261,12 @@ def _choose(
             good_enough[size] = model, share
         return increase
 
-    size = sizes[
-        smallest_rank_by_loss(increase_of, len(sizes), target, lambda number: compressor.name_of(sizes[number - 1]))
-        - 1
-    ]
+    def name_of(number: int) -> str:
+        return compressor.name_of(sizes[number - 1])
+
+    size = sizes[smallest_rank_by_loss(increase_of, len(sizes), target, known, name_of) - 1]
+    if size not in good_enough:  # measured by an earlier call
+        return [size], {}
     model, share = good_enough[size]
     if share is not None:
         compressor.save(model, size, share)
@@ -225,8 +281,8 @@ def _file_size(model: FactorizedGPT2, bits_per_weight: float | None, folder: Pat
     return size.bytes - size.vocabulary_bytes + round(bits_per_weight * config.vocab_size * config.n_embd / 8)
 
 
-def _plot(compressor: Compressor, sizes: list[Size], measure: _Measure) -> None:
-    """Draw the spectrum with every rank that is there, and loss against bytes where there are losses."""
+def _plot(compressor: Compressor, measure: _Measure) -> None:
+    """Draw the spectrum with every rank that is there, and loss against bytes with all measured on this text."""
     if not is_matplotlib_available():
         logger.warning("No plots: the package matplotlib is not installed.")
         return
@@ -237,7 +293,7 @@ def _plot(compressor: Compressor, sizes: list[Size], measure: _Measure) -> None:
         logger.info("Spectrum: %s", path)
     if measure.losses:
         path = root / f"loss_against_bytes_{label}.png"
-        points = [(measure.bytes[size], measure.increase(size), _name(size)) for size in measure.losses if size != "-"]
-        names = [_name(size) for size in sizes]
+        points = [(*point, _name(size)) for size, point in measure.points.items()]
+        names = [_name(size) for size in compressor.ranks_there()]
         plot_loss_against_bytes(points, measure.baseline_size.bytes, names, label, path)
         logger.info("Loss against bytes: %s", path)

@@ -1,15 +1,16 @@
 """`evaluate_models.py`: loss and size of models that are already there, on one text."""
 
 import sys
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Annotated
 
 from ..common.errors import UserError
-from ..settings.devices import DeviceArguments
+from ..settings.devices import DeviceArguments, DtypeArguments
+from ..settings.outputs import JsonArguments
 from ..settings.parsing import ManualParser
 from ..settings.setting_values import READ
 from ..settings.text_arguments import EvaluationArguments
-from .shell import print_table, run_command
+from .shell import print_table, run_command, write_result
 
 
 @dataclass
@@ -34,8 +35,8 @@ class EvaluateArguments:
 
 def evaluate(argv: list[str]) -> None:
     """Measure every model on the whole text and print a table."""
-    arguments, evaluation, computing = ManualParser(
-        (EvaluateArguments, EvaluationArguments, DeviceArguments),
+    arguments, evaluation, computing, numbers, output = ManualParser(
+        (EvaluateArguments, EvaluationArguments, DeviceArguments, DtypeArguments, JsonArguments),
         prog="evaluate_models.py",
         description="Measure the loss of causal language models over a whole text, in nats a token.",
         usage="%(prog)s --models FOLDER [FOLDER ...] --eval_file FILE [option ...]",
@@ -46,6 +47,7 @@ def evaluate(argv: list[str]) -> None:
     if arguments.bits_per_byte and evaluation.source().is_tokenized:
         raise UserError("bits_per_byte needs text, and eval_file holds token ids.")
     # What follows takes seconds to import.
+    from ..models.dtypes import dtype_name, in_dtype
     from ..models.foreign_models import LossOfLogits, positions_of
     from ..models.loading import check_tokenizer, load_causal_lm
     from ..models.sizes import model_size
@@ -57,9 +59,9 @@ def evaluate(argv: list[str]) -> None:
     from ..text.tokenizers import load_tokenizer
 
     device = computing.found
-    rows = []
+    rows, results = [], []
     for name in arguments.models:
-        model = load_causal_lm(name).to(device)
+        model = in_dtype(load_causal_lm(name), numbers.dtype).to(device)
         tokenizer = load_tokenizer(arguments.tokenizer or name)
         check_tokenizer(model, tokenizer)
         block_size = evaluation.block_size_for(positions_of(model.config), name)
@@ -69,21 +71,27 @@ def evaluate(argv: list[str]) -> None:
         blocks = load_blocks(evaluation.source(), tokenizer, block_size, keep_tail=True)
         measured = sum_loss(measurable, blocks, evaluation.eval_batch_size, device, desc=f"Evaluating {name}")
         row = {"loss": f"{measured.loss:.4f}", "perplexity": f"{perplexity(measured.loss):.2f}"}
+        result = {"model": name, "loss": measured.loss, "perplexity": perplexity(measured.loss)}
         if arguments.bits_per_byte:
             text = (evaluation.source(), tokenizer, block_size, evaluation.eval_batch_size)
             bits = measure_bits_per_byte(measurable, *text, device, desc=f"Evaluating {name}, documents")
             row["bits per byte"] = f"{bits:.4f}"
+            result["bits_per_byte"] = bits
         size = model_size(model)
+        about = {"tokens": measured.tokens, "block_size": block_size, "dtype": dtype_name(model)}
+        results.append(result | about | asdict(size))
         rows.append(
             row
             | {
                 "tokens": f"{measured.tokens:,}",
                 "parameters": f"{size.parameters:,}",
+                "dtype": str(model.dtype).removeprefix("torch."),
                 "MB": megabytes(size.bytes),
                 "model": name,
             }
         )
     print_table(rows)
+    write_result(output.json, "evaluate", results, text=evaluation.source().name, device=str(device))
 
 
 def main() -> None:

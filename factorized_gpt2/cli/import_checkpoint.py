@@ -12,6 +12,9 @@ from transformers.utils import CONFIG_NAME
 from ..common.errors import UserError
 from ..common.files import replacing_folder
 from ..common.folder_lock import compress_alone
+from ..common.weight_files import MODEL_FILES
+from ..settings.devices import DtypeArguments
+from ..settings.outputs import PublishArguments
 from ..settings.parsing import ManualParser
 from ..settings.setting_values import OUTPUT_FOLDER, READ
 from .shell import run_command
@@ -50,13 +53,15 @@ class ImportArguments:
     cut_vocabulary: bool = field(
         default=False, metadata={"help": "Leave out the rows that the tokenizer has no tokens for."}
     )
-    overwrite: bool = field(default=False, metadata={"help": "Replace the folder if there is one."})
+    overwrite: bool = field(
+        default=False, metadata={"help": "Replace the model in the folder; other files there stay."}
+    )
 
 
 def import_checkpoint(argv: list[str]) -> None:
     """Load the checkpoint, fit it to the tokenizer, write the folder."""
-    (arguments,) = ManualParser(
-        ImportArguments,
+    arguments, numbers, publishing = ManualParser(
+        (ImportArguments, DtypeArguments, PublishArguments),
         prog="import_checkpoint.py",
         description="Make a model folder of a checkpoint of nanoGPT or of its factorized descendant.",
         usage="%(prog)s --checkpoint FILE --output_dir FOLDER [option ...]",
@@ -69,12 +74,16 @@ def import_checkpoint(argv: list[str]) -> None:
     folder = Path(arguments.output_dir)
     _check_place(folder, arguments.overwrite)
     # What follows takes seconds to import.
+    from ..hub.repository import check_access, publish
+    from ..models.dtypes import in_dtype
     from ..models.sizes import model_size
     from ..models.verification import verify_copy
     from ..nanogpt.checkpoints import load_old_checkpoint
     from ..text.tokenizer_files import save_tokenizer
     from ..text.tokenizers import load_tokenizer
 
+    if publishing.push_to_hub:
+        check_access(None, publishing.push_to_hub)
     tokenizer = None if arguments.tokenizer is None else load_tokenizer(arguments.tokenizer)
     logger.info("Reading %s", arguments.checkpoint)
     model = load_old_checkpoint(
@@ -85,8 +94,9 @@ def import_checkpoint(argv: list[str]) -> None:
     )
     if tokenizer is not None:
         _fit(model, tokenizer, arguments.cut_vocabulary)
+    model = in_dtype(model, numbers.dtype)
     alone = compress_alone(folder.parent, wait=True, names=(glob.escape(folder.name),))
-    with alone, replacing_folder(folder) as temporary:
+    with alone, replacing_folder(folder, MODEL_FILES) as temporary:
         _check_place(folder, arguments.overwrite)
         model.save_pretrained(temporary)
         verify_copy(model, temporary, name=folder)
@@ -103,6 +113,8 @@ def import_checkpoint(argv: list[str]) -> None:
         "tied" if config.tie_word_embeddings else "untied",
         f"{model_size(model).parameters:,}",
     )
+    if publishing.push_to_hub:
+        print(f"Published: {publish(folder, publishing.push_to_hub, private=publishing.private or None)}")
 
 
 def _check_place(folder: Path, overwrite: bool) -> None:

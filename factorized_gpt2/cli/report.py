@@ -5,10 +5,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
 
-from ..report.reporting import read_results, results_table, write_report
+from ..report.reporting import read_results, results_rows, results_table, write_report
+from ..settings.outputs import JsonArguments
 from ..settings.parsing import ManualParser
 from ..settings.setting_values import OUTPUT_FOLDER, READ
-from .shell import run_command
+from .shell import run_command, write_result
 
 
 @dataclass
@@ -25,15 +26,16 @@ class ReportArguments:
 
 def report(argv: list[str]) -> None:
     """Read the results, print the table, write the report."""
-    arguments = ManualParser(
-        ReportArguments,
+    arguments, output = ManualParser(
+        (ReportArguments, JsonArguments),
         prog="report.py",
         description="Make a table and pictures from the results.json of runs.",
         examples=("report.py --results model_weights",),
-    ).parse(argv)[0]
+    ).parse(argv)
     root = Path(arguments.results)
     results = read_results(root)
     print(results_table(results))
+    write_result(output.json, "report", results_rows(results))
     print(f"\nReport: {write_report(results, Path(arguments.output_dir or root / 'report'))}")
 
 

@@ -5,14 +5,16 @@ import os
 import sys
 import traceback
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from tabulate import tabulate
 
 from ..common.errors import UserError, one_line, own_message
-from ..common.files import refusal
+from ..common.files import refusal, without_nan, write_json
 from ..common.progress import hide_bars_of_libraries
 from ..common.signals import leaving_cleanly
+from ..runs.provenance import versions
 from ..settings.words import take_debug
 
 MESSAGE_LENGTH = 1000  # characters of an error that quotes what was given
@@ -61,6 +63,20 @@ def run_command(command: Callable[[list[str]], None], argv: list[str] | None = N
 
 def _tell(message: str) -> None:
     print(f"error: {one_line(message)[:MESSAGE_LENGTH]}", file=sys.stderr)
+
+
+def write_result(path: str | None, command: str, rows: list[dict[str, Any]], **more: Any) -> None:
+    """Write a command's table for programs to read, if a file is named.
+
+    Args:
+        path: Of the file; `None` for none.
+        command: Which it is, as in "compress".
+        rows: Numbers as numbers, unrounded; those that are not finite become null.
+        **more: What belongs to the whole table.
+    """
+    if path is not None:
+        content = {"command": command, **more, "rows": rows, "versions": versions()}
+        write_json(Path(path), without_nan(content))
 
 
 def print_table(rows: list[dict[str, Any]]) -> None:

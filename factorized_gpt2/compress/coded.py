@@ -1,5 +1,7 @@
 """A trained baseline to models whose vocabulary is of integers, at a budget of bytes."""
 
+import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -10,11 +12,13 @@ import numpy as np
 
 from ..common.errors import UserError, first_line
 from ..models.conversion import from_gpt2
+from ..models.dtypes import in_dtype
 from ..network.coded_table import CodedTable
 from ..network.modeling_factorized_gpt2 import FactorizedGPT2
 from .compressor import Compressor
 from .methods import CODED
 from .quantizer import coding_weights, encode_table
+from .ranks import check_ranks
 
 INPUT_SIDE = 3  # times the head's in the metric; docs/coding.md measures others
 SEARCHED = tuple(float(f"{0.5 * 2 ** (step / 8):.3f}") for step in range(33))  # bits a weight, from 0.5 to 8
@@ -25,7 +29,7 @@ class BudgetTooSmall(UserError):
     """No table of the baseline's matrix takes so little."""
 
 
-@dataclass(frozen=True, order=True)
+@dataclass(frozen=True)
 class Budget:
     """What a vocabulary may take.
 
@@ -41,6 +45,9 @@ class Budget:
     def of_megabytes(megabytes: float, weights: int, rank: int | None = None) -> "Budget":
         """Return the budget of so many million bytes for so many weights, in whole thousandths of a bit."""
         return Budget(int(8e9 * megabytes / weights) / 1000, rank)
+
+    def __lt__(self, other: "Budget") -> bool:
+        return (self.bits, self.rank or math.inf) < (other.bits, other.rank or math.inf)
 
     def __str__(self) -> str:
         return f"{self.bits:g} bits" + (f", k <= {self.rank}" if self.rank else "")
@@ -67,6 +74,11 @@ class CodedCompressor(Compressor):
         rank = f"_k{size.rank}" if size.rank else ""
         return self.root / f"gpt_{self.label}_nofinetune_b{size.bits:g}{rank}"
 
+    def _named_sizes(self) -> list[Budget]:
+        name = re.compile(re.escape(f"gpt_{self.label}_nofinetune_b") + r"(\d+(?:\.\d+)?)(?:_k(\d+))?")
+        found = filter(None, (name.fullmatch(path.name) for path in self.root.iterdir()))
+        return [Budget(float(bits), rank and int(rank)) for bits, rank in (match.groups() for match in found)]
+
     def factorize_ahead(self, sizes: Sequence[Budget]) -> None:
         """Check budgets; tables are made one by one."""
         for size in sizes:
@@ -87,13 +99,13 @@ class CodedCompressor(Compressor):
             table = self._encode(size)
         except ValueError as error:
             raise BudgetTooSmall(f"A vocabulary of {size} cannot be made: {first_line(error)}") from error
-        return from_gpt2(self.baseline.model, table), table.bits_per_weight
+        return in_dtype(from_gpt2(self.baseline.model, table), self.recipe.dtype), table.bits_per_weight
 
     def check(self, size: Budget) -> None:
         if not 0 < size.bits <= _MOST_BITS:
             raise UserError(f"{size.bits:g} bits a weight are out of range: at most {_MOST_BITS}, and more than 0.")
         if size.rank is not None:
-            self.baseline.check_ranks([size.rank])
+            check_ranks([size.rank], self.baseline.model.config)
 
     def _encode(self, size: Budget) -> CodedTable:
         embedding, _ = self._matrices

@@ -1,6 +1,5 @@
 """A trained baseline to compressed models and their folders."""
 
-import hashlib
 import logging
 import re
 from collections.abc import Sequence
@@ -16,11 +15,19 @@ from transformers import PreTrainedTokenizerBase
 
 from ..common.errors import UserError
 from ..common.files import read_json, replacing_folder, write_json
-from ..common.fingerprints import config_fingerprint, tokenizer_fingerprint
+from ..common.fingerprints import (
+    config_fingerprint,
+    files_fingerprint,
+    model_content,
+    tokenizer_fingerprint,
+    tokens_fingerprint,
+)
+from ..common.weight_files import MODEL_FILES, weight_files
 from ..models.conversion import from_gpt2, vocabulary_matrices
+from ..models.dtypes import dtype_name, in_dtype
 from ..models.factors import Factors
 from ..models.loading import Baseline, load_compressed
-from ..models.record import RECORD_NAME, compressed_folder
+from ..models.record import RECORD_NAME, compressed_folder, noted_measurement
 from ..models.verification import verify_copy
 from ..network.modeling_factorized_gpt2 import FactorizedGPT2
 from ..text.tokenizer_files import save_tokenizer
@@ -28,9 +35,12 @@ from .calibration import calibrate, compensated_head, count_tokens, spread_block
 from .data_aware import DataAwareDecomposition, VocabularyUse
 from .factor_files import pca_factors
 from .pca import explained_shares, factorize_ranks
+from .ranks import check_ranks
 from .refinement import check_device, refine
 
 logger = logging.getLogger(__name__)
+
+_VARIANCE_NAME = "explained_variance_ratio"  # of all methods in the last release, of PCA alone in this
 
 
 @dataclass(frozen=True)
@@ -56,15 +66,12 @@ class CalibrationText:
     def record(self) -> dict[str, Any]:
         """What a compressed model's record says of it; the fingerprint is of the sampled tokens."""
         ids = [row["input_ids"] for row in self.sample]
-        digest = hashlib.sha256()
-        for row in ids:
-            digest.update(np.ascontiguousarray(row, dtype=np.int32).data)
         return {
             "text": self.name,
             "blocks": len(self.blocks),
             "tokens": int(sum(len(row) for row in ids)),
             "block_size": len(ids[0]),
-            "fingerprint": digest.hexdigest(),
+            "fingerprint": tokens_fingerprint(ids),
         }
 
 
@@ -77,12 +84,14 @@ class Recipe:
         tied: Whether one `wte` serves both sides; a tied baseline can be given two, an untied one never one.
         refine_steps: Steps of refinement after the factorization.
         seed: Of every draw.
+        dtype: Of the weights, as in "bfloat16"; `None`: the baseline's.
     """
 
     method: str = "pca"
     tied: bool = True
     refine_steps: int = 0
     seed: int = 0
+    dtype: str | None = None
 
     @property
     def needs_text(self) -> bool:
@@ -124,7 +133,11 @@ class Compressor:
         if recipe.refine_steps:
             check_device(device)
         self.baseline, self.root, self.tokenizer, self.text = baseline, root, tokenizer, text
-        self.recipe = replace(recipe, tied=recipe.tied and baseline.model.config.tie_word_embeddings)
+        self.recipe = replace(
+            recipe,
+            tied=recipe.tied and baseline.model.config.tie_word_embeddings,
+            dtype=None if recipe.dtype == dtype_name(baseline.model) else recipe.dtype,
+        )
         self.overwrite, self.device, self.progress = overwrite, device, progress
         self.saved: list[int] = []  # ranks whose folders were written
         self._ahead: dict[int, Factors] = {}
@@ -139,7 +152,14 @@ class Compressor:
     @property
     def share_name(self) -> str:
         """What a model's record calls its `explained_share`, which for PCA alone is one of variance."""
-        return "explained_variance_ratio" if self.recipe.method == "pca" else "explained_share"
+        return _VARIANCE_NAME if self.recipe.method == "pca" else "explained_share"
+
+    def share(self, rank: int) -> float:
+        """Read the `explained_share` of a rank from its folder."""
+        return self._share(read_json(self.folder(rank) / RECORD_NAME))
+
+    def _share(self, record: dict[str, Any]) -> Any:
+        return record.get(self.share_name, record.get(_VARIANCE_NAME))
 
     @property
     def label(self) -> str:
@@ -164,9 +184,16 @@ class Compressor:
             except UserError:
                 return False
 
+        return sorted(filter(is_of_this_making, self._named_sizes()))
+
+    def _named_sizes(self) -> list[int]:
         name = re.compile(re.escape(self.folder(0).name).removesuffix("0") + r"([1-9]\d*)")
-        found = [int(match[1]) for path in self.root.iterdir() if (match := name.fullmatch(path.name))]
-        return sorted(filter(is_of_this_making, found))
+        return [int(match[1]) for path in self.root.iterdir() if (match := name.fullmatch(path.name))]
+
+    def measured(self, text: str) -> dict[int, tuple[int, float]]:
+        """Read what the ranks that are there were measured to cost on a text, as `note_measurement` has it."""
+        found = {rank: noted_measurement(self.folder(rank), text) for rank in self.ranks_there()}
+        return {rank: figures for rank, figures in found.items() if figures is not None}
 
     def factorize_ahead(self, ranks: Sequence[int]) -> None:
         """Factorize at ranks that will be made, with one decomposition.
@@ -177,7 +204,7 @@ class Compressor:
         self._ahead |= self._factorize(ranks)
 
     def make(self, rank: int) -> tuple[FactorizedGPT2, float]:
-        """Factorize, compensate and refine as the recipe says, in memory.
+        """Factorize, compensate, refine and round as the recipe says, in memory.
 
         Returns:
             The compressed model in evaluation mode, and the `explained_share` of its factors.
@@ -202,7 +229,7 @@ class Compressor:
                 self.progress,
                 self.device,
             )
-        return model, factors.explained_share
+        return in_dtype(model, self.recipe.dtype), factors.explained_share
 
     def save(self, model: FactorizedGPT2, rank: int, share: float) -> None:
         """Write a compressed model's folder, whole or not at all, and reload it to see that it is this model.
@@ -211,12 +238,13 @@ class Compressor:
             UserError: The model's logits are NaN or infinite.
             RuntimeError: The reloaded model's logits differ.
         """
-        with replacing_folder(self.folder(rank)) as temporary:
+        with replacing_folder(self.folder(rank), _FILES) as temporary:
             model.save_pretrained(temporary)
             verify_copy(model, temporary, name=self.folder(rank))
             if self.tokenizer is not None:
                 save_tokenizer(self.tokenizer, temporary, model.config.n_positions)
-            kept = {self.share_name: share} | self._of_all_sizes()
+            kept = {self.share_name: share, "weights_fingerprint": files_fingerprint(weight_files(temporary))}
+            kept |= self._of_all_sizes()
             write_json(temporary / RECORD_NAME, self._record(rank) | kept)
         self.saved.append(rank)
 
@@ -249,13 +277,21 @@ class Compressor:
             return None
         if not (folder / RECORD_NAME).exists():
             raise UserError(f"{folder} holds something else than a compressed model; remove it.")
-        difference = self._difference(rank)
+        difference, stored = self._difference(rank), read_json(folder / RECORD_NAME)
+        weights = files_fingerprint(weight_files(folder))
+        if not difference and stored.get("weights_fingerprint", weights) != weights:
+            difference = "has other weights than it was made with"
         if not difference:
             logger.info("%s was made in this way before and is reused.", folder)
-            stored = read_json(folder / RECORD_NAME)
             unknown = [what for name, what in _WHAT_IS_TAKEN_OVER.items() if name not in stored]
             if unknown:
                 logger.warning("%s does not say of which %s it was made.", folder, " and ".join(unknown))
+            if self.share_name not in stored:
+                logger.warning(
+                    "%s calls its share %s; it is %s now, and only this release still reads the old name: "
+                    "rename it there, or compress once more with --overwrite.",
+                    *(folder / RECORD_NAME, _VARIANCE_NAME, self.share_name),
+                )
             return load_compressed(str(folder))
         if not self.overwrite:
             raise UserError(f"{folder} {difference}; remove or overwrite it.")
@@ -263,7 +299,11 @@ class Compressor:
 
     def check(self, rank: int) -> None:
         """Refuse a rank that is out of range."""
-        self.baseline.check_ranks([rank])
+        check_ranks([rank], self.baseline.model.config)
+
+    def name_of(self, rank: int) -> str:
+        """Say in words which model is meant."""
+        return f"rank {rank}"
 
     def _difference(self, rank: int) -> str:
         """Say how a folder's model was made otherwise than this compressor would make it; empty if it was not."""
@@ -276,7 +316,7 @@ class Compressor:
         makings = (*_WHAT_MAKES_A_MODEL, *self._of_size(rank))
         changed = sorted(name for name in makings if stored.get(name) != asked[name])
         changed += [what for name, what in _WHAT_IS_TAKEN_OVER.items() if stored.get(name, asked[name]) != asked[name]]
-        if not changed and not isinstance(stored.get(self.share_name), float):
+        if not changed and not isinstance(self._share(stored), float):
             changed = [self.share_name]
         return f"was made with another {', '.join(changed)}" if changed else ""
 
@@ -287,14 +327,11 @@ class Compressor:
             **self._of_size(rank),
             "baseline": self.baseline.name,
             "baseline_fingerprint": self.baseline.fingerprint,
+            "baseline_content": model_content(self.baseline.name),
             "config_fingerprint": config_fingerprint(self.baseline.model.config),
             "tokenizer_fingerprint": tokenizer_fingerprint(self.tokenizer),
             "calibration": calibration,
         }
-
-    def name_of(self, rank: int) -> str:
-        """Say in words which model is meant."""
-        return f"rank {rank}"
 
     def _of_size(self, rank: int) -> dict[str, Any]:
         return {"n_embd_wte": rank}
@@ -319,7 +356,7 @@ class Compressor:
         return DataAwareDecomposition(embedding, self.recipe.method, self._use, head)
 
     def _factorize(self, ranks: Sequence[int]) -> dict[int, Factors]:
-        self.baseline.check_ranks(ranks)
+        check_ranks(ranks, self.baseline.model.config)
         if self.recipe.method != "pca":
             return {rank: self._decomposition.factors(rank) for rank in ranks}
         if self.recipe.tied == self.baseline.model.config.tie_word_embeddings:
@@ -328,5 +365,6 @@ class Compressor:
         return factorize_ranks(embedding, ranks, head)
 
 
-_WHAT_MAKES_A_MODEL = ("method", "tied", "refine_steps", "seed", "calibration")
+_FILES = (*MODEL_FILES, RECORD_NAME, "results.json", "run.json")  # the last two of a run that evaluated it there
+_WHAT_MAKES_A_MODEL = ("method", "tied", "refine_steps", "seed", "calibration", "dtype")
 _WHAT_IS_TAKEN_OVER = {"config_fingerprint": "config", "tokenizer_fingerprint": "tokenizer"}  # of the baseline

@@ -2,7 +2,7 @@
 
 import logging
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from pickle import UnpicklingError
@@ -25,7 +25,7 @@ from transformers.utils import CONFIG_NAME, find_adapter_config_file
 
 from ..common.errors import UNREADABLE, UserError, blaming, silenced
 from ..common.lfs_pointers import refuse_pointers
-from ..common.model_places import refuse_missing_folder
+from ..common.model_places import refuse_missing
 from ..common.weight_files import weight_files
 from ..network.configuration_factorized_gpt2 import FactorizedGPT2Config
 from ..network.modeling_factorized_gpt2 import FactorizedGPT2
@@ -52,20 +52,6 @@ class Baseline:
     model: FactorizedGPT2
     name: str
     fingerprint: str
-
-    def check_ranks(self, ranks: Sequence[int]) -> None:
-        """Refuse ranks that make the model no smaller, or none at all.
-
-        Raises:
-            UserError: Naming the rank.
-        """
-        width, vocab_size = self.model.config.n_embd, self.model.config.vocab_size
-        for rank in ranks:
-            if not 1 <= rank < min(width, vocab_size + 1):
-                raise UserError(
-                    f"Rank {rank} is out of range: the baseline is {width} wide and has {vocab_size} tokens, so a "
-                    f"rank lies between 1 and {min(width - 1, vocab_size)}."
-                )
 
 
 def check_tokenizer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -181,7 +167,7 @@ def load_causal_lm(name_or_path: str) -> PreTrainedModel:
 
 
 def _load_config(name_or_path: str) -> PretrainedConfig:
-    refuse_missing_folder(name_or_path)
+    refuse_missing(name_or_path)
     folder = Path(name_or_path)
     refuse_pointers([folder / CONFIG_NAME, *weight_files(folder)])
     with blaming(f"No model can be loaded from {name_or_path!r}", *UNREADABLE):

@@ -7,8 +7,10 @@ import sys
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
 _REPORTED_LIBRARIES = ("torch", "transformers", "peft", "accelerate", "datasets", "scikit-learn")
 
@@ -38,13 +40,17 @@ def _git(*words: str, folder: Path) -> str:
     return finished.stdout.strip()
 
 
-def device_name(device: torch.device) -> str:
+def device_name(device: "torch.device") -> str:
     """Name what a model runs on: "cpu", or a GPU's name."""
+    import torch
+
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
-def peak_memory_bytes(device: torch.device) -> int:
+def peak_memory_bytes(device: "torch.device") -> int:
     """Measure the most that this process has held: tensors on the GPU, elsewhere resident memory."""
+    import torch
+
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

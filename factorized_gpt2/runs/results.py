@@ -7,15 +7,15 @@ from types import UnionType
 from typing import Any, get_args, get_origin
 
 from ..common.errors import UserError
-from ..common.files import read_json, write_json
+from ..common.files import read_json, without_nan, write_json
 from ..text.source import TextSource
 
-RESULTS_NAME = "results.json"
+RESULTS_NAME, SETTINGS_NAME = "results.json", "run.json"
 
 
 def megabytes(size: int) -> str:
-    """Write bytes in MB: with one decimal from 10 MB on, below with three, so that small vocabularies show."""
-    return f"{size / 1e6:.{1 if size >= 1e7 else 3}f}"
+    """Write bytes in MB: with one decimal from 10 MB on, below with three, below 10 kB with six, so that none is 0."""
+    return f"{size / 1e6:.{1 if size >= 1e7 else 3 if size >= 1e4 else 6}f}"
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,8 @@ class Results:
         start_fingerprint: SHA-256 of the weights that the run started from; `None` for a random start, or one that is
             not in a local folder.
         fingerprint: SHA-256 of the weights that the run left; `None` in results of earlier versions.
-        content: What identifies the text, tokenizer, start and teacher that the run read; empty in such results.
+        content: What identifies the text, tokenizer, start and teacher that the run read, what its start was
+            compressed from (`made_from`), and the `model` that it left; empty in such results.
         device: What it ran on, such as "cpu" or a GPU's name.
         processes: How many processes trained.
         disk_bytes: Of the model's weight files.
@@ -118,7 +119,7 @@ class Results:
 
         Figures that are not finite, of a run that diverged, are null there.
         """
-        write_json(folder / RESULTS_NAME, _without_nan(asdict(self)))
+        write_json(folder / RESULTS_NAME, without_nan(asdict(self)))
 
     @classmethod
     def read(cls, folder: Path) -> "Results | None":
@@ -154,11 +155,3 @@ def _is_of(value: Any, kind: Any) -> bool:
         return isinstance(value, bool) and origin is bool
     items = value.values() if origin is dict else value if origin is list else ()
     return all(_is_of(item, inner[-1]) for item in items)
-
-
-def _without_nan(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {name: _without_nan(item) for name, item in value.items()}
-    if isinstance(value, list):
-        return [_without_nan(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

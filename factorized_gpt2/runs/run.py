@@ -13,10 +13,11 @@ from transformers import PreTrainedTokenizerBase, PrinterCallback, set_seed
 
 from ..common.errors import REFUSED_SETTINGS, UserError, blaming
 from ..common.files import replacing_folder, require_space
-from ..common.fingerprints import weights_fingerprint
+from ..common.fingerprints import model_content, weights_fingerprint
 from ..common.folder_lock import run_alone
 from ..common.leftovers import sweep
 from ..common.signals import PostponedStop
+from ..common.weight_files import MODEL_FILES
 from ..models.adapter_base import whole_path
 from ..models.adapter_folder import complete_adapter
 from ..models.record import compression_record, recorded_spectrum
@@ -91,7 +92,7 @@ def _run_alone(run: Run, may_sweep: bool = False) -> Results:
     use_cache = model.config.use_cache  # which Trainer switches off for good
     spectrum = recorded_spectrum(run.model.compressed or model.name_or_path)
     rank = model.config.n_embd_wte if model.config.is_factorized else None
-    family = run.family(model.config.is_factorized, compression_record(run.model.compressed or "").get("method"))
+    family = run.family(model.config.is_factorized, compression_record(run.model.compressed).get("method"))
     run.training.run_name = run.training.run_name or run_name(family, rank, run.adapter.lora_rank)
     if run.adapter.lora_rank:
         lora = run.adapter
@@ -128,7 +129,7 @@ def _run_alone(run: Run, may_sweep: bool = False) -> Results:
     expected = probe_logits(model, probe)
     if isinstance(model, PeftModel):
         if run.training.should_save:
-            with replacing_folder(output_dir / ADAPTER_NAME) as folder:
+            with replacing_folder(output_dir / ADAPTER_NAME, ("adapter_*",)) as folder:
                 model.save_pretrained(folder)
                 complete_adapter(folder, output_dir / ADAPTER_NAME)
         model = merge(model)
@@ -147,7 +148,7 @@ def _run_alone(run: Run, may_sweep: bool = False) -> Results:
         git_commit=git_commit(),
         start_fingerprint=weights_fingerprint(run.start),
         fingerprint=weights_fingerprint(str(output_dir)) if run.training.should_save else None,
-        content=contents(run),
+        content=contents(run) | _lineage(run, output_dir),
         device=device_name(run.training.device),
         processes=run.training.world_size,
         disk_bytes=disk_bytes,
@@ -170,6 +171,14 @@ def _run_alone(run: Run, may_sweep: bool = False) -> Results:
     return results
 
 
+def _lineage(run: Run, output_dir: Path) -> dict[str, str]:
+    """Identify what a run's start was once compressed from, and the model that the run left."""
+    made_from = compression_record(run.model.compressed).get("baseline_content")
+    left = model_content(str(output_dir)) if run.training.should_save else None
+    found = {"made_from": made_from, "model": left}
+    return {kind: content for kind, content in found.items() if isinstance(content, str)}
+
+
 def _check_loss_backend(run: Run, model: FactorizedGPT2) -> None:
     device, width = run.training.device.type, model.config.embedding_size
     dtype = torch.float16 if run.training.fp16 or run.training.bf16 else torch.float32
@@ -188,7 +197,7 @@ def _keep_base(run: Run, model: FactorizedGPT2) -> None:
     model.name_or_path = str(folder)
     if run.training.should_save:
         mark(run)
-        with replacing_folder(folder) as temporary:
+        with replacing_folder(folder, MODEL_FILES) as temporary:
             model.save_pretrained(temporary)
 
 

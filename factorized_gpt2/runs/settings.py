@@ -18,6 +18,7 @@ from ..settings.devices import launched_processes
 from ..settings.setting_values import check_values
 from ..settings.text_arguments import DataArguments
 from ..settings.words import setting_name, without_flags
+from .checks import check_resolved, check_together
 from .families import UNKNOWN_METHOD, family_of
 from .fields import AdapterArguments, DistillationArguments, ModelArguments, TrainingFields
 from .words import PARTS, limits, parser_of, read_words
@@ -182,62 +183,15 @@ def parse_run(argv: list[str]) -> Run:
 
 
 def _check(run: Run) -> None:
-    model, adapter, distillation, data, training = run.model, run.adapter, run.distillation, run.data, run.training
+    model, training = run.model, run.training
     check_values(run.settings(), limits())
     for name in ("lr_scheduler_kwargs", "gradient_checkpointing_kwargs", "activation_checkpointing_kwargs"):
         if isinstance(getattr(training, name, None), str):
             raise UserError(f"{name} must be a JSON object, got {getattr(training, name)!r}.")
-    shape = [name for name in ("n_layer", "n_head", "n_embd", "activation_function") if getattr(model, name)]
-    if not run.is_from_scratch and shape:
-        raise UserError(f"{shape[0]} contradicts baseline: the shape of the network is the baseline's.")
+    check_together(model, run.adapter, run.distillation, run.data, training)
+    check_resolved(training)
     if model.activation_function not in (None, *ACT2FN):
         raise UserError(f"activation_function={model.activation_function!r} is none of {', '.join(sorted(ACT2FN))}.")
-    if model.compressed and (model.baseline or model.n_embd_wte):
-        other = "baseline" if model.baseline else "n_embd_wte"
-        raise UserError(f"{other} contradicts compressed: the compressed model is what the run starts from.")
-    if model.dequantize and not model.compressed:
-        raise UserError("dequantize is for a compressed model: set compressed.")
-    if run.is_from_scratch and data.tokenizer is None:
-        raise UserError("Without a baseline, tokenizer must name one (a folder or Hub id).")
-    if run.is_from_scratch and not training.do_train:
-        raise UserError("Nothing to do: do_train is off and there is no baseline to evaluate.")
-    if adapter.lora_rank and run.is_from_scratch:
-        raise UserError("lora_rank must be 0, or positive together with a baseline to adapt.")
-    if distillation.distillation_weight and run.is_from_scratch and not distillation.teacher:
-        raise UserError("distillation_weight needs a teacher: name one, or a baseline.")
-    if distillation.distillation_weight and training.label_smoothing_factor:
-        raise UserError("label_smoothing_factor does nothing beside distillation_weight: set one of them to 0.")
-    if distillation.teacher and not distillation.distillation_weight:
-        raise UserError("teacher does nothing while distillation_weight is 0.")
-    _check_training(training)
     on_cuda, half = training.device.type == "cuda", training.fp16 or training.bf16
     if training.loss_backend == "cut_cross_entropy" and not cut_cross_entropy_runs(on_cuda, half):
         raise UserError("loss_backend=cut_cross_entropy needs CUDA, fp16 or bf16, and the package cut-cross-entropy.")
-    head_is_trained = not adapter.lora_rank or {"wte", "lm_head"} & set(adapter.lora_target_modules)
-    if training.loss_backend == "attention" and training.do_train and head_is_trained:
-        raise UserError(
-            "loss_backend=attention needs a head that is not trained: LoRA whose lora_target_modules leave out wte "
-            "and lm_head. loss_backend=auto takes it where it can."
-        )
-    if data.streaming and training.max_steps < 1:
-        raise UserError("streaming needs max_steps: a stream does not say where it ends.")
-    if training.do_train and training.max_steps < 1 and training.num_train_epochs <= 0:
-        raise UserError("Nothing to train: set max_steps or num_train_epochs.")
-    if not (data.dataset_name or data.validation_file):
-        raise UserError("No validation text: set validation_file or dataset_name.")
-    if training.do_train and not (data.dataset_name or data.train_file):
-        raise UserError("No training text: set train_file or dataset_name.")
-
-
-def _check_training(training: RunArguments) -> None:
-    """Refuse what `TrainingArguments` take and these runs cannot do, or would do in silence otherwise than asked."""
-    # The best model is the one of least loss; its metric is the run's result.
-    if training.metric_for_best_model not in (None, "loss", "eval_loss") or training.greater_is_better:
-        raise UserError("metric_for_best_model must be loss, of which less is better (greater_is_better=false).")
-    if training.save_strategy == "best" and training.metric_for_best_model is None:
-        raise UserError("save_strategy=best needs metric_for_best_model=loss.")
-    if training.auto_find_batch_size and training.effective_batch_size is not None:
-        raise UserError("auto_find_batch_size contradicts effective_batch_size, which it would change.")
-    for name in ("dataloader_persistent_workers", "dataloader_multiprocessing_context"):
-        if getattr(training, name, None) and not training.dataloader_num_workers:
-            raise UserError(f"{name} needs dataloader_num_workers.")

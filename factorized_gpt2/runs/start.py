@@ -1,5 +1,6 @@
 """What a run starts from: a random, a trained or a compressed model, and its teacher."""
 
+import logging
 from pathlib import Path
 
 import psutil
@@ -10,7 +11,7 @@ from ..common.errors import UserError
 from ..common.folder_lock import compress_alone
 from ..compress.compressor import Compressor, Recipe
 from ..models.loading import check_tokenizer, load_baseline, load_compressed
-from ..models.record import compressed_from
+from ..models.record import teacher_of
 from ..models.sizes import least_parameters
 from ..network.configuration_factorized_gpt2 import FactorizedGPT2Config
 from ..network.modeling_factorized_gpt2 import FactorizedGPT2
@@ -19,6 +20,8 @@ from ..trainer.adapters import DROPOUTS, set_dropout, untie_head
 from ..trainer.distillation import Distillation
 from .fields import ModelArguments
 from .settings import Run
+
+logger = logging.getLogger(__name__)
 
 _POSITIONS = 1024  # of a model from scratch for which no block size is set
 
@@ -78,7 +81,8 @@ def _trained_start(run: Run, tokenizer: PreTrainedTokenizerBase) -> FactorizedGP
         model = compressor.load(arguments.n_embd_wte)
         if model is None:
             with compress_alone(root, wait=True):
-                model, _ = compressor.load_or_make(arguments.n_embd_wte)
+                model, folder = compressor.load_or_make(arguments.n_embd_wte)
+            logger.info("The compressed baseline is beside the run's folder, for other runs to start from: %s", folder)
         model.name_or_path = str(compressor.folder(arguments.n_embd_wte))
     return model
 
@@ -119,7 +123,10 @@ def distillation_of(run: Run, vocab_size: int) -> Distillation | None:
     asked = run.distillation
     if not (asked.distillation_weight and run.training.do_train):
         return None
-    teacher = load_baseline(asked.teacher or run.model.baseline or compressed_from(run.model.compressed))
+    name = teacher_of(asked.teacher, run.model.baseline, run.model.compressed)
+    if name is None:
+        raise UserError(f"{run.model.compressed} does not say what it was compressed from: name a teacher.")
+    teacher = load_baseline(name)
     config = teacher.model.config
     if config.vocab_size != vocab_size:
         raise UserError(f"The teacher {teacher.name} has {config.vocab_size} tokens, the model {vocab_size}.")

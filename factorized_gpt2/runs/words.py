@@ -11,6 +11,7 @@ from ..settings.parsing import ManualParser, load_config
 from ..settings.setting_values import Limit, limits_of
 from ..settings.text_arguments import DataArguments
 from ..settings.words import as_flags, grouped, setting_name, tell_new_name, value_of, with_new_names, without_flags
+from .checks import check_together
 from .fields import AdapterArguments, DistillationArguments, ModelArguments, TrainingFields
 from .training_fields import ELSEWHERE, refused
 from .training_outline import training_outline
@@ -126,23 +127,24 @@ def parser_of(training: type) -> ManualParser:
 
 
 def judge(words: Iterable[str]) -> None:
-    """Judge the names and types of flags, as far as each can be judged alone; `--help` prints the page and ends.
+    """Judge the words of a run, as far as that needs nothing that computes; `--help` prints the page and ends.
 
     Raises:
-        UserError: An unknown, mistyped or refused flag.
+        UserError: An unknown, mistyped or refused setting, or one that contradicts or lacks another.
     """
-    parser_of(outlined()).judge(list(words))
+    *parts, _ = parser_of(outlined()).parse(list(words))
+    check_together(*parts)
 
 
 def check_words(words: Sequence[str]) -> list[str]:
-    """Judge flags as `judge` does.
+    """Judge flags, each by itself.
 
     Returns:
         The names, as settings have them.
 
     Raises:
-        UserError: As `judge` does; or a token.
+        UserError: An unknown, mistyped or refused flag, or a token.
     """
     words = with_present_names(words)
-    judge(words)
+    parser_of(outlined()).judge(words)
     return [setting_name(word) for word in words if word.startswith("--")]

@@ -113,14 +113,14 @@ def _check_path(name: str, path: str, writes: str) -> None:
     if writes and not Path(path).absolute().name:
         raise UserError(f"{name}={path} is the root of all folders; name one in it.")
     try:
-        is_folder = stat.S_ISDIR(os.stat(path).st_mode)
+        mode = os.stat(path).st_mode
     except FileNotFoundError:
         return
     except OSError as error:
         if isinstance(error, NotADirectoryError) and not writes:
             return  # as good as not there, which whoever reads it will say
         raise UserError(f"{name}={path} cannot be used: {error.strerror}.") from error
-    if writes == "folder" and not is_folder:
+    if writes == "folder" and not stat.S_ISDIR(mode):
         raise UserError(f"{name}={path} is a file, not a folder; name another.")
-    if writes == "file" and is_folder:
-        raise UserError(f"{name}={path} is a folder, not a file; name a file in it.")
+    if writes == "file" and not stat.S_ISREG(mode):  # a terminal or a pipe would be replaced
+        raise UserError(f"{name}={path} is no regular file; name another.")

@@ -51,6 +51,26 @@ def damage(folder: Path) -> str | None:
     return None
 
 
+def not_sealed(folder: Path) -> list[str]:
+    """List the files in a checkpoint that it was not sealed with, and so are of others; none where it has no seal."""
+    try:
+        sealed = {SEAL_NAME, *read_json(folder / SEAL_NAME)["files"]}
+    except (UserError, LookupError, TypeError):
+        return []
+    files = (path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir())
+    return sorted(name for name in files if name not in sealed)
+
+
+def refuse_others(folder: Path) -> None:
+    """Refuse to remove a checkpoint in which there is more than was sealed.
+
+    Raises:
+        UserError: Naming a file.
+    """
+    if others := not_sealed(folder):
+        raise UserError(f"{folder} holds {others[0]}, which was not written by the run: move it away.")
+
+
 def last_whole_checkpoint(output_dir: Path) -> Path | None:
     """Find the last checkpoint of a run that is whole; set those after it aside, as `damaged-checkpoint-N`."""
     damaged = False
@@ -63,6 +83,7 @@ def last_whole_checkpoint(output_dir: Path) -> Path | None:
         damaged = True
         aside = checkpoint.with_name(f"damaged-{checkpoint.name}")
         if aside.exists():
+            refuse_others(aside)
             remove_folder(aside)
         checkpoint.rename(aside)
         logger.warning("%s is damaged (%s): it is set aside as %s.", checkpoint, problem, aside.name)
@@ -75,6 +96,7 @@ class CheckpointingTrainer(Trainer):
     """`Trainer` whose checkpoints are whole or not there, and which notices those that were damaged since."""
 
     _staging: Path | None = None
+    _kept: frozenset[Path] = frozenset()
 
     @property
     def kept_step(self) -> int:
@@ -137,8 +159,13 @@ class CheckpointingTrainer(Trainer):
             return
         checkpoints = sort_checkpoints(str(output_dir), best_model_checkpoint=best)  # the best is last, or next to it
         kept = max(limit, 1 if best in (None, checkpoints[-1]) else 2)
-        for checkpoint in checkpoints[:-kept]:
-            remove_folder(Path(checkpoint))
+        for checkpoint in map(Path, checkpoints[:-kept]):
+            others = not_sealed(checkpoint)
+            if not others:
+                remove_folder(checkpoint)
+            elif checkpoint not in self._kept:
+                self._kept |= {checkpoint}
+                logger.warning("%s stays: it holds %s, which was not written by the run.", checkpoint, others[0])
 
     def _init_training_state(
         self,
