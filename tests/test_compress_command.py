@@ -218,13 +218,14 @@ def test_loss_against_bytes_shows_every_rank_that_was_measured_on_the_same_text(
     compress(words("--ranks", 5, "--block_size", 16, texts=evaluated))
     compress(words("--ranks", 7, "--eval_file", corpus / "train.jsonl", texts=()))
     compress(words("--ranks", 8, texts=evaluated))
-    assert drawn == [
+    ranks = [
         ([4], [4]),
         ([4, 9], [4, 9]),
         ([5], [4, 5, 6, 9]),
         ([7], [4, 5, 6, 7, 9]),
         ([4, 8, 9], [4, 5, 6, 7, 8, 9]),
     ]
+    assert drawn == [tuple([f"k = {rank}" for rank in shown] for shown in call) for call in ranks]
     measured = [set(record(path)["measurements"]) for path in sorted(tmp_path.glob("gpt_*_k[478]"))]
     assert measured[0] == measured[2] != measured[1]
     assert "measurements" not in record(tmp_path / "gpt_pca_nofinetune_k6")

@@ -47,19 +47,22 @@ def check(arguments: CompressArguments, calibration: CalibrationArguments, evalu
         UserError: A setting out of range, or one that contradicts or lacks another.
     """
     ranks, loss, share = arguments.ranks, arguments.target_loss_increase, arguments.explained_variance
-    method = CODED if arguments.makes_codes else arguments.method
     if arguments.makes_codes:
         _check_codes(arguments)
     elif sum(choice is not None for choice in (ranks, loss, share)) != 1:
-        raise UserError("Set one of ranks, bits_per_weight, vocabulary_mb, target_loss_increase, explained_variance.")
-    if share is not None and method != "pca":
+        raise UserError(
+            "Set one of ranks, bits_per_weight, vocabulary_mb, target_loss_increase and explained_variance."
+        )
+    if share is not None and (arguments.makes_codes or arguments.method != "pca"):
+        method = CODED if arguments.makes_codes else arguments.method
         raise UserError(f"explained_variance is for method pca alone; with method {method} set target_loss_increase.")
     if ranks is not None and len(set(ranks)) != len(ranks):
         raise UserError(f"ranks: a rank is given twice in {' '.join(map(str, ranks))}.")
     if loss is not None and not evaluation.is_asked_for:
         raise UserError("target_loss_increase needs text to measure on: set eval_file or dataset_name.")
     own_text = calibration.calibration_file or calibration.calibration_dataset_name
-    if own_text and method == "pca" and not arguments.refine:
+    learns = arguments.makes_codes or arguments.refine or arguments.method != "pca"
+    if own_text and not learns:
         name = "calibration_file" if calibration.calibration_file else "calibration_dataset_name"
         raise UserError(f"{name} does nothing for method pca without refine; tokenwise makes the most of it.")
 

@@ -3,45 +3,33 @@
 import logging
 import math
 import re
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch.utils.data import Dataset
 from transformers.utils import is_matplotlib_available
 
 from ..common.errors import UserError
 from ..common.files import require_space
-from ..common.fingerprints import tokens_fingerprint
 from ..compress.coded import SEARCHED, Budget, BudgetTooSmall, CodedCompressor
 from ..compress.compressor import CalibrationText, Compressor, Recipe
 from ..compress.methods import CODED
 from ..compress.ranks import check_ranks, is_good_enough, largest_rank, smallest_rank_by_loss, smallest_rank_by_share
-from ..hub.model_card import Figures, Measurement
 from ..hub.repository import check_access, publish
-from ..models.dtypes import dtype_name
 from ..models.loading import check_tokenizer, load_baseline
-from ..models.record import note_measurement
 from ..models.sizes import model_size, stored_bytes
 from ..network.configuration_factorized_gpt2 import FactorizedGPT2Config
 from ..network.modeling_factorized_gpt2 import FactorizedGPT2
 from ..report.plots import plot_loss_against_bytes, plot_spectrum
-from ..runs.results import megabytes
 from ..settings.devices import DtypeArguments
 from ..settings.outputs import JsonArguments, PublishArguments
 from ..settings.text_arguments import EvaluationArguments
 from ..text.blocks import load_blocks
-from ..text.loss import LossSum, perplexity, sum_loss
-from ..text.source import TextSource
 from ..text.tokenizers import has_tokenizer, load_tokenizer
 from .compress_settings import CalibrationArguments, CompressArguments
+from .measuring import BASELINE, Measure, Size, size_name
 from .shell import print_table, write_result
 
 logger = logging.getLogger(__name__)
-
-Size = int | Budget | str  # a rank, what method coded may take, or "-": of the baseline
 
 
 def compress_all(
@@ -53,15 +41,15 @@ def compress_all(
     publishing: PublishArguments,
     output: JsonArguments,
 ) -> None:
-    """Load the baseline, choose ranks, factorize, write the folders, print what it cost, publish it if asked."""
+    """Load the baseline, choose sizes, compress, write the folders, print what it cost, publish it if asked."""
     if publishing.push_to_hub:
         check_access(None, publishing.push_to_hub)
     baseline = load_baseline(arguments.baseline)
     if arguments.ranks:
         check_ranks(arguments.ranks, baseline.model.config)
+    method = CODED if arguments.makes_codes else arguments.method
     trunk = model_size(baseline.model)
     require_space(Path(arguments.output_dir), trunk.bytes - trunk.vocabulary_bytes, "a compressed model")
-    method = CODED if arguments.makes_codes else arguments.method
     recipe = Recipe(method, arguments.tie_word_embeddings, arguments.refine, arguments.seed, numbers.dtype)
     tokenizer = None
     if arguments.tokenizer or recipe.needs_text or evaluation.is_asked_for or has_tokenizer(arguments.baseline):
@@ -81,10 +69,10 @@ def compress_all(
     blocks = (
         load_blocks(evaluation.source(), tokenizer, block_size, keep_tail=True) if evaluation.is_asked_for else None
     )
-    measure = _Measure(baseline.model, recipe.method, blocks, evaluation.eval_batch_size, device)
+    measure = Measure(baseline.model, method, blocks, evaluation.eval_batch_size, device)
     measure.take_up(compressor)
 
-    rows = [measure.row("-", None, baseline.model, Path(arguments.baseline))]
+    rows = [measure.row(BASELINE, None, baseline.model, Path(arguments.baseline))]
     sizes = _budgets(arguments, baseline.model.config) if method == CODED else arguments.ranks
     sizes, chosen = (sizes, {}) if sizes else _choose(arguments, compressor, measure)
     missing = [size for size in sizes if not compressor.folder(size).exists()]
@@ -95,7 +83,7 @@ def compress_all(
         rows.append(measure.row(size, compressor.share(size), model, folder))
         measure.note(size, folder)
     if blocks is not None:
-        print(f"Validation loss in nats a token, over {measure.losses['-'].tokens:,} tokens:")
+        print(f"Validation loss in nats a token, over {measure.losses[BASELINE].tokens:,} tokens:")
     print_table(rows)
     write_result(
         output.json,
@@ -104,7 +92,7 @@ def compress_all(
         method=recipe.method,
         label=compressor.label,
         text=evaluation.source().name if blocks is not None else None,
-        tokens=measure.losses["-"].tokens if blocks is not None else None,
+        tokens=measure.losses[BASELINE].tokens if blocks is not None else None,
         device=str(device),
     )
     _plot(compressor, measure)
@@ -129,111 +117,11 @@ def repository_name(name: str, folder: Path, is_one_of_several: bool) -> str:
     return f"{name}-{size}" if is_one_of_several else name
 
 
-def _name(size: Size) -> str:
-    return str(size) if isinstance(size, Budget) else f"k = {size}"
-
-
-class _Measure:
-    """Sizes of models, and their losses where there is text."""
-
-    def __init__(
-        self, baseline: FactorizedGPT2, method: str, blocks: Dataset | None, batch_size: int, device: torch.device
-    ):
-        self.baseline_size, self.method = model_size(baseline), method
-        self.blocks, self.batch_size, self.device = blocks, batch_size, device
-        # Blocks of other sizes make other losses of the same tokens.
-        self.text = None if blocks is None else f"{len(blocks[0]['input_ids'])}-{tokens_fingerprint(_ids(blocks))}"
-        self.losses: dict[Size, LossSum] = {}  # the baseline's under "-"
-        self.points: dict[Size, tuple[int, float]] = {}  # bytes and loss increase of each size, earlier calls' too
-        self.results: list[dict[str, Any]] = []  # the rows of the table, for programs to read
-
-    def loss(self, size: Size, model: FactorizedGPT2, stored: int | None = None) -> float:
-        """Measure a model's loss, once for every size.
-
-        Args:
-            size: The rank or the budget.
-            model: Of that size.
-            stored: Bytes of its file, where they are not those of its parameters.
-
-        Returns:
-            The loss, in nats a token.
-        """
-        if size not in self.losses:
-            desc = f"Evaluating {'the baseline' if size == '-' else _name(size)}"
-            self.losses[size] = sum_loss(model.to(self.device), self.blocks, self.batch_size, self.device, desc=desc)
-            if size != "-":
-                self.points[size] = model_size(model).bytes if stored is None else stored, self.increase(size)
-        return self.losses[size].loss
-
-    def increase(self, size: Size) -> float:
-        """Say how far a measured model's loss exceeds the baseline's, in nats a token."""
-        return self.losses[size].loss - self.losses["-"].loss
-
-    def take_up(self, compressor: Compressor) -> None:
-        """Read from the records of the models that are there what was measured on the same text before."""
-        if self.text is not None:
-            self.points |= compressor.measured(self.text)
-
-    def note(self, size: Size, folder: Path) -> None:
-        """Write what was measured into the record of a model's folder."""
-        if self.text is not None:
-            note_measurement(folder, self.text, *self.points[size])
-
-    def record(self, size: Size, text: TextSource) -> Measurement:
-        """Put down a model's loss, and the baseline's beside it."""
-        of = self.baseline_size
-        baseline = Figures("baseline", None, of.parameters, of.bytes, self.losses["-"].loss)
-        return Measurement(self.losses[size].loss, text, baseline)
-
-    def row(self, size: Size, share: float | None, model: FactorizedGPT2, folder: Path) -> dict[str, Any]:
-        """Lay out a row of the table."""
-        of, stored = model_size(model), None
-        share_name = {"pca": "variance", CODED: "bits a weight"}.get(self.method, "share")
-        row = {
-            "k": "-" if size == "-" else model.config.n_embd_wte,
-            share_name: "" if share is None else f"{share:.4f}",
-            "parameters": f"{of.parameters:,}",
-            "vocabulary": f"{of.vocabulary_parameters:,}",
-            "dtype": dtype_name(model),
-            "MB": megabytes(of.bytes),
-            "vocabulary MB": megabytes(of.vocabulary_bytes),
-        }
-        result = {
-            "rank": None if size == "-" else model.config.n_embd_wte,
-            "explained_share": None if self.method == CODED else share,
-            "dtype": dtype_name(model),
-            **asdict(of),
-        }
-        if self.method == CODED:
-            stored = of.bytes if size == "-" else stored_bytes(folder)
-            row["file MB"] = megabytes(stored)
-            result |= {"bits_per_weight": share, "file_bytes": stored}
-        row["size"] = f"{(stored or of.bytes) / self.baseline_size.bytes:.1%}"
-        if self.blocks is not None:
-            loss = self.loss(size, model, stored)
-            row |= {"loss": f"{loss:.4f}", "perplexity": f"{perplexity(loss):.2f}"}
-            row |= {"increase": f"{self.increase(size):+.4f}"}
-        self.results.append(
-            {
-                **result,
-                "loss": None if self.blocks is None else self.losses[size].loss,
-                "perplexity": None if self.blocks is None else perplexity(self.losses[size].loss),
-                "loss_increase": None if self.blocks is None else self.increase(size),
-                "folder": str(folder),
-            }
-        )
-        return row | {"folder": str(folder)}
-
-
-def _ids(blocks: Dataset) -> Iterator[Sequence[int]]:
-    return (blocks[index]["input_ids"] for index in range(len(blocks)))
-
-
 def _choose(
-    arguments: CompressArguments, compressor: Compressor, measure: _Measure
+    arguments: CompressArguments, compressor: Compressor, measure: Measure
 ) -> tuple[list[Size], dict[Size, FactorizedGPT2]]:
     """Find the smallest model that is good enough; return its size, and where it is at hand itself, saved."""
-    config = compressor.baseline.model.config
+    config, is_coded = compressor.baseline.model.config, measure.method == CODED
     if arguments.explained_variance is not None:
         rank = smallest_rank_by_share(compressor.shares, arguments.explained_variance)
         if rank >= config.n_embd:
@@ -242,7 +130,6 @@ def _choose(
         return [rank], {}
 
     target, good_enough = arguments.target_loss_increase, {}
-    is_coded = measure.method == CODED
     sizes = [Budget(bits) for bits in SEARCHED] if is_coded else range(1, largest_rank(config) + 1)
     known = {sizes.index(size) + 1: increase for size, (_, increase) in measure.points.items() if size in sizes}
 
@@ -255,7 +142,7 @@ def _choose(
             return math.inf
         measure.loss(size, model, _file_size(model, share, compressor.folder(size)) if is_coded else None)
         increase = measure.increase(size)
-        print(f"{_name(size)}: {increase:+.4f} nats a token", flush=True)
+        print(f"{size_name(size)}: {increase:+.4f} nats a token", flush=True)
         if is_good_enough(increase, target):
             good_enough.clear()  # each is smaller than the last
             good_enough[size] = model, share
@@ -281,7 +168,7 @@ def _file_size(model: FactorizedGPT2, bits_per_weight: float | None, folder: Pat
     return size.bytes - size.vocabulary_bytes + round(bits_per_weight * config.vocab_size * config.n_embd / 8)
 
 
-def _plot(compressor: Compressor, measure: _Measure) -> None:
+def _plot(compressor: Compressor, measure: Measure) -> None:
     """Draw the spectrum with every rank that is there, and loss against bytes with all measured on this text."""
     if not is_matplotlib_available():
         logger.warning("No plots: the package matplotlib is not installed.")
@@ -289,11 +176,11 @@ def _plot(compressor: Compressor, measure: _Measure) -> None:
     label, root = compressor.label, compressor.root
     path = root / f"spectrum_{label}.png"
     if measure.method != CODED and (compressor.saved or not path.with_suffix(".svg").exists()):
-        plot_spectrum(compressor.shares, compressor.ranks_there(), compressor.recipe.method, path)
+        plot_spectrum(compressor.shares, compressor.sizes_there(), compressor.recipe.method, path)
         logger.info("Spectrum: %s", path)
     if measure.losses:
         path = root / f"loss_against_bytes_{label}.png"
-        points = [(*point, _name(size)) for size, point in measure.points.items()]
-        names = [_name(size) for size in compressor.ranks_there()]
-        plot_loss_against_bytes(points, measure.baseline_size.bytes, names, label, path)
+        points = [(*point, size_name(size)) for size, point in measure.points.items()]
+        labelled = [size_name(size) for size in compressor.sizes_there()]
+        plot_loss_against_bytes(points, measure.baseline_size.bytes, labelled, label, path)
         logger.info("Loss against bytes: %s", path)

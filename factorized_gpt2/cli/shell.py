@@ -1,10 +1,12 @@
 """What every command shares: logging, and errors that read as one line."""
 
+import io
 import logging
 import os
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +61,13 @@ def run_command(command: Callable[[list[str]], None], argv: list[str] | None = N
     except KeyboardInterrupt:
         return 130
     return 0
+
+
+@contextmanager
+def quiet_stdout_of_imports() -> Iterator[None]:
+    """Keep stdout for results: transformers tells there, on being imported, that W&B is offline."""
+    with redirect_stdout(io.StringIO()) if os.environ.get("WANDB_MODE") == "offline" else nullcontext():
+        yield
 
 
 def _tell(message: str) -> None:

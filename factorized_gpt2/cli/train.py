@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..runs.words import PRINT_CONFIG, judge, read_words
-from .shell import run_command
+from .shell import quiet_stdout_of_imports, run_command
 
 if TYPE_CHECKING:
     from ..runs.settings import Run
@@ -17,7 +17,8 @@ def train(argv: list[str]) -> None:
     words = read_words(argv)
     judge(words)
     # What follows takes seconds to import.
-    from ..runs.settings import parse_run
+    with quiet_stdout_of_imports():
+        from ..runs.settings import parse_run
 
     run = parse_run(words)
     training, speaks = run.training, run.training.process_index == 0

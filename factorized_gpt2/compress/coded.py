@@ -1,7 +1,6 @@
 """A trained baseline to models whose vocabulary is of integers, at a budget of bytes."""
 
 import math
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -74,11 +73,6 @@ class CodedCompressor(Compressor):
         rank = f"_k{size.rank}" if size.rank else ""
         return self.root / f"gpt_{self.label}_nofinetune_b{size.bits:g}{rank}"
 
-    def _named_sizes(self) -> list[Budget]:
-        name = re.compile(re.escape(f"gpt_{self.label}_nofinetune_b") + r"(\d+(?:\.\d+)?)(?:_k(\d+))?")
-        found = filter(None, (name.fullmatch(path.name) for path in self.root.iterdir()))
-        return [Budget(float(bits), rank and int(rank)) for bits, rank in (match.groups() for match in found)]
-
     def factorize_ahead(self, sizes: Sequence[Budget]) -> None:
         """Check budgets; tables are made one by one."""
         for size in sizes:
@@ -122,6 +116,11 @@ class CodedCompressor(Compressor):
 
     def _of_size(self, size: Budget) -> dict[str, Any]:
         return {"bits_per_weight": size.bits, "largest_rank": size.rank}
+
+    def _size_in(self, record: dict[str, Any]) -> Budget | None:
+        bits, rank = record.get("bits_per_weight"), record.get("largest_rank")
+        is_budget = isinstance(bits, int | float) and (rank is None or isinstance(rank, int))
+        return Budget(bits, rank) if is_budget else None
 
     def _of_all_sizes(self) -> dict[str, Any]:
         return {}

@@ -1,7 +1,6 @@
 """A trained baseline to compressed models and their folders."""
 
 import logging
-import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
@@ -172,28 +171,27 @@ class Compressor:
         """Where the model of some rank is kept; for PCA alone, under the protocol's name."""
         return compressed_folder(self.root, rank, self.label, self.recipe.refine_steps > 0)
 
-    def ranks_there(self) -> list[int]:
+    def sizes_there(self) -> list[Any]:
         """List the ranks of all folders that hold what this compressor would make, smallest first.
 
         A folder whose record cannot be read is none of them.
         """
 
-        def is_of_this_making(rank: int) -> bool:
+        def size_of(path: Path) -> Any:
             try:
-                return not self._difference(rank)
+                size = self._size_in(read_json(path))
+                is_it = size is not None and self.folder(size) == path.parent and not self._difference(size)
             except UserError:
-                return False
+                return None
+            return size if is_it else None
 
-        return sorted(filter(is_of_this_making, self._named_sizes()))
+        found = map(size_of, self.root.glob(f"gpt_*/{RECORD_NAME}"))
+        return sorted(size for size in found if size is not None)
 
-    def _named_sizes(self) -> list[int]:
-        name = re.compile(re.escape(self.folder(0).name).removesuffix("0") + r"([1-9]\d*)")
-        return [int(match[1]) for path in self.root.iterdir() if (match := name.fullmatch(path.name))]
-
-    def measured(self, text: str) -> dict[int, tuple[int, float]]:
+    def measured(self, text: str) -> dict[Any, tuple[int, float]]:
         """Read what the ranks that are there were measured to cost on a text, as `note_measurement` has it."""
-        found = {rank: noted_measurement(self.folder(rank), text) for rank in self.ranks_there()}
-        return {rank: figures for rank, figures in found.items() if figures is not None}
+        found = {size: noted_measurement(self.folder(size), text) for size in self.sizes_there()}
+        return {size: figures for size, figures in found.items() if figures is not None}
 
     def factorize_ahead(self, ranks: Sequence[int]) -> None:
         """Factorize at ranks that will be made, with one decomposition.
@@ -301,10 +299,6 @@ class Compressor:
         """Refuse a rank that is out of range."""
         check_ranks([rank], self.baseline.model.config)
 
-    def name_of(self, rank: int) -> str:
-        """Say in words which model is meant."""
-        return f"rank {rank}"
-
     def _difference(self, rank: int) -> str:
         """Say how a folder's model was made otherwise than this compressor would make it; empty if it was not."""
         record = self.folder(rank) / RECORD_NAME
@@ -333,8 +327,16 @@ class Compressor:
             "calibration": calibration,
         }
 
+    def name_of(self, rank: int) -> str:
+        """Say in words which model is meant."""
+        return f"rank {rank}"
+
     def _of_size(self, rank: int) -> dict[str, Any]:
         return {"n_embd_wte": rank}
+
+    def _size_in(self, record: dict[str, Any]) -> Any:
+        rank = record.get("n_embd_wte")
+        return rank if isinstance(rank, int) else None
 
     def _of_all_sizes(self) -> dict[str, Any]:
         return {"spectrum": [round(float(share), 6) for share in self.shares]}
