@@ -13,8 +13,8 @@ FAST := arguments blockwise_loss calibration classification compress_command com
 
 .PHONY: demo gpu-bundle test test-oldest soak lint format clean conformance
 
-demo: $(INSTALLED)  ## train, compress, heal and compare a small GPT-2 on text that every Python carries
-	$(BIN)/factorized-gpt2-demo --output_dir demo_output
+demo: $(INSTALLED)  ## train, compress, heal and compare a small GPT-2 on text that every Python carries; threads that wait give way
+	OMP_WAIT_POLICY=PASSIVE $(BIN)/factorized-gpt2-demo --output_dir demo_output
 
 gpu-bundle: $(INSTALLED)  ## what the tests and the benchmark need on a machine with a GPU and no network
 	$(BIN)/python benchmarks/gpu_bundle.py
@@ -42,7 +42,7 @@ format: $(TOOLS)
 
 $(INSTALLED): setup.cfg constraints.txt pyproject.toml
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/$(PIP) --constraint constraints.txt --editable .
+	$(BIN)/$(PIP) --constraint constraints.txt --editable '.[all]'
 	touch $@
 
 $(TOOLS): $(INSTALLED)
@@ -51,7 +51,7 @@ $(TOOLS): $(INSTALLED)
 
 .venv-oldest/.installed: setup.cfg constraints-oldest.txt
 	$(PYTHON) -m venv .venv-oldest
-	$(OLDEST)/$(PIP) --constraint constraints-oldest.txt --editable . hypothesis pytest pytest-xdist
+	$(OLDEST)/$(PIP) --constraint constraints-oldest.txt --editable '.[all]' hypothesis pytest pytest-xdist
 	touch $@
 
 clean:

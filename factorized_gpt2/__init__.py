@@ -1,21 +1,13 @@
 """GPT-2 with a factorized vocabulary, at home in transformers, PEFT and accelerate."""
 
+from .common.lazy import exporting
 from .settings.command_names import runs_a_command
 
 __version__ = "0.1.0"
 
 if not runs_a_command():  # which reads its words first, and then imports what it needs: that takes seconds
-    from .compress.pca import factorize, factorize_ranks
-    from .models.conversion import from_gpt2, to_gpt2
-    from .models.factors import Factors
+    from . import network as network  # which tells the Auto classes of transformers
     from .models.peft_defaults import register_with_peft
-    from .network import (
-        FactorizedGPT2,
-        FactorizedGPT2Config,
-        FactorizedGPT2ForSequenceClassification,
-        FactorizedGPT2Model,
-        FactorizedGPT2PreTrainedModel,
-    )
 
     register_with_peft()
 
@@ -26,8 +18,34 @@ __all__ = [
     "FactorizedGPT2Model",
     "FactorizedGPT2PreTrainedModel",
     "Factors",
+    "explained_shares",
+    "export_onnx",
     "factorize",
     "factorize_ranks",
     "from_gpt2",
+    "load_baseline",
+    "load_compressed",
+    "publish",
     "to_gpt2",
+    "vocabulary_matrices",
+    "write_python_corpus",
 ]
+__getattr__ = exporting(
+    __name__,
+    {
+        "network": [
+            "FactorizedGPT2",
+            "FactorizedGPT2Config",
+            "FactorizedGPT2ForSequenceClassification",
+            "FactorizedGPT2Model",
+            "FactorizedGPT2PreTrainedModel",
+        ],
+        "models.conversion": ["from_gpt2", "to_gpt2", "vocabulary_matrices"],
+        "models.factors": ["Factors"],
+        "models.loading": ["load_baseline", "load_compressed"],
+        "models.onnx_export": ["export_onnx"],
+        "compress.pca": ["explained_shares", "factorize", "factorize_ranks"],
+        "hub.repository": ["publish"],
+        "text.demo_corpus": ["write_python_corpus"],
+    },
+)

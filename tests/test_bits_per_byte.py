@@ -127,3 +127,24 @@ def test_the_command_adds_a_column(corpus, tokenizer, tmp_path, capsys):
         loss = sum_document_loss(model, [tokenizer.encode(text) for text in documents], 0, 32, 1)
         expected = loss.nats / math.log(2) / len("".join(documents))
         assert float(row.split()[2]) == pytest.approx(expected, abs=1e-4), name
+
+
+def test_a_text_is_measured_in_the_memory_of_a_document(tokenizer, tmp_path, monkeypatch):
+    """No call of the tokenizer sees more than some pieces, and few windows are there at a time."""
+    monkeypatch.setattr("factorized_gpt2.text.documents.PIECE", 50)
+    monkeypatch.setattr("factorized_gpt2.text.documents.LONGEST_PIECE", 400)
+    monkeypatch.setattr("factorized_gpt2.text.bits_per_byte._BATCHES_HELD", 2)
+    texts = ["\n\n".join(DOCUMENTS), "", DOCUMENTS[0], "Der B\u00e4r"]
+    lines = [json.dumps({"text": text}) for text in texts]
+    (tmp_path / "text.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    model, seen = tiny_model(vocab_size=len(tokenizer)), []
+    ids = [tokenizer.encode(text) for text in texts]
+    expected = sum_document_loss(model, ids, tokenizer.eos_token_id, 48, 4).nats / math.log(2)
+    call = type(tokenizer).__call__
+    monkeypatch.setattr(
+        type(tokenizer), "__call__", lambda self, text, **rest: seen.extend(map(len, text)) or call(self, text, **rest)
+    )
+    measured = measure_bits_per_byte(model, TextSource(files=(str(tmp_path / "text.jsonl"),)), tokenizer, 48, 4)
+    assert measured == pytest.approx(expected / sum(len(text.encode()) for text in texts), rel=1e-6)
+    assert len(seen) > 20
+    assert max(seen) <= 400

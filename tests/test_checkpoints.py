@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from factorized_gpt2.common.errors import UserError
 from factorized_gpt2.runs.results import Results
 from factorized_gpt2.runs.run import run_experiment
 from factorized_gpt2.runs.settings import parse_run
-from factorized_gpt2.trainer.checkpoints import damage, last_whole_checkpoint, seal
+from factorized_gpt2.trainer.checkpoints import CheckpointingTrainer, damage, last_whole_checkpoint, seal
 from factorized_gpt2.trainer.trainer import FactorizedTrainer
 
 CONFIG = {
@@ -89,6 +90,28 @@ def test_without_a_whole_checkpoint_the_run_starts_anew(tmp_path, caplog):
     cut(checkpoint(tmp_path, 2) / "model.safetensors")
     assert last_whole_checkpoint(tmp_path) is None
     assert caplog.records[-1].message == f"{tmp_path} has no whole checkpoint: the run starts anew."
+
+
+def test_a_checkpoint_with_other_files_is_not_removed(tmp_path, caplog):
+    trainer = object.__new__(CheckpointingTrainer)
+    trainer.args = SimpleNamespace(save_total_limit=1)
+    trainer.state = SimpleNamespace(best_model_checkpoint=None)
+    for step in (2, 4, 6):
+        checkpoint(tmp_path, step)
+    (tmp_path / "checkpoint-2/shards/notes.txt").write_text("mine")
+    for _ in range(2):
+        trainer._remove_old_checkpoints(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-2", "checkpoint-6"]
+    stays = "checkpoint-2 stays: it holds shards/notes.txt, which was not written by the run."
+    assert [message.rpartition("/checkpoint")[2] for message in caplog.messages] == [stays.removeprefix("checkpoint")]
+    (tmp_path / "damaged-checkpoint-6").mkdir()
+    shutil.copytree(tmp_path / "checkpoint-2", tmp_path / "damaged-checkpoint-6", dirs_exist_ok=True)
+    cut(tmp_path / "checkpoint-6/model.safetensors")
+    with pytest.raises(
+        UserError, match=r"damaged-checkpoint-6 holds shards/notes.txt, which was not .*: move it away"
+    ):
+        last_whole_checkpoint(tmp_path)
+    assert (tmp_path / "damaged-checkpoint-6/shards/notes.txt").exists()
 
 
 @pytest.fixture

@@ -1,5 +1,6 @@
 """The commands as a user types them, in processes of their own."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -8,7 +9,7 @@ import pytest
 
 from factorized_gpt2.cli.demo import demo
 from factorized_gpt2.report.reporting import read_results
-from factorized_gpt2.text.demo_corpus import hold_out, python_documents
+from factorized_gpt2.text.demo_corpus import hold_out, python_documents, write_python_corpus
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
@@ -21,7 +22,7 @@ def run(*words, cwd) -> subprocess.CompletedProcess:
     ("script", "words", "complaint"),
     [
         ("train_hf.py", ["--config", "pca_lora_k46.json"], "error: There is no config 'pca_lora_k46.json'"),
-        ("compress.py", ["--baseline", "nowhere", "--ranks", "4"], "error: No model can be loaded from 'nowhere'"),
+        ("compress.py", ["--baseline", "nowhere", "--ranks", "4"], "error: There is no folder nowhere"),
     ],
 )
 def test_a_mistake_is_one_line_and_exit_code_2(tmp_path, script, words, complaint):
@@ -50,6 +51,7 @@ def test_the_demos_corpus_is_real_and_repeatable():
 
 
 def test_the_demo_runs_to_its_end(tmp_path, capsys):
+    write_python_corpus(tmp_path / "demo/corpus", vocab_size=512, every=600)
     demo(["--output_dir", str(tmp_path / "demo"), "--max_steps", "2"])
     printed = capsys.readouterr().out
     results = read_results(tmp_path / "demo/model_weights")
@@ -59,4 +61,7 @@ def test_the_demo_runs_to_its_end(tmp_path, capsys):
     assert (tmp_path / "demo/loss_against_rank.png").read_bytes().startswith(b"\x89PNG")
     for row in results:
         assert f"{row.eval_loss:.4f}" in printed
-    assert "A sentence from" in printed
+    assert re.search(r"takes about \d+ (s|min) here", printed)
+    assert re.search(r"\[#+\.+\] 5 of 8, .* left: Refining", printed)
+    sentences = re.findall(r"  gpt_\w+: ['\"]Return a list of", printed)
+    assert len(sentences) == 2

@@ -13,6 +13,7 @@ from factorized_gpt2.cli.compress import compress
 from factorized_gpt2.cli.compress_settings import CalibrationArguments
 from factorized_gpt2.cli.evaluate import evaluate
 from factorized_gpt2.common.errors import UserError
+from factorized_gpt2.runs.results import Results
 from factorized_gpt2.runs.run import run_experiment
 from factorized_gpt2.runs.settings import parse_run
 from factorized_gpt2.settings.text_arguments import EvaluationArguments
@@ -111,8 +112,30 @@ def test_what_was_made_in_the_same_way_is_reused(words, tmp_path):
     for other in (["--seed", 1], ["--calibration_tokens", 96]):
         with pytest.raises(UserError, match=f"made with another {'seed' if '--seed' in other else 'calibration'}"):
             compress([*asked, *map(str, other)])
+    for name in ("notes.txt", "mine/chapter.tex", "results.json"):
+        (path.parent / name).parent.mkdir(exist_ok=True)
+        (path.parent / name).write_text("{}")
     compress([*asked, "--seed", "1", "--overwrite"])
     assert record(path.parent)["seed"] == 1
+    assert (path.parent / "notes.txt").exists()
+    assert (path.parent / "mine/chapter.tex").exists()
+    assert not (path.parent / "results.json").exists()  # of a run that evaluated what was there before
+
+
+def test_a_share_under_its_name_of_the_last_release_is_read_and_its_new_name_said(words, tmp_path, caplog, capsys):
+    asked = words("--ranks", 4, "--method", "joint")
+    compress(asked)
+    table = capsys.readouterr().out
+    path = tmp_path / "gpt_joint_nofinetune_k4/compression.json"
+    old = json.loads(path.read_text())
+    old["explained_variance_ratio"] = old.pop("explained_share")
+    for name in ("weights_fingerprint", "baseline_content"):  # which it did not have
+        del old[name]
+    path.write_text(json.dumps(old))
+    compress(asked)
+    assert capsys.readouterr().out == table
+    (said,) = [message for message in caplog.messages if "explained_variance_ratio" in message]
+    assert "it is explained_share now" in said
 
 
 def test_the_same_seed_gives_the_same_model(words, tmp_path):
@@ -181,10 +204,37 @@ def test_the_spectrum_shows_every_rank_that_is_there(words, monkeypatch):
     ]
 
 
+def test_loss_against_bytes_shows_every_rank_that_was_measured_on_the_same_text(words, tmp_path, corpus, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(
+        compressing,
+        "plot_loss_against_bytes",
+        lambda points, size, labelled, label, path: drawn.append((sorted(rank for *_, rank in points), labelled)),
+    )
+    evaluated = ("evaluation",)
+    compress(words("--ranks", 4, texts=evaluated))
+    compress(words("--ranks", 9, texts=evaluated))
+    compress(words("--ranks", 6, texts=()))
+    compress(words("--ranks", 5, "--block_size", 16, texts=evaluated))
+    compress(words("--ranks", 7, "--eval_file", corpus / "train.jsonl", texts=()))
+    compress(words("--ranks", 8, texts=evaluated))
+    ranks = [
+        ([4], [4]),
+        ([4, 9], [4, 9]),
+        ([5], [4, 5, 6, 9]),
+        ([7], [4, 5, 6, 7, 9]),
+        ([4, 8, 9], [4, 5, 6, 7, 8, 9]),
+    ]
+    assert drawn == [tuple([f"k = {rank}" for rank in shown] for shown in call) for call in ranks]
+    measured = [set(record(path)["measurements"]) for path in sorted(tmp_path.glob("gpt_*_k[478]"))]
+    assert measured[0] == measured[2] != measured[1]
+    assert "measurements" not in record(tmp_path / "gpt_pca_nofinetune_k6")
+
+
 @pytest.mark.parametrize(
     ("rest", "texts", "complaint"),
     [
-        ([], (), "Set one of ranks, target_loss_increase and explained_variance"),
+        ([], (), "Set one of ranks, bits_per_weight, vocabulary_mb, target_loss_increase"),
         (["--ranks", 4, "--explained_variance", 0.5], (), "Set one of ranks"),
         (
             ["--explained_variance", 0.5, "--method", "tokenwise"],
@@ -220,7 +270,9 @@ def compressed(words, tmp_path):
     return tmp_path / "gpt_tokenwise_nofinetune_k6"
 
 
-def test_training_starts_from_a_compressed_model_and_learns_from_its_baseline(compressed, tmp_path, corpus, capsys):
+def test_training_starts_from_a_compressed_model_and_learns_from_its_baseline(
+    baseline, compressed, words, tmp_path, corpus, capsys
+):
     start = ["--compressed", compressed, "--lora_rank", 2]
     train = ["--do_train", True, "--max_steps", 2, "--distillation_weight", 0.5, "--learning_rate", "1e-3"]
     results = run_experiment(parse_run(train_words(corpus, tmp_path / "run", *start, *train)))
@@ -229,6 +281,9 @@ def test_training_starts_from_a_compressed_model_and_learns_from_its_baseline(co
     assert results.n_embd_wte == 6
     adapter = json.loads((tmp_path / "run/adapter/adapter_config.json").read_text())
     assert adapter["base_model_name_or_path"] == str(compressed)
+    assert results.content["made_from"] == results.content["teacher"] == Results.read(baseline).content["model"]
+    run_experiment(parse_run(train_words(corpus, compressed, "--compressed", compressed)))
+    compress(words("--ranks", 6, "--method", "tokenwise"))  # evaluated where it is, it is still what was made
     unchanged = run_experiment(parse_run(train_words(corpus, tmp_path / "eval", "--compressed", compressed)))
     evaluate(["--models", str(compressed), "--eval_file", str(corpus / "validation.jsonl"), "--block_size", "16"])
     assert f"{unchanged.eval_loss:.4f}" in capsys.readouterr().out

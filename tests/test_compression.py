@@ -94,6 +94,7 @@ def test_the_table(stock_folder, tmp_path, corpus, capsys):
             "variance",
             "parameters",
             "vocabulary",
+            "dtype",
             "MB",
             "vocabulary",
             "MB",
@@ -184,6 +185,33 @@ def test_factors_of_another_baseline_are_refused_unless_overwritten(stock_folder
     record = json.loads((tmp_path / "gpt_pca_nofinetune_k4/compression.json").read_text())
     assert record["baseline_fingerprint"] == load_baseline(str(other_folder)).fingerprint
     assert not list(tmp_path.glob(".*"))
+
+
+def test_a_file_of_factors_from_elsewhere_is_no_pair_with_the_other(stock_folder, other_folder, tmp_path):
+    one, other = (load_baseline(str(folder)) for folder in (stock_folder, other_folder))
+    pca_factors(one, [4], tmp_path)
+    pca_factors(other, [4], tmp_path / "elsewhere")
+    shutil.copy(factors_folder(tmp_path / "elsewhere") / "wte_pca_k4.npy", factors_folder(tmp_path))
+    with pytest.raises(UserError, match=r"cannot be read \(wte_pca_k4.npy is of another factorization\)"):
+        pca_factors(one, [4], tmp_path)
+    path = factors_folder(tmp_path / "elsewhere") / "scale_mats_pca_k4.npz"
+    with np.load(path) as arrays:
+        of_an_earlier_version = {name: array for name, array in arrays.items() if name != "wte_fingerprint"}
+    np.savez(path, **of_an_earlier_version)
+    assert read_factors(factors_folder(tmp_path / "elsewhere"), 4, other) is not None
+
+
+def test_a_compressed_model_whose_weights_were_changed_is_not_taken_for_what_was_made(stock_folder, tmp_path):
+    asked = arguments(stock_folder, tmp_path, "--ranks", 4)
+    compress(asked)
+    folder = tmp_path / "gpt_pca_nofinetune_k4"
+    model = FactorizedGPT2.from_pretrained(folder)
+    model.scale_down.weight.data += 1
+    model.save_pretrained(folder)
+    with pytest.raises(UserError, match="k4 has other weights than it was made with; remove or overwrite it"):
+        compress(asked)
+    compress([*asked, "--overwrite"])
+    compress(asked)
 
 
 def test_factor_files_of_two_baselines_never_count_as_a_pair(stock_folder, other_folder, tmp_path, monkeypatch):

@@ -13,6 +13,7 @@ from factorized_gpt2 import FactorizedGPT2Config
 def test_defaults_are_those_of_gpt2_and_unfactorized():
     config, gpt2 = FactorizedGPT2Config(), GPT2Config()
     own = {"model_type": "factorized_gpt2", "n_embd_wte": None, "scale_up_bias": True}
+    own |= {"vocabulary_dtype": None, "lm_head_bias": False}
     assert config.to_dict() == gpt2.to_dict() | own
     assert not config.is_factorized
     assert config.embedding_size == config.n_embd == 768

@@ -12,6 +12,7 @@ from factorized_gpt2.models.loading import load_baseline
 from factorized_gpt2.runs import tracking
 from factorized_gpt2.runs.rehearsal import rehearse
 from factorized_gpt2.runs.settings import parse_run
+from factorized_gpt2.settings.parsing import find_config
 
 WORDS = ("--config", "baseline", "--use_cpu", "True", "--fp16", "False", "--torch_compile", "False")
 
@@ -83,6 +84,49 @@ def test_blocks_of_another_model_are_refused_before_they_are_sharded(monkeypatch
         rehearse(training("--report_to", "none"), model)
     monkeypatch.setenv("FSDP_TRANSFORMER_CLS_TO_WRAP", "FactorizedGPT2Block")
     rehearse(training("--report_to", "none"), model)
+
+
+@pytest.mark.parametrize("key", ["transformer_layer_cls_to_wrap", "fsdp_transformer_layer_cls_to_wrap"])
+@pytest.mark.parametrize("way", ["file", "text", "config"])
+def test_so_are_those_that_the_settings_name(key, way, tmp_path):
+    def settings(block):
+        config = {key: block}
+        (tmp_path / "fsdp.json").write_text(json.dumps(config))
+        run = {"extends": str(find_config("baseline.json").absolute()), "fsdp": True, "fsdp_config": config}
+        (tmp_path / "run.json").write_text(json.dumps(run))
+        words = {
+            "file": ("--fsdp", "True", "--fsdp_config", str(tmp_path / "fsdp.json")),
+            "text": ("--fsdp", "--fsdp_config", json.dumps(config)),
+            "config": ("--config", str(tmp_path / "run.json")),
+        }
+        return training(*words[way], "--report_to", "none")
+
+    rehearse(settings("FactorizedGPT2Block"), tiny_model())
+    with pytest.raises(UserError, match="names GPT2Block; this model is made of FactorizedGPT2Block"):
+        rehearse(settings(["FactorizedGPT2Block", "GPT2Block"]), tiny_model())
+
+
+@pytest.mark.parametrize(
+    ("words", "complaint"),
+    [
+        (("--fsdp_config", "fsdp.json"), "fsdp_config counts where fsdp is set, and it is not"),
+        (("--fsdp", "False", "--fsdp_config", "fsdp.json"), "fsdp_config counts where fsdp is set, and it is not"),
+        (("--fsdp", "True", "--fsdp_config", "fsdp.json"), "fsdp.json cannot be read as JSON: .*No such file"),
+        (("--fsdp", "True", "--fsdp_config", "{"), "The settings cannot be used"),
+        (("--fsdp", "nonsense"), "Unknown `fsdp` option: nonsense"),
+        (("--fsdp_transformer_layer_cls_to_wrap", "GPT2Block"), "it is a key of fsdp_config"),
+    ],
+)
+def test_sharding_that_nobody_can_do_is_refused_in_a_line(words, complaint, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=complaint):
+        training(*words)
+
+
+def test_a_launcher_that_does_not_shard_may_name_any_block(monkeypatch):
+    monkeypatch.setenv("FSDP_TRANSFORMER_CLS_TO_WRAP", "GPT2Block")
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "false")
+    rehearse(training("--report_to", "none"), tiny_model())
 
 
 def edit_generation_config(folder, **changes) -> None:

@@ -3,11 +3,13 @@
 import json
 import warnings
 from pathlib import Path
+from shutil import copytree
 
 import pytest
 import torch
 from conftest import cut_off_at, random_ids
 from peft import AutoPeftModelForCausalLM, PeftModel
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from factorized_gpt2 import FactorizedGPT2, FactorizedGPT2Config
@@ -19,6 +21,7 @@ from factorized_gpt2.runs.run import FactorizedTrainer, Results, _training_block
 from factorized_gpt2.runs.settings import parse_run
 from factorized_gpt2.settings.words import as_flags
 from factorized_gpt2.text.tokenizers import load_tokenizer
+from factorized_gpt2.trainer.checkpoints import damage
 
 TINY = {"n_layer": 2, "n_head": 2, "n_embd": 24, "activation_function": "gelu"}
 COMMON = {
@@ -152,6 +155,33 @@ def test_the_adapter_names_its_base(lora):
     ).abs().max() < 1e-4
 
 
+def test_its_checkpoints_are_handed_on_like_what_it_leaves(lora):
+    """Others know the tokenizer's class, find the adapter's base, and read no folder of this machine."""
+    _, folder = lora
+    checkpoint = folder / "checkpoint-6"
+    for place in (folder, checkpoint):
+        tokenizer = json.loads((place / "tokenizer_config.json").read_text())
+        assert tokenizer["tokenizer_class"] == "PreTrainedTokenizerFast"
+        assert tokenizer["model_max_length"] == FactorizedGPT2.from_pretrained(folder).config.n_positions
+    for place in (folder / "adapter", checkpoint):
+        assert json.loads((place / "base_model.json").read_text())["from_here"] == "../../gpt_pca_nofinetune_k6"
+        assert "base_model:" not in (place / "README.md").read_text()
+    assert damage(checkpoint) is None
+
+
+def test_a_base_that_transformers_alone_does_not_load_is_saved_beside_the_adapter(workshop, lora, tmp_path):
+    """As one whose weights have the names of a wrapper: PEFT would start from other weights, drawn anew."""
+    wrapped = copytree(workshop.root / "gpt_pca_nofinetune_k6", tmp_path / "wrapped")
+    weights = {f"module.{name}": weight for name, weight in load_file(wrapped / "model.safetensors").items()}
+    save_file(weights, wrapped / "model.safetensors", metadata={"format": "pt"})
+    settings = LORA | {"n_embd_wte": None, "compressed": str(wrapped), "max_steps": 1}
+    workshop.run("on_wrapped", **settings)
+    adapted = AutoPeftModelForCausalLM.from_pretrained(workshop.root / "on_wrapped/adapter")
+    merged = FactorizedGPT2.from_pretrained(workshop.root / "on_wrapped")
+    assert (logits(adapted, random_ids()) - logits(merged, random_ids())).abs().max() < 1e-4
+    assert adapted.peft_config["default"].base_model_name_or_path == str(workshop.root / "on_wrapped/base_model")
+
+
 def test_lora_trains_the_protocols_modules(lora):
     results, folder = lora
     config = json.loads((folder / "adapter/adapter_config.json").read_text())
@@ -216,7 +246,8 @@ def test_an_adapter_finds_its_base_from_any_folder(workshop, tmp_path, monkeypat
         merged = FactorizedGPT2.from_pretrained(adapter.parent)
         assert (logits(adapted, random_ids()) - logits(merged, random_ids())).abs().max() < 1e-4
         assert Path(json.loads((adapter / "adapter_config.json").read_text())["base_model_name_or_path"]).is_absolute()
-        assert not (adapter / "README.md").exists()
+        assert "base_model:" not in (adapter / "README.md").read_text()
+        assert str(workshop.root) not in (adapter / "README.md").read_text()
 
 
 def test_one_config_heals_any_baseline(workshop, tmp_path, monkeypatch, caplog):
@@ -413,7 +444,7 @@ def test_tracking_needs_no_account(fresh, monkeypatch, mode):
         ({"block_size": 64}, "block_size 64 exceeds the 16 positions"),
         ({"lora_target_modules": ["q_prj"]}, "no linear layer or embedding 'q_prj'"),
         ({"lora_target_modules": ["wte", "lm_head"]}, "lm_head is tied to wte"),
-        ({"baseline": "nowhere"}, "No model can be loaded from 'nowhere'"),
+        ({"baseline": "nowhere"}, "There is no folder nowhere"),
     ],
 )
 def test_settings_that_contradict_the_baseline(workshop, settings, complaint):

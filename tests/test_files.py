@@ -50,7 +50,7 @@ def test_a_file_is_replaced_at_the_end(tmp_path):
 
 def test_a_folder_is_replaced_as_a_whole(tmp_path):
     folder = fill(tmp_path / "a", one="old", two="old")
-    with replacing_folder(folder) as temporary:
+    with replacing_folder(folder, ("t*",)) as temporary:
         fill(temporary, one="new")
         assert tree(folder) == {"one": "old", "two": "old"}
     assert tree(tmp_path) == {"a/one": "new"}
@@ -309,3 +309,50 @@ def test_too_little_room_is_said_before(tmp_path):
     require_space(tmp_path / "not/there/yet", 1, "the run")
     with pytest.raises(UserError, match=r"yet has [\d.]+ GB of room, and the run needs 1000000000.00 GB: make room"):
         require_space(tmp_path / "not/there/yet", 10**18, "the run")
+
+
+def test_other_files_in_a_folder_outlive_its_replacement(tmp_path):
+    folder = fill(tmp_path / "a", config="old", shard_2="old", notes="mine")
+    fill(folder / "mine", x="mine")
+    fill(folder / "templates", old="old")
+    (folder / "mine/link").symlink_to("nowhere")
+    (folder / "notes").chmod(0o400)
+    with replacing_folder(folder, ("config", "shard_*", "templates/")) as temporary:
+        fill(temporary, config="new", shard_1="new")
+    assert tree(folder) == {"config": "new", "shard_1": "new", "notes": "mine", "mine/x": "mine"}
+    assert os.readlink(folder / "mine/link") == "nowhere"
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
+def test_other_files_are_kept_where_a_file_can_have_one_name_alone(tmp_path, monkeypatch):
+    def refuse(*args, **options):
+        raise OSError(errno.EPERM, os.strerror(errno.EPERM))
+
+    monkeypatch.setattr(files.os, "link", refuse)
+    folder = fill(tmp_path / "a", notes="mine")
+    fill(folder / "deep", x="mine")
+    with replacing_folder(folder) as temporary:
+        fill(temporary / "deep", y="new")
+    assert tree(folder) == {"notes": "mine", "deep/x": "mine", "deep/y": "new"}
+
+
+def test_a_folder_in_a_file_s_place_is_refused_and_stays(tmp_path):
+    place = fill(tmp_path / "a", config="old") / "model"
+    fill(place, x="mine")
+    before = tree(tmp_path)
+    for writer, write in (
+        (replacing_file(place), lambda path: path.write_text("new")),
+        (replacing_folder(tmp_path / "a"), lambda path: fill(path, model="new")),
+        (filling_folder(tmp_path / "a", last="config"), lambda path: fill(path, model="new", config="new", a="new")),
+    ):
+        with pytest.raises(UserError, match="model is a folder, and a file is to be written there"), writer as path:
+            write(path)
+        assert tree(tmp_path) == before
+        assert not list(tmp_path.glob(".*"))
+
+
+def test_a_file_in_a_folder_s_place_is_refused_and_stays(tmp_path):
+    place = fill(tmp_path, a="mine") / "a"
+    with pytest.raises(UserError, match="a is a file, and a folder is to be written there"), replacing_folder(place):
+        pytest.fail("nothing may be made")
+    assert tree(tmp_path) == {"a": "mine"}

@@ -13,6 +13,7 @@ from factorized_gpt2 import to_gpt2
 from factorized_gpt2.cli.evaluate import evaluate
 from factorized_gpt2.common.errors import UserError
 from factorized_gpt2.models.foreign_models import LossOfLogits, positions_of
+from factorized_gpt2.settings.text_arguments import EvaluationArguments
 from factorized_gpt2.text.bits_per_byte import sum_document_loss
 from factorized_gpt2.text.loss import sum_loss
 
@@ -176,3 +177,14 @@ def test_the_command_measures_them_all(folder, corpus, capsys):
 def test_the_command_refuses_in_a_line(folder, corpus, name, complaint):
     with pytest.raises(UserError, match=f"^{complaint.format(re.escape(str(folder / name)))}$"):
         evaluate(words(folder, corpus, name))
+
+
+@pytest.mark.parametrize(("positions", "size"), [(48, 48), (4096, 4096), (131072, 1024)])
+def test_a_block_of_very_many_positions_is_smaller_and_said_to_be(positions, size, caplog):
+    with caplog.at_level("INFO"):
+        assert EvaluationArguments().block_size_for(positions, "some_model") == size
+    said = [
+        "some_model has 131072 positions: it is evaluated in blocks of 1024 tokens; block_size sets another number."
+    ]
+    assert caplog.messages == (said if size == 1024 else [])
+    assert EvaluationArguments(block_size=131072).block_size_for(131072) == 131072

@@ -16,6 +16,7 @@ from factorized_gpt2.common.fingerprints import weights_fingerprint
 from factorized_gpt2.common.signals import leaving_cleanly
 from factorized_gpt2.report.reporting import read_results
 from factorized_gpt2.runs.grid import Scale, load_grid, select
+from factorized_gpt2.runs.identity import contents_of
 from factorized_gpt2.runs.results import Results
 from factorized_gpt2.settings.parsing import CONFIG_FOLDERS, load_config
 from factorized_gpt2.settings.words import as_flags
@@ -156,7 +157,7 @@ class FakeRuns:
     """Stands in for processes: notes what is launched, and leaves in a run's folder what a run would."""
 
     def __init__(self, root: Path):
-        self.root, self.launched, self.failing, self.reported = root, [], set(), []
+        self.root, self.launched, self.failing, self.reported, self.reading = root, [], set(), [], {}
 
     def run(self, words: list[str]) -> int:
         self.launched.append(words)
@@ -174,7 +175,8 @@ class FakeRuns:
         start = config.get("baseline")
         kind = ("lowrank-scratch" if config.get("n_embd_wte") else "baseline") if start is None else "pca-nofinetune"
         figures = (config.get("n_embd_wte"), 1.0, 2.7, 1, 1, 4, 4)
-        results = Results(kind, kind, *figures, config, {}, kept)
+        settings = config | {name: [path] if name.endswith("file") else path for name, path in self.reading.items()}
+        results = Results(kind, kind, *figures, settings, {}, kept, content=contents_of(settings))
         replace(results, start_fingerprint=weights_fingerprint(start)).write(folder)
         return 0
 
@@ -240,6 +242,26 @@ def test_only_what_is_not_finished_in_just_this_way_is_run_again(grid, capsys):
     assert grid() == FOLDERS
 
 
+def test_a_run_that_read_what_has_changed_since_is_run_again(grid, tmp_path, monkeypatch):
+    """All that a run reads counts: its tokenizer and texts, the config of what it starts from."""
+    monkeypatch.chdir(tmp_path)
+    names = {"tokenizer": "words/tokenizer.json", "train_file": "train.txt", "validation_file": "held_out.txt"}
+    for name in names.values():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("{}")
+    flags = ["--tokenizer=words", "--train_file=train.txt", "--validation_file=held_out.txt"]
+    grid.reading = {name: path.split("/")[0] for name, path in names.items()}
+    assert grid("--", *flags) == FOLDERS
+    assert grid("--", *flags) == []
+    for name in names.values():
+        (tmp_path / name).write_text('{"edited": true}')
+        assert set(FOLDERS) - set(grid("--", *flags)) <= set(FOLDERS[5:9] if name == "train.txt" else [])
+        assert grid("--", *flags) == []
+    config = grid.root / "gpt_baseline/config.json"
+    config.write_text(json.dumps({"layer_norm_epsilon": 0.1}))
+    assert grid("--", *flags) == FOLDERS[5:]
+
+
 def test_a_failed_run_does_not_stop_the_others_and_is_tried_again(grid, capsys):
     grid.failing = {"gpt_pca_nofinetune_k32", "gpt_lowrank_scratch_k128"}
     with pytest.raises(UserError, match=r"^2 of 13 experiments .*: lowrank_scratch_k512, pca_nofinetune_k128\.$"):
@@ -274,6 +296,16 @@ def test_overwriting_reaches_every_command_and_is_no_difference_in_itself(grid):
     assert {tuple(words[-2:]) for words in grid.of("train")} == {("--seed=3", "--overwrite=True")}
     assert [words[-2:] for words in grid.of("compress")] == [["--overwrite", "True"]]
     assert grid("--", "--seed=3") == []
+
+
+def test_a_config_of_someone_else_in_a_run_s_place_is_refused_and_stays(grid):
+    path = grid.root / "configs/gpt_baseline.json"
+    path.parent.mkdir(parents=True)
+    path.write_text('{"output_dir": "elsewhere"}')
+    with pytest.raises(UserError, match=r"gpt_baseline.json is no config of .*gpt_baseline: move it away, or choose"):
+        grid()
+    assert path.read_text() == '{"output_dir": "elsewhere"}'
+    assert not grid.trained
 
 
 def test_a_dry_run_only_shows_what_would_run(grid, capsys):

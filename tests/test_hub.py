@@ -10,6 +10,7 @@ import torch
 from hub_client import READER_TOKEN, TOKEN, fresh_process, reach
 from hub_server import HubServer, card_errors
 from huggingface_hub import ModelCard
+from safetensors.torch import load, load_file, save_file
 from transformers import GPT2Config, GPT2LMHeadModel
 from transformers.dynamic_module_utils import get_imports
 
@@ -249,13 +250,20 @@ def test_with_the_package_its_own_code_runs(loaded_with_package, original, run):
 def test_the_code_demands_no_other_package():
     """What transformers looks for in a repository's code, and refuses to load it without."""
     imported = {name for path in code_files() for name in get_imports(path)} - sys.stdlib_module_names
-    assert imported == {"huggingface_hub", "torch", "transformers"}
+    assert imported == {
+        "huggingface_hub",
+        "numpy",
+        "safetensors",
+        "torch",
+        "transformers",
+    }
 
 
 def test_what_is_published(published, hub, run):
     assert published["compressed"] == f"{hub.url}/me/compressed"
     code = {"attention_loss.py", "blockwise_loss.py", "classification_factorized_gpt2.py", "fused_rows.py", "head.py"}
     code |= {"configuration_factorized_gpt2.py", "modeling_factorized_gpt2.py"}
+    code |= {"coded_table.py", "coded_vocabulary.py", "frequencies.py", "prediction.py", "rans.py"}
     assert {path.name for path in code_files()} == code
     always = {".gitattributes", "README.md", "config.json", "generation_config.json", "model.safetensors"}
     always |= code | {"tokenizer.json", "tokenizer_config.json"}
@@ -335,6 +343,30 @@ def test_the_base_is_linked_when_the_hub_has_it(hub, folder, tmp_path, monkeypat
     monkeypatch.chdir(tmp_path)  # where the same name is a folder's
     publish(copy, "me/linked", token=TOKEN)
     assert card_of(hub, "me/linked").data.base_model is None
+
+
+@pytest.mark.parametrize("kind", ["wrapped", "pickled", "own head"])
+def test_what_is_published_loads_whatever_the_folder_was_saved_by(hub, folder, kind, tmp_path):
+    """Names of wrappers, a pickle, a head under a config that says it is tied: the model is what is published."""
+    copytree(folder, tmp_path / "copy")
+    path = tmp_path / "copy/model.safetensors"
+    expected = load_file(path)
+    if kind == "own head":
+        expected["lm_head.weight"] = expected["transformer.wte.weight"].flip(0)
+    prefix = "module." if kind == "wrapped" else ""
+    save_file({prefix + name: weight for name, weight in expected.items()}, path, metadata={"format": "pt"})
+    if kind == "pickled":
+        torch.save(expected, path.with_name("pytorch_model.bin"))
+        path.unlink()
+    name = f"me/{kind.replace(' ', '-')}"
+    publish(tmp_path / "copy", name, token=TOKEN)
+    files = hub.repos[name].files()
+    weights = load(files["model.safetensors"])
+    assert weights.keys() == expected.keys()
+    assert all(torch.equal(weights[name], expected[name]) for name in expected)
+    config = json.loads(files["config.json"])
+    assert config.get("tie_word_embeddings", True) is (kind != "own head")
+    assert "AutoModelForCausalLM" in config["auto_map"]
 
 
 def test_publishing_again_changes_nothing(published, hub, folder, run, measured):

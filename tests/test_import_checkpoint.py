@@ -32,7 +32,11 @@ def test_the_command(tmp_path, corpus, tokenizer, ids, caplog):
     assert (tmp_path / "model" / "tokenizer.json").exists()
 
     assert run_import(*words, "--cut_vocabulary", True) == 2
+    (tmp_path / "model/notes.txt").write_text("mine")
+    (tmp_path / "model/model-00001-of-00002.safetensors").touch()
     assert run_import(*words, "--cut_vocabulary", True, "--overwrite", True) == 0
+    assert (tmp_path / "model/notes.txt").read_text() == "mine"
+    assert len(list((tmp_path / "model").glob("*.safetensors"))) == 1
     cut = load_baseline(str(tmp_path / "model")).model
     assert cut.config.vocab_size == len(tokenizer)
     torch.testing.assert_close(cut(ids).logits, net(ids)[..., : len(tokenizer)], atol=1e-5, rtol=1e-5)
@@ -69,7 +73,7 @@ def test_what_else_is_beside_the_model_stays(tmp_path):
             "full holds something else than a model",
         ),
         (["--checkpoint", "x", "--output_dir", "m", "--cut_vocabulary", "True"], "cut_vocabulary needs a tokenizer"),
-        (["--checkpoint", "x", "--output_dir", "m", "--tokenizer", "nowhere"], "No tokenizer can be loaded"),
+        (["--checkpoint", "x", "--output_dir", "m", "--tokenizer", "nowhere"], "There is no folder nowhere"),
     ],
 )
 def test_the_command_complains_in_one_line(words, complaint, tmp_path, monkeypatch, capsys):

@@ -117,8 +117,8 @@ def test_the_grid_and_the_launchers_configs_are_found(seen):
 
 def test_an_editable_install_reads_the_configs_of_its_checkout(tmp_path):
     place = built("editable", tmp_path)
-    code = "import json; from factorized_gpt2.settings import find_config; "
-    code += "print(json.dumps(str(find_config('baseline'))))"
+    code = "import json; from factorized_gpt2.settings import find_config as find"
+    code += "; print(json.dumps(str(find('baseline'))))"
     assert run(code, place, place) == str(tmp_path / "source/configs/baseline.json")
 
 

@@ -1,6 +1,8 @@
 """The network as transformers sees it: its parts, its initialisation, its files, its embeddings."""
 
+import copy
 import json
+import pickle
 
 import pytest
 import torch
@@ -205,10 +207,38 @@ def test_embeddings_can_be_exchanged(model, ids):
     before = logits_of(model, ids)
     model.set_input_embeddings(replacement)
     assert model.get_input_embeddings() is model.transformer.wte is replacement
+    test_head_shares_storage_with_wte_exactly_when_tied(model)
     model.tie_weights()
     test_head_shares_storage_with_wte_exactly_when_tied(model)
     assert not torch.allclose(logits_of(model, ids), before, atol=1e-2)
     assert model.get_output_embeddings() is model.lm_head
+
+
+@pytest.mark.parametrize("copies", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_the_head_of_a_copy_follows_the_copy(model, copies):
+    copied, shared = copies(model), model.lm_head.weight
+    copied.transformer.wte = nn.Embedding.from_pretrained(torch.randn_like(model.transformer.wte.weight))
+    test_head_shares_storage_with_wte_exactly_when_tied(copied)
+    assert model.lm_head.weight is shared
+    test_head_shares_storage_with_wte_exactly_when_tied(model)
+
+
+def test_a_replica_for_another_device_leaves_the_head_as_it_is(model):
+    """`nn.DataParallel` puts copies of a model together anew at every step, module by module."""
+    shared = model.lm_head.weight
+    replica = model.transformer._replicate_for_data_parallel()
+    replica.wte = model.transformer.wte._replicate_for_data_parallel()
+    assert model.lm_head.weight is shared
+
+
+def test_getters_change_nothing(model):
+    with torch.no_grad():
+        model.lm_head.weight = nn.Parameter(model.lm_head.weight * 2)
+    own = model.lm_head.weight
+    assert model.get_output_embeddings() is model.lm_head
+    assert model.get_input_embeddings() is model.transformer.wte
+    assert model.base_model is model.transformer
+    assert model.lm_head.weight is own
 
 
 def test_the_variants_are_three_different_networks(ids):

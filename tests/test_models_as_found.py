@@ -188,7 +188,7 @@ def test_names_without_wrappers(name, plain):
     assert plain_name(plain) == plain
 
 
-@pytest.mark.parametrize(
+wrappers = pytest.mark.parametrize(
     "wrapped",
     [
         lambda name: f"module.{name}",
@@ -199,11 +199,42 @@ def test_names_without_wrappers(name, plain):
         lambda name: name.replace(".h.0.", ".h.0._orig_mod."),
     ],
 )
+
+
+@wrappers
 def test_a_wrapped_model_is_the_model(wrapped, tmp_path):
     model = stock(tmp_path, tie_word_embeddings=False)
     rewrite(tmp_path, lambda weights: {wrapped(name): weight for name, weight in weights.items()})
     assert torch.equal(logits(load_complete(str(tmp_path))), logits(model))
     assert torch.equal(logits(load_causal_lm(str(tmp_path))), logits(model))
+
+
+@wrappers
+@pytest.mark.parametrize("options", [{}, {"tie_word_embeddings": False}, {"n_embd_wte": None}])
+@pytest.mark.parametrize("load", [load_complete, load_causal_lm])
+def test_so_is_a_wrapped_model_of_this_package_and_what_is_saved_of_it(wrapped, options, load, tmp_path):
+    model = tiny_model(**options)
+    model.save_pretrained(tmp_path / "wrapped")
+    rewrite(tmp_path / "wrapped", lambda weights: {wrapped(name): weight for name, weight in weights.items()})
+    loaded = load(str(tmp_path / "wrapped"))
+    assert torch.equal(logits(loaded), logits(model))
+    loaded.save_pretrained(tmp_path / "again")
+    model.save_pretrained(tmp_path / "plain")
+    again, plain = (load_file(tmp_path / name / "model.safetensors") for name in ("again", "plain"))
+    assert again.keys() == plain.keys()
+
+
+@pytest.mark.parametrize("make", [stock, lambda folder: tiny_model().save_pretrained(folder)])
+def test_a_wrapped_model_whose_tied_head_was_saved_too(make, tmp_path):
+    """As of `DistributedDataParallel`'s own state dict."""
+    make(tmp_path)
+    expected = load_complete(str(tmp_path))
+    copies = {f"module.{name}": weight for name, weight in expected.state_dict().items()}
+    torch.save(copies, tmp_path / "pytorch_model.bin")
+    (tmp_path / "model.safetensors").unlink()
+    loaded = load_complete(str(tmp_path))
+    assert loaded.lm_head.weight is loaded.transformer.wte.weight
+    assert torch.equal(logits(loaded), logits(expected))
 
 
 def test_one_weight_under_two_names_is_refused(tmp_path):
@@ -248,6 +279,7 @@ def test_the_hub_is_asked_for_an_adapter_if_it_answers(cause, told, monkeypatch)
 
     monkeypatch.setattr(baseline.AutoConfig, "from_pretrained", fail)
     monkeypatch.setattr(baseline, "find_adapter_config_file", lambda name: "adapter_config.json")
+    monkeypatch.setattr(baseline, "refuse_missing", lambda name: None)
     with pytest.raises(UserError, match="is an adapter" if told else "does not appear to have"):
         load_causal_lm("me/lora")
 

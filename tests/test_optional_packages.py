@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+import factorized_gpt2
 from factorized_gpt2.common.errors import UserError
 from factorized_gpt2.runs import provenance
 from factorized_gpt2.text.blocks import load_blocks, token_stream
@@ -16,7 +17,7 @@ from factorized_gpt2.text.source import TextSource
 from factorized_gpt2.text.token_file import write_token_file
 from factorized_gpt2.text.tokenizers import vocabulary_size
 
-PACKAGE = Path(provenance.__file__).parent
+PACKAGE = Path(factorized_gpt2.__file__).parent
 OPTIONAL = ("datasets", "sklearn", "wandb", "matplotlib", "pandas", "pyarrow")
 
 WITHOUT = """

@@ -214,6 +214,20 @@ def test_a_trained_copy_of_wte_is_followed_merged_and_reloaded(variant, ids, tmp
     assert saved_bytes(tmp_path / "merged") < 4 * tiny_model(**variant).num_parameters() + 8192
 
 
+@factorized
+def test_unloading_a_trained_copy_of_wte_unloads_it_at_both_ends(variant, ids):
+    """PEFT leaves the trained copy in the model; a tied head has it too, before anyone asks for the head."""
+    adapted = adapt(tiny_model(**variant), ["q_proj"], modules_to_save=["wte"])
+    copied = adapted.base_model.model.transformer.wte.modules_to_save["default"]
+    perturb(copied, seed=2)
+    expected = tiny_model(**variant)
+    with torch.no_grad():
+        expected.transformer.wte.weight.copy_(copied.weight)
+    unloaded = adapted.unload()
+    assert unloaded.transformer.wte is copied
+    assert_same_logits(logits_of(unloaded, ids), logits_of(expected, ids))
+
+
 def test_two_adapters_switch(variant, ids):
     alone = {name: logits_of(adapt(tiny_model(**variant), seed=seed), ids) for name, seed in (("a", 1), ("b", 2))}
     assert (alone["a"] - alone["b"]).abs().max() > 0.1

@@ -1,4 +1,4 @@
-"""PEFT without `target_modules`: it adapts what it would adapt in a GPT-2, whichever is imported first."""
+"""What PEFT is told of these models, whichever is imported first: without `target_modules`, those of a GPT-2."""
 
 import subprocess
 import sys
@@ -25,7 +25,10 @@ ORDERS = {
     "peft first": "import peft, factorized_gpt2",
     "one of its modules alone": "import factorized_gpt2; import peft.tuners.lora",
 }
-SHOW = "from peft.utils import constants; print(constants.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING"
+SHOW = (
+    "from peft.utils import constants; print(constants.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING"
+    "['factorized_gpt2']); from peft import LoraConfig; print(LoraConfig.from_json_file.__module__)"
+)
 
 
 @pytest.mark.parametrize(
@@ -52,9 +55,9 @@ def test_every_method_that_knows_gpt2_knows_this_model(config, adapted, variant)
 
 @pytest.mark.parametrize("order", ORDERS.values(), ids=ORDERS)
 def test_either_may_be_imported_first(order):
-    words = [sys.executable, "-c", f"import sys; {order}; {SHOW}['factorized_gpt2'])"]
+    words = [sys.executable, "-c", f"import sys; {order}; {SHOW}"]
     finished = subprocess.run(words, capture_output=True, text=True, timeout=300)
-    assert finished.stdout == "['q_proj', 'k_proj', 'v_proj']\n", finished.stderr
+    assert finished.stdout == "['q_proj', 'k_proj', 'v_proj']\nfactorized_gpt2.adapter_base\n", finished.stderr
 
 
 def test_a_users_own_choice_stays(monkeypatch):

@@ -15,8 +15,17 @@ from conftest import tiny_config, tiny_model
 from datasets import Dataset, IterableDataset
 from datasets.fingerprint import Hasher
 from peft import LoraConfig
+from peft.config import PeftConfigMixin
 from peft.tuners.lora.layer import Embedding as LoraEmbedding
-from transformers import PreTrainedModel, Trainer, TrainingArguments, masking_utils, modeling_layers, modeling_utils
+from transformers import (
+    PreTrainedModel,
+    Trainer,
+    TrainingArguments,
+    core_model_loading,
+    masking_utils,
+    modeling_layers,
+    modeling_utils,
+)
 from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.models.gpt2 import modeling_gpt2
@@ -42,7 +51,11 @@ FUNCTIONS = [
     (Trainer, "evaluation_loop", "self dataloader description prediction_loss_only ignore_keys metric_key_prefix"),
     (Trainer, "compute_loss", "self model inputs return_outputs num_items_in_batch"),
     (Trainer, "get_eval_dataloader", "self eval_dataset"),
+    (Trainer, "save_model", "self output_dir _internal_call"),
+    (PeftConfigMixin, "from_json_file", "path_json_file"),
     (PreTrainedModel, "_init_weights", "self module"),
+    (PreTrainedModel, "tie_weights", "self"),
+    (PreTrainedModel, "_load_pretrained_model", "model state_dict checkpoint_files load_config"),
     (masking_utils, "create_causal_mask", "config inputs_embeds attention_mask past_key_values position_ids"),
     (modeling_gpt2, "eager_attention_forward", "module query key value attention_mask"),
     (modeling_layers, "GradientCheckpointingLayer.__call__", "self"),
@@ -124,6 +137,10 @@ def test_compilation_is_set_aside_by_the_state_of_accelerate():
     assert "_n_gpu" in inspect.getsource(TrainingArguments)
     assert "dynamo_plugin" in inspect.getsource(AcceleratorState)
     assert "backend" in inspect.signature(TorchDynamoPlugin).parameters
+
+
+def test_by_which_names_a_model_would_be_saved_again_is_an_attribute_of_it():
+    assert 'getattr(model, "_weight_conversions", None)' in inspect.getsource(core_model_loading)
 
 
 def test_what_a_checkpoint_lacks_is_told_by_a_named_tuple():

@@ -30,7 +30,7 @@ def test_the_whole_share_is_reached_but_for_rounding():
         smallest_rank_by_share([0.5, 0.9999991], 1.0)
 
 
-def search(curve, target: float, largest: int = LARGEST) -> tuple[int, list[int]]:
+def search(curve, target: float, largest: int = LARGEST, known=None) -> tuple[int, list[int]]:
     """Return the rank found, and all that were measured."""
     measured = []
 
@@ -38,7 +38,7 @@ def search(curve, target: float, largest: int = LARGEST) -> tuple[int, list[int]
         measured.append(rank)
         return curve(rank)
 
-    return smallest_rank_by_loss(increase_of, largest, target), measured
+    return smallest_rank_by_loss(increase_of, largest, target, known), measured
 
 
 def scan(curve, target: float, largest: int = LARGEST) -> int:
@@ -95,11 +95,11 @@ def test_exponentials_take_few_evaluations(curve):
 
 
 def test_no_curve_takes_many_more_evaluations_than_bisection():
-    # Bisection takes 12: both ends and ten halvings. The cliffs that start just above the target are the worst case.
+    # Bisection takes 10, for 768 answers. The cliffs that start just above the target are the worst case.
     cliffs = [lambda rank, at=at: 0.0101 if rank < at else -0.1 for at in range(2, LARGEST, 15)]
     searches = [(curve, target) for curve in (EXPONENTIALS | CURVES).values() for target in reached(curve)]
     searches += [(cliff, 0.01) for cliff in cliffs]
-    assert max(len(search(*each)[1]) for each in searches) <= 14
+    assert max(len(search(*each)[1]) for each in searches) <= 12
 
 
 @pytest.mark.parametrize("true_rank", range(1, 13))
@@ -132,10 +132,29 @@ def test_one_rank_alone():
 
 
 def test_a_target_out_of_reach():
-    measured = []
     with pytest.raises(UserError, match=r"Even rank 767 costs 0\.1234 nats a token, more than 0\.05"):
-        smallest_rank_by_loss(lambda rank: measured.append(rank) or 0.1234, LARGEST, 0.05)
-    assert measured == [LARGEST]
+        smallest_rank_by_loss(lambda rank: 0.1234, LARGEST, 0.05)
+
+
+@pytest.mark.parametrize("curve", EXPONENTIALS.values(), ids=EXPONENTIALS)
+def test_the_ends_are_not_measured_unless_the_search_leads_there(curve):
+    for target in reached(curve):
+        rank, measured = search(curve, target)
+        assert LARGEST not in measured or rank > LARGEST - 50
+        assert 1 not in measured or rank < 50
+
+
+@pytest.mark.parametrize("curve", (EXPONENTIALS | CURVES).values(), ids=EXPONENTIALS | CURVES)
+def test_what_is_known_is_not_measured_again(curve):
+    for target in reached(curve):
+        rank, alone = search(curve, target)
+        known = {each: curve(each) for each in alone}
+        assert search(curve, target, known=known) == (rank, [])
+        known = {each: curve(each) for each in (64, 128, 256, 512, LARGEST + 5)}
+        found, measured = search(curve, target, known=known)
+        assert found == rank
+        assert not known.keys() & set(measured)
+        assert len(measured) <= 11
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])

@@ -13,6 +13,7 @@ from test_results import BASELINE, LOSSES, PROTOCOL, RANKS, UNTRAINED
 
 from factorized_gpt2.cli.report import report
 from factorized_gpt2.cli.shell import run_command
+from factorized_gpt2.common.errors import UserError
 from factorized_gpt2.report.plots import _STYLES, FAMILIES, _pareto_front
 from factorized_gpt2.report.reporting import results_table, write_report
 
@@ -67,6 +68,38 @@ def test_the_gap_is_to_the_baseline_that_a_run_started_from():
     old = [replace(row, fingerprint=None) for row in rows]
     assert cells(old, "pca-lora-k512")[4] == ""  # which of the two cannot be told
     assert cells(old[1:], "pca-lora-k512")[4] == f"{tuned.eval_loss - 5.0:+.4f}"
+
+
+@pytest.mark.parametrize("family", ["tokenwise-nofinetune", "pca-lora", "compressed-finetune"])
+def test_the_gap_of_a_compressed_start_is_to_what_it_was_compressed_from(family):
+    baseline = replace(PROTOCOL[0], fingerprint="1" * 64, content={"model": "one"})
+    other = replace(baseline, run_name="other", eval_loss=5.0, content={"model": "two"})
+    row = replace(
+        PROTOCOL[-1],
+        family=family,
+        settings=PROTOCOL[-1].settings | {"compressed": "somewhere", "baseline": None},
+        start_fingerprint="9" * 64,
+        content={"start": "compressed", "made_from": "two"},
+    )
+    assert cells([baseline, other, row], row.run_name)[4] == f"{row.eval_loss - 5.0:+.4f}"
+    assert cells([baseline, row], row.run_name)[4] == ""
+    unknown = replace(row, content={"start": "compressed"})
+    assert cells([baseline, unknown], row.run_name)[4] == ""
+
+
+@pytest.mark.parametrize("family", ["lora", "finetune", "evaluation", "pca-lora"])
+def test_a_baseline_that_was_edited_after_a_run_started_from_it_is_not_its_baseline(family):
+    baseline = replace(PROTOCOL[0], fingerprint="1" * 64, content={"model": "one"})
+    row = replace(PROTOCOL[-1], family=family, start_fingerprint="1" * 64, content={"start": "one"})
+    assert cells([baseline, row], row.run_name)[4] != ""
+    assert cells([baseline, replace(row, content={"start": "of another config"})], row.run_name)[4] == ""
+
+
+@pytest.mark.parametrize("name", ["dataset_name", "max_eval_samples"])
+def test_there_is_no_gap_where_settings_name_another_text(name):
+    baseline, *others = PROTOCOL
+    tuned = replace(others[-1], settings=others[-1].settings | {name: "another"})
+    assert cells([baseline, tuned], tuned.run_name)[4] == ""
 
 
 def test_there_is_no_gap_to_a_loss_on_another_text():
@@ -343,6 +376,18 @@ def test_a_mistake_is_one_line(tmp_path, monkeypatch, capsys, words, complaint):
     assert run_command(report, words) == 2
     assert capsys.readouterr() == ("", complaint)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["report.md", "report.html", "loss_against_rank.png"])
+def test_what_a_person_wrote_under_a_name_of_the_report_is_refused_and_stays(tmp_path, name):
+    (tmp_path / name).write_text("# Results\n\nof my thesis")
+    with pytest.raises(UserError, match=f"{name} is of no report that was made before: move it away, or choose"):
+        write_report(PROTOCOL, tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+    (tmp_path / name).rename(tmp_path / "thesis.md")
+    write_report(PROTOCOL, tmp_path)
+    write_report(PROTOCOL, tmp_path)
+    assert (tmp_path / "thesis.md").read_text() == "# Results\n\nof my thesis"
 
 
 def test_the_result_for_programs(tmp_path):

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,7 @@ from factorized_gpt2.runs.run import run_experiment
 from factorized_gpt2.runs.settings import Run, RunArguments, parse_run
 from factorized_gpt2.settings.words import as_flags
 from factorized_gpt2.text.tokenizers import load_tokenizer
+from factorized_gpt2.trainer.checkpoints import seal
 
 COMMON = {
     "do_train": True,
@@ -217,6 +219,78 @@ def test_a_tokenizer_is_known_by_its_content(folder, texts, tokenizer):
         claim(parse(folder, tokenizer="elsewhere"))
 
 
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("tokenizer_config.json", '{"eos_token": "<|endoftext|>", "add_prefix_space": true}'),
+        ("tokenizer_config.json", '{"eos_token": "b"}'),
+        ("spiece.model", "other pieces"),
+        ("merges.txt", "a b"),
+    ],
+)
+def test_every_file_that_makes_tokens_counts(folder, texts, tokenizer, name, content):
+    tokenizer.save_pretrained(texts / "tokenizer")
+    (texts / "tokenizer/spiece.model").write_text("pieces")
+    mark(parse(folder))
+    (texts / "tokenizer/README.md").write_text("a note")
+    assert claim(parse(folder)) is None
+    (texts / "tokenizer" / name).write_text(content)
+    with pytest.raises(UserError, match=r"\(the tokenizer in tokenizer\)"):
+        claim(parse(folder))
+
+
+@pytest.mark.parametrize("name", ["special_tokens_map.json", "config.json"])
+def test_an_end_of_text_that_another_file_names_counts(folder, texts, tokenizer, name):
+    tokenizer.save_pretrained(texts / "tokenizer")
+    (texts / "tokenizer/tokenizer_config.json").write_text("{}")
+    (texts / "tokenizer" / name).write_text('{"eos_token": "a", "eos_token_id": 1}')
+    mark(parse(folder))
+    assert claim(parse(folder)) is None
+    (texts / "tokenizer" / name).write_text('{"eos_token": "b", "eos_token_id": 2}')
+    with pytest.raises(UserError, match=r"\(the tokenizer in tokenizer\)"):
+        claim(parse(folder))
+
+
+def test_a_pickle_of_weights_counts_whatever_stands_beside_it(tmp_path, folder):
+    start = Path(save(tmp_path / "baseline", n_embd_wte=None))
+    (start / "model.safetensors").unlink()
+    (start / "pytorch_model.bin").write_bytes(b"one")
+    (start / "adapter_model.safetensors").write_bytes(b"an adapter")
+    run = parse(folder, baseline=str(start))
+    mark(run)
+    assert claim(run) is None
+    (start / "pytorch_model.bin").write_bytes(b"two")
+    _digest.cache_clear()
+    with pytest.raises(UserError, match=r"\(the model in .*baseline\)"):
+        claim(run)
+
+
+def test_an_edited_dataset_in_a_local_folder_is_refused(folder, texts):
+    (texts / "data").mkdir()
+    (texts / "data/train.jsonl").write_text('{"text": "one"}')
+    run = parse(folder, dataset_name="data", train_file=None, validation_file=None)
+    mark(run)
+    assert claim(run) is None
+    (texts / "data/train.jsonl").write_text('{"text": "others"}')
+    with pytest.raises(UserError, match=r"\(the files of the dataset data\)"):
+        claim(run)
+
+
+def test_a_finished_run_whose_weights_are_others_now_is_not_finished(folder):
+    mark(parse(folder))
+    save(folder)
+    finished = replace(UNTRAINED, fingerprint=weights_fingerprint(str(folder)))
+    finished.write(folder)
+    assert claim(parse(folder)) == finished
+    save(folder, seed=6)
+    with pytest.raises(UserError, match="run is finished, but its weights were changed or removed since: choose"):
+        claim(parse(folder))
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(UserError, match="its weights were changed or removed"):
+        claim(parse(folder))
+    assert claim(parse(folder, overwrite_output_dir=True)) is None
+
+
 def test_a_dataset_that_changed_on_the_hub_is_seen_before_the_run_goes_on(folder, monkeypatch):
     class Builder:
         hash = "one"
@@ -264,6 +338,19 @@ def test_another_model_in_the_starts_place_is_refused(tmp_path, folder):
     assert claim(run) is None
     save(tmp_path / "baseline", n_embd_wte=None, seed=6)
     with pytest.raises(UserError, match=r"other settings \(the model in .*baseline\)"):
+        claim(run)
+
+
+def test_another_model_in_the_place_of_an_unnamed_teacher_is_refused(tmp_path, folder):
+    """A compressed model learns from what it was made from, unless told otherwise."""
+    teacher, start = save(tmp_path / "teacher", n_embd_wte=None), save(tmp_path / "start")
+    Path(start, "compression.json").write_text(json.dumps({"baseline": teacher}))
+    run = parse(folder, compressed=start, distillation_weight=0.5)
+    mark(run)
+    assert claim(run) is None
+    assert claim(parse(folder, compressed=start, distillation_weight=0.5, teacher=teacher)) is None  # the same
+    save(tmp_path / "teacher", n_embd_wte=None, seed=6)
+    with pytest.raises(UserError, match=r"other settings \(the teacher in .*teacher\)"):
         claim(run)
 
 
@@ -325,6 +412,26 @@ def test_overwriting_removes_checkpoints_results_and_what_a_model_is_loaded_by(f
     assert removed == {"checkpoint-2", "checkpoint-10", "damaged-checkpoint-9", "results.json", "config.json"}
     assert (folder / "adapter/a.txt").read_text() == "adapter/a.txt"
     assert (folder / "my-notes.txt").read_text() == "my-notes.txt"
+
+
+def test_overwriting_leaves_an_adapter_that_cannot_be_taken_for_the_new_run_s(folder):
+    mark(parse(folder))
+    (folder / "adapter").mkdir()
+    for name in ("adapter_config.json", "notes.txt"):
+        (folder / "adapter" / name).write_text("{}")
+    assert claim(parse(folder, seed=3, overwrite_output_dir=True)) is None
+    assert [path.name for path in (folder / "adapter").iterdir()] == ["notes.txt"]
+
+
+def test_overwriting_leaves_all_as_it_is_where_a_checkpoint_holds_what_the_run_did_not_write(folder):
+    mark(parse(folder))
+    names = filled(folder)
+    seal(folder / "checkpoint-10")
+    (folder / "checkpoint-10/notes.txt").write_text("mine")
+    with pytest.raises(UserError, match=r"checkpoint-10 holds notes.txt, which was not written by the run: move it"):
+        claim(parse(folder, seed=3, overwrite_output_dir=True))
+    assert {path.name for path in folder.iterdir()} == names
+    assert (folder / "checkpoint-10/notes.txt").read_text() == "mine"
 
 
 def test_a_folder_that_is_refused_is_not_swept(folder):

@@ -63,4 +63,7 @@ def test_what_is_portable_stays(config):
 def test_what_an_older_folder_holds_is_published_in_the_same_way(tokenizer, tmp_path):
     tokenizer.save_pretrained(tmp_path)
     (tmp_path / "config.json").write_text("{}")
-    assert json.loads(_model_files(tmp_path)["tokenizer_config.json"])["tokenizer_class"] == "PreTrainedTokenizerFast"
+    assert (
+        json.loads(_model_files(tmp_path, tmp_path)["tokenizer_config.json"])["tokenizer_class"]
+        == "PreTrainedTokenizerFast"
+    )

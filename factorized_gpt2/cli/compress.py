@@ -5,6 +5,7 @@ from pathlib import Path
 
 from ..common.errors import UserError
 from ..common.folder_lock import compress_alone
+from ..compress.methods import CODED
 from ..settings.devices import DeviceArguments, DtypeArguments
 from ..settings.outputs import JsonArguments, PublishArguments
 from ..settings.parsing import ManualParser
@@ -22,11 +23,12 @@ def compress(argv: list[str]) -> None:
         ),
         prog="compress.py",
         description="Factorize the token embedding and head of a trained GPT-2.",
-        usage="%(prog)s --baseline FOLDER --ranks K [K ...] [option ...]",
+        usage="%(prog)s --baseline FOLDER (--ranks K [K ...] | --bits_per_weight B [B ...]) [option ...]",
         examples=(
             "compress.py --baseline openai-community/gpt2 --ranks 64 128",
             "compress.py --baseline my_gpt2 --ranks 64 --method tokenwise --calibration_file train.txt --refine 200",
             "compress.py --baseline my_gpt2 --target_loss_increase 0.02 --eval_file held_out.txt",
+            "compress.py --baseline my_gpt2 --bits_per_weight 1 1.75 2.75 --calibration_file train.txt",
         ),
         remark="What was made in the same way before is reused.",
     ).parse(argv)
@@ -45,20 +47,42 @@ def check(arguments: CompressArguments, calibration: CalibrationArguments, evalu
         UserError: A setting out of range, or one that contradicts or lacks another.
     """
     ranks, loss, share = arguments.ranks, arguments.target_loss_increase, arguments.explained_variance
-    if sum(choice is not None for choice in (ranks, loss, share)) != 1:
-        raise UserError("Set one of ranks, target_loss_increase and explained_variance.")
-    if share is not None and arguments.method != "pca":
+    if arguments.makes_codes:
+        _check_codes(arguments)
+    elif sum(choice is not None for choice in (ranks, loss, share)) != 1:
         raise UserError(
-            f"explained_variance is for method pca alone; with method {arguments.method} set target_loss_increase."
+            "Set one of ranks, bits_per_weight, vocabulary_mb, target_loss_increase and explained_variance."
         )
+    if share is not None and (arguments.makes_codes or arguments.method != "pca"):
+        method = CODED if arguments.makes_codes else arguments.method
+        raise UserError(f"explained_variance is for method pca alone; with method {method} set target_loss_increase.")
     if ranks is not None and len(set(ranks)) != len(ranks):
         raise UserError(f"ranks: a rank is given twice in {' '.join(map(str, ranks))}.")
     if loss is not None and not evaluation.is_asked_for:
         raise UserError("target_loss_increase needs text to measure on: set eval_file or dataset_name.")
     own_text = calibration.calibration_file or calibration.calibration_dataset_name
-    if own_text and arguments.method == "pca" and not arguments.refine:
+    learns = arguments.makes_codes or arguments.refine or arguments.method != "pca"
+    if own_text and not learns:
         name = "calibration_file" if calibration.calibration_file else "calibration_dataset_name"
         raise UserError(f"{name} does nothing for method pca without refine; tokenwise makes the most of it.")
+
+
+def _check_codes(arguments: CompressArguments) -> None:
+    choices = {name: getattr(arguments, name) for name in ("bits_per_weight", "vocabulary_mb", "target_loss_increase")}
+    if sum(choice is not None for choice in choices.values()) != 1:
+        raise UserError(f"Method {CODED} needs one of {', '.join(choices)}.")
+    if arguments.method not in ("pca", CODED):  # the first is the default
+        raise UserError(f"bits_per_weight and vocabulary_mb are for method {CODED}, not for {arguments.method}.")
+    if arguments.refine:
+        raise UserError(f"refine trains floats; of method {CODED} there are none.")
+    if not arguments.tie_word_embeddings:
+        raise UserError(f"Method {CODED} codes one matrix for both sides: leave tie_word_embeddings as it is.")
+    if arguments.ranks and arguments.target_loss_increase is not None:
+        raise UserError("Set one of ranks and target_loss_increase.")
+    for name in ("bits_per_weight", "vocabulary_mb"):
+        sizes = choices[name] or ()
+        if len(set(sizes)) != len(sizes):
+            raise UserError(f"{name}: a budget is given twice in {' '.join(map(str, sizes))}.")
 
 
 def main() -> None:

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field, replace
 from typing import Annotated
 
-from ..compress.methods import METHODS
+from ..compress.methods import CODED, METHODS
 from ..settings.setting_values import COUNT, NOT_NEGATIVE, OUTPUT_FOLDER, POSITIVE, READ, SEED, Range
 from ..settings.text_arguments import EvaluationArguments, check_pattern
 from ..text.source import TextSource
@@ -19,11 +19,21 @@ class CompressArguments:
     ranks: list[Annotated[int, COUNT]] | None = field(
         default=None, metadata={"help": "Ranks k of the token embedding, each smaller than its width."}
     )
+    bits_per_weight: list[Annotated[float, POSITIVE]] | None = field(
+        default=None,
+        metadata={
+            "help": "Budgets of method coded, a model each: bits that the vocabulary takes in the file, everything "
+            "counted, for each of its V d weights. Ranks beside it are upper limits, for every budget in turn."
+        },
+    )
+    vocabulary_mb: list[Annotated[float, POSITIVE]] | None = field(
+        default=None, metadata={"help": "The same budgets in million bytes, instead of bits_per_weight."}
+    )
     target_loss_increase: Annotated[float, POSITIVE] | None = field(
         default=None,
         metadata={
-            "help": "Instead of ranks: the smallest rank whose loss on the evaluation text exceeds the baseline's by "
-            "no more than this, in nats a token."
+            "help": "Instead of ranks or budgets: the smallest model whose loss on the evaluation text exceeds the "
+            "baseline's by no more than this, in nats a token."
         },
     )
     explained_variance: Annotated[float, Range(0, 1, is_open_below=True)] | None = field(
@@ -37,8 +47,9 @@ class CompressArguments:
         default="pca",
         metadata={
             "help": "pca: the protocol's. weighted: rows weighted by frequency. joint: the loss to second order, on "
-            "both sides. tokenwise: joint, then every row fitted to its own token's use. All but pca need text.",
-            "choices": list(METHODS),
+            "both sides. tokenwise: joint, then every row fitted to its own token's use. coded: joint's directions, "
+            "integers, entropy coding; the best at equal bytes. All but pca need text. Budgets imply coded.",
+            "choices": [*METHODS, CODED],
         },
     )
     refine: Annotated[int, NOT_NEGATIVE] = field(
@@ -56,6 +67,11 @@ class CompressArguments:
     )
     overwrite: bool = field(default=False, metadata={"help": "Replace what was made from another baseline."})
     seed: Annotated[int, SEED] = field(default=0, metadata={"help": "Of everything that is drawn."})
+
+    @property
+    def makes_codes(self) -> bool:
+        """Whether the vocabulary becomes integers."""
+        return self.method == CODED or bool(self.bits_per_weight or self.vocabulary_mb)
 
 
 @dataclass

@@ -1,35 +1,32 @@
 """What `compress.py` does once its words are read."""
 
 import logging
-from dataclasses import asdict
+import math
+import re
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch.utils.data import Dataset
 from transformers.utils import is_matplotlib_available
 
 from ..common.errors import UserError
-from ..common.files import read_json, require_space
+from ..common.files import require_space
+from ..compress.coded import SEARCHED, Budget, BudgetTooSmall, CodedCompressor
 from ..compress.compressor import CalibrationText, Compressor, Recipe
+from ..compress.methods import CODED
 from ..compress.ranks import check_ranks, is_good_enough, largest_rank, smallest_rank_by_loss, smallest_rank_by_share
-from ..hub.model_card import Figures, Measurement
 from ..hub.repository import check_access, publish
-from ..models.dtypes import dtype_name
 from ..models.loading import check_tokenizer, load_baseline
-from ..models.record import RECORD_NAME
-from ..models.sizes import model_size
+from ..models.sizes import model_size, stored_bytes
+from ..network.configuration_factorized_gpt2 import FactorizedGPT2Config
 from ..network.modeling_factorized_gpt2 import FactorizedGPT2
 from ..report.plots import plot_loss_against_bytes, plot_spectrum
-from ..runs.results import megabytes
 from ..settings.devices import DtypeArguments
 from ..settings.outputs import JsonArguments, PublishArguments
 from ..settings.text_arguments import EvaluationArguments
 from ..text.blocks import load_blocks
-from ..text.loss import LossSum, perplexity, sum_loss
-from ..text.source import TextSource
 from ..text.tokenizers import has_tokenizer, load_tokenizer
 from .compress_settings import CalibrationArguments, CompressArguments
+from .measuring import BASELINE, Measure, Size, size_name
 from .shell import print_table, write_result
 
 logger = logging.getLogger(__name__)
@@ -44,15 +41,16 @@ def compress_all(
     publishing: PublishArguments,
     output: JsonArguments,
 ) -> None:
-    """Load the baseline, choose ranks, factorize, write the folders, print what it cost, publish it if asked."""
+    """Load the baseline, choose sizes, compress, write the folders, print what it cost, publish it if asked."""
     if publishing.push_to_hub:
         check_access(None, publishing.push_to_hub)
     baseline = load_baseline(arguments.baseline)
     if arguments.ranks:
         check_ranks(arguments.ranks, baseline.model.config)
+    method = CODED if arguments.makes_codes else arguments.method
     trunk = model_size(baseline.model)
     require_space(Path(arguments.output_dir), trunk.bytes - trunk.vocabulary_bytes, "a compressed model")
-    recipe = Recipe(arguments.method, arguments.tie_word_embeddings, arguments.refine, arguments.seed, numbers.dtype)
+    recipe = Recipe(method, arguments.tie_word_embeddings, arguments.refine, arguments.seed, numbers.dtype)
     tokenizer = None
     if arguments.tokenizer or recipe.needs_text or evaluation.is_asked_for or has_tokenizer(arguments.baseline):
         tokenizer = load_tokenizer(arguments.tokenizer or arguments.baseline)
@@ -65,25 +63,27 @@ def compress_all(
     if source is not None:
         blocks = load_blocks(source, tokenizer, block_size, keep_tail=False)
         text = CalibrationText(blocks, calibration.calibration_tokens, source.name)
-    compressor = Compressor(
+    compressor = (CodedCompressor if method == CODED else Compressor)(
         baseline, recipe, Path(arguments.output_dir), tokenizer, text, arguments.overwrite, device, progress=True
     )
     blocks = (
         load_blocks(evaluation.source(), tokenizer, block_size, keep_tail=True) if evaluation.is_asked_for else None
     )
-    measure = _Measure(baseline.model, recipe.method, blocks, evaluation.eval_batch_size, device)
+    measure = Measure(baseline.model, method, blocks, evaluation.eval_batch_size, device)
+    measure.take_up(compressor)
 
-    rows = [measure.row("-", None, baseline.model, Path(arguments.baseline))]
-    ranks, chosen = (arguments.ranks, {}) if arguments.ranks else _choose(arguments, compressor, measure)
-    missing = [rank for rank in ranks if not compressor.folder(rank).exists()]
+    rows = [measure.row(BASELINE, None, baseline.model, Path(arguments.baseline))]
+    sizes = _budgets(arguments, baseline.model.config) if method == CODED else arguments.ranks
+    sizes, chosen = (sizes, {}) if sizes else _choose(arguments, compressor, measure)
+    missing = [size for size in sizes if not compressor.folder(size).exists()]
     if missing:
         compressor.factorize_ahead(missing)
-    for rank in sorted(ranks, reverse=True):
-        model, folder = chosen.get(rank) or compressor.load_or_make(rank)[0], compressor.folder(rank)
-        share = read_json(folder / RECORD_NAME)[compressor.share_name]
-        rows.append(measure.row(rank, share, model, folder))
+    for size in sorted(sizes, reverse=True):
+        model, folder = chosen.get(size) or compressor.load_or_make(size)[0], compressor.folder(size)
+        rows.append(measure.row(size, compressor.share(size), model, folder))
+        measure.note(size, folder)
     if blocks is not None:
-        print(f"Validation loss in nats a token, over {measure.losses['-'].tokens:,} tokens:")
+        print(f"Validation loss in nats a token, over {measure.losses[BASELINE].tokens:,} tokens:")
     print_table(rows)
     write_result(
         output.json,
@@ -92,86 +92,36 @@ def compress_all(
         method=recipe.method,
         label=compressor.label,
         text=evaluation.source().name if blocks is not None else None,
-        tokens=measure.losses["-"].tokens if blocks is not None else None,
+        tokens=measure.losses[BASELINE].tokens if blocks is not None else None,
         device=str(device),
     )
-    _plot(compressor, ranks, measure)
-    for rank in ranks if publishing.push_to_hub else ():
-        measured = measure.record(rank, evaluation.source()) if measure.losses else None
-        name, private = _repository(publishing.push_to_hub, rank, ranks), publishing.private or None
-        print(f"Published: {publish(compressor.folder(rank), name, private=private, measured=measured)}")
+    _plot(compressor, measure)
+    for size in sizes if publishing.push_to_hub else ():
+        measured = measure.record(size, evaluation.source()) if measure.losses else None
+        folder, private = compressor.folder(size), publishing.private or None
+        name = repository_name(publishing.push_to_hub, folder, len(sizes) > 1)
+        print(f"Published: {publish(folder, name, private=private, measured=measured)}")
 
 
-def _repository(name: str, rank: int, ranks: list[int]) -> str:
-    return name if len(ranks) == 1 else f"{name}-k{rank}"
+def _budgets(arguments: CompressArguments, config: FactorizedGPT2Config) -> list[Budget]:
+    """List the budgets that are asked for, each with every largest rank."""
+    ranks, weights = arguments.ranks or [None], config.vocab_size * config.n_embd
+    if arguments.bits_per_weight:
+        return [Budget(bits, rank) for bits in arguments.bits_per_weight for rank in ranks]
+    return [Budget.of_megabytes(size, weights, rank) for size in arguments.vocabulary_mb or () for rank in ranks]
 
 
-class _Measure:
-    """Sizes of models, and their losses where there is text."""
-
-    def __init__(
-        self, baseline: FactorizedGPT2, method: str, blocks: Dataset | None, batch_size: int, device: torch.device
-    ):
-        self.baseline_size, self.method = model_size(baseline), method
-        self.blocks, self.batch_size, self.device = blocks, batch_size, device
-        self.losses: dict[int | str, LossSum] = {}  # by rank; the baseline's under "-"
-        self.bytes: dict[int | str, int] = {}
-        self.results: list[dict[str, Any]] = []  # the rows of the table, for programs to read
-
-    def loss(self, rank: int | str, model: FactorizedGPT2) -> float:
-        """Measure a model's loss, once for every rank."""
-        if rank not in self.losses:
-            desc = f"Evaluating {'the baseline' if rank == '-' else f'k = {rank}'}"
-            self.losses[rank] = sum_loss(model.to(self.device), self.blocks, self.batch_size, self.device, desc=desc)
-            self.bytes[rank] = model_size(model).bytes
-        return self.losses[rank].loss
-
-    def increase(self, rank: int | str) -> float:
-        """Say how far a measured model's loss exceeds the baseline's, in nats a token."""
-        return self.losses[rank].loss - self.losses["-"].loss
-
-    def record(self, rank: int, text: TextSource) -> Measurement:
-        """Put down a rank's loss, and the baseline's beside it."""
-        size = self.baseline_size
-        baseline = Figures("baseline", None, size.parameters, size.bytes, self.losses["-"].loss)
-        return Measurement(self.losses[rank].loss, text, baseline)
-
-    def row(self, rank: int | str, share: float | None, model: FactorizedGPT2, folder: Path) -> dict[str, Any]:
-        """Lay out a row of the table."""
-        size = model_size(model)
-        row = {
-            "k": rank,
-            "variance" if self.method == "pca" else "share": "" if share is None else f"{share:.4f}",
-            "parameters": f"{size.parameters:,}",
-            "vocabulary": f"{size.vocabulary_parameters:,}",
-            "MB": megabytes(size.bytes),
-            "vocabulary MB": megabytes(size.vocabulary_bytes),
-            "size": f"{size.bytes / self.baseline_size.bytes:.1%}",
-        }
-        if self.blocks is not None:
-            loss = self.loss(rank, model)
-            row |= {"loss": f"{loss:.4f}", "perplexity": f"{perplexity(loss):.2f}"}
-            row |= {"increase": f"{self.increase(rank):+.4f}"}
-        self.results.append(
-            {
-                "rank": None if rank == "-" else rank,
-                "explained_share": share,
-                "dtype": dtype_name(model),
-                **asdict(size),
-                "loss": None if self.blocks is None else self.losses[rank].loss,
-                "perplexity": None if self.blocks is None else perplexity(self.losses[rank].loss),
-                "loss_increase": None if self.blocks is None else self.increase(rank),
-                "folder": str(folder),
-            }
-        )
-        return row | {"folder": str(folder)}
+def repository_name(name: str, folder: Path, is_one_of_several: bool) -> str:
+    """Name the repository of a model's folder."""
+    size = re.search(r"_([kb][\d.]+(_k\d+)?)$", folder.name)[1].replace("_", "-")
+    return f"{name}-{size}" if is_one_of_several else name
 
 
 def _choose(
-    arguments: CompressArguments, compressor: Compressor, measure: _Measure
-) -> tuple[list[int], dict[int, FactorizedGPT2]]:
-    """Find the smallest rank that is good enough; return it, and its model where that is at hand, with its folder."""
-    config = compressor.baseline.model.config
+    arguments: CompressArguments, compressor: Compressor, measure: Measure
+) -> tuple[list[Size], dict[Size, FactorizedGPT2]]:
+    """Find the smallest model that is good enough; return its size, and where it is at hand itself, saved."""
+    config, is_coded = compressor.baseline.model.config, measure.method == CODED
     if arguments.explained_variance is not None:
         rank = smallest_rank_by_share(compressor.shares, arguments.explained_variance)
         if rank >= config.n_embd:
@@ -180,37 +130,57 @@ def _choose(
         return [rank], {}
 
     target, good_enough = arguments.target_loss_increase, {}
+    sizes = [Budget(bits) for bits in SEARCHED] if is_coded else range(1, largest_rank(config) + 1)
+    known = {sizes.index(size) + 1: increase for size, (_, increase) in measure.points.items() if size in sizes}
 
-    def increase_of(rank: int) -> float:
-        stored = compressor.load(rank)
-        model, share = (stored, None) if stored else compressor.make(rank)
-        measure.loss(rank, model)
-        increase = measure.increase(rank)
-        print(f"k = {rank}: {increase:+.4f} nats a token", flush=True)
+    def increase_of(number: int) -> float:
+        size = sizes[number - 1]
+        stored = compressor.load(size)
+        try:
+            model, share = (stored, None) if stored else compressor.make(size)
+        except BudgetTooSmall:
+            return math.inf
+        measure.loss(size, model, _file_size(model, share, compressor.folder(size)) if is_coded else None)
+        increase = measure.increase(size)
+        print(f"{size_name(size)}: {increase:+.4f} nats a token", flush=True)
         if is_good_enough(increase, target):
             good_enough.clear()  # each is smaller than the last
-            good_enough[rank] = model, share
+            good_enough[size] = model, share
         return increase
 
-    rank = smallest_rank_by_loss(increase_of, largest_rank(config), target)
-    model, share = good_enough[rank]
+    def name_of(number: int) -> str:
+        return compressor.name_of(sizes[number - 1])
+
+    size = sizes[smallest_rank_by_loss(increase_of, len(sizes), target, known, name_of) - 1]
+    if size not in good_enough:  # measured by an earlier call
+        return [size], {}
+    model, share = good_enough[size]
     if share is not None:
-        compressor.save(model, rank, share)
-    return [rank], {rank: model}
+        compressor.save(model, size, share)
+    return [size], {size: model}
 
 
-def _plot(compressor: Compressor, ranks: list[int], measure: _Measure) -> None:
-    """Draw the spectrum with every rank that is there, and loss against bytes where there are losses."""
+def _file_size(model: FactorizedGPT2, bits_per_weight: float | None, folder: Path) -> int:
+    """Tell how many bytes a model of coded vocabulary has in its file; nearly so where there is none yet."""
+    if bits_per_weight is None:
+        return stored_bytes(folder)
+    size, config = model_size(model), model.config
+    return size.bytes - size.vocabulary_bytes + round(bits_per_weight * config.vocab_size * config.n_embd / 8)
+
+
+def _plot(compressor: Compressor, measure: Measure) -> None:
+    """Draw the spectrum with every rank that is there, and loss against bytes with all measured on this text."""
     if not is_matplotlib_available():
         logger.warning("No plots: the package matplotlib is not installed.")
         return
     label, root = compressor.label, compressor.root
     path = root / f"spectrum_{label}.png"
-    if compressor.saved or not path.with_suffix(".svg").exists():
-        plot_spectrum(compressor.shares, compressor.ranks_there(), compressor.recipe.method, path)
+    if measure.method != CODED and (compressor.saved or not path.with_suffix(".svg").exists()):
+        plot_spectrum(compressor.shares, compressor.sizes_there(), compressor.recipe.method, path)
         logger.info("Spectrum: %s", path)
     if measure.losses:
         path = root / f"loss_against_bytes_{label}.png"
-        points = [(measure.bytes[rank], measure.increase(rank), rank) for rank in measure.losses if rank != "-"]
-        plot_loss_against_bytes(points, measure.baseline_size.bytes, ranks, label, path)
+        points = [(*point, size_name(size)) for size, point in measure.points.items()]
+        labelled = [size_name(size) for size in compressor.sizes_there()]
+        plot_loss_against_bytes(points, measure.baseline_size.bytes, labelled, label, path)
         logger.info("Loss against bytes: %s", path)

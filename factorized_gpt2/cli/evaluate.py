@@ -85,6 +85,7 @@ def evaluate(argv: list[str]) -> None:
             | {
                 "tokens": f"{measured.tokens:,}",
                 "parameters": f"{size.parameters:,}",
+                "dtype": str(model.dtype).removeprefix("torch."),
                 "MB": megabytes(size.bytes),
                 "model": name,
             }

@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Annotated
 
 from ..common.errors import REFUSED_SETTINGS, UserError, blaming
-from ..common.files import replacing_file
-from ..common.fingerprints import files_fingerprint, weights_fingerprint
+from ..common.files import read_json, replacing_file
+from ..common.fingerprints import weights_fingerprint
 from ..report.reporting import read_results, write_report
 from ..runs.grid import Experiment, Scale, load_grid, select
+from ..runs.identity import contents_of
 from ..runs.results import RESULTS_NAME, SETTINGS_NAME, Results
 from ..runs.words import check_words, with_present_names
 from ..settings.devices import launched_processes
@@ -165,6 +166,8 @@ class _Grid:
 
     def run(self, experiments: Sequence[Experiment]) -> dict[str, str]:
         """Run what is not finished; return how each ended, by name."""
+        for experiment in experiments:
+            self._refuse_other_config(experiment)
         outcomes: dict[str, str] = {}
         factorized: set[Path] = set()
         for number, experiment in enumerate(experiments, 1):
@@ -185,20 +188,19 @@ class _Grid:
     def state(self, experiment: Experiment) -> str:
         """Say how far a run came.
 
-        It is finished if it was with just these words, from the weights and texts that are there now; what finished
-        otherwise is left to `train_hf.py`, which compares what the words mean.
+        It is finished if it was with just these words, and read what is there now; what finished otherwise is left to
+        `train_hf.py`, which compares what the words mean. Here that would make a GPU ready that the runs need.
         """
         if not (experiment.folder / RESULTS_NAME).exists():
             return "was begun" if (experiment.folder / SETTINGS_NAME).exists() else "not begun"
         try:
             results = Results.read(experiment.folder)
+            read_now = contents_of(results.settings)
         except UserError:
             return "results cannot be read"
         is_same = results.words == experiment.words + self.flags
-        for name in ("train_file", "validation_file"):
-            text = results.content.get(name)
-            is_same = is_same and text in (None, files_fingerprint(results.settings.get(name) or ()))
-        if is_same and results.start_fingerprint == weights_fingerprint(experiment.start):
+        is_same = is_same and results.start_fingerprint == weights_fingerprint(experiment.start)
+        if is_same and all(results.content.get(kind, content) == content for kind, content in read_now.items()):
             return FINISHED
         return "finished otherwise"
 
@@ -209,8 +211,19 @@ class _Grid:
         words += ["--overwrite", str(self.overwrite)]
         run_process([sys.executable, "-m", "factorized_gpt2.cli.compress", *words])
 
+    def _config(self, experiment: Experiment) -> Path:
+        return self.root / "configs" / f"{experiment.folder.name}.json"
+
+    def _refuse_other_config(self, experiment: Experiment) -> None:
+        """Refuse to write a run's config over one that is not this run's."""
+        path = self._config(experiment)
+        if path.exists() and read_json(path).get("output_dir") != experiment.config["output_dir"]:
+            raise UserError(
+                f"{path} is no config of {experiment.folder}: move it away, or choose another --output_dir."
+            )
+
     def _train(self, experiment: Experiment) -> str:
-        config = self.root / "configs" / f"{experiment.folder.name}.json"
+        config = self._config(experiment)
         with replacing_file(config) as temporary:
             temporary.write_text(json.dumps(experiment.config, indent=2) + "\n", encoding="utf-8")
         words = ["-m", "factorized_gpt2.cli.train", "--config", str(config), *self.flags]

@@ -12,6 +12,7 @@ from transformers.utils import CONFIG_NAME
 from ..common.errors import UserError
 from ..common.files import replacing_folder
 from ..common.folder_lock import compress_alone
+from ..common.weight_files import MODEL_FILES
 from ..settings.devices import DtypeArguments
 from ..settings.outputs import PublishArguments
 from ..settings.parsing import ManualParser
@@ -52,7 +53,9 @@ class ImportArguments:
     cut_vocabulary: bool = field(
         default=False, metadata={"help": "Leave out the rows that the tokenizer has no tokens for."}
     )
-    overwrite: bool = field(default=False, metadata={"help": "Replace the folder if there is one."})
+    overwrite: bool = field(
+        default=False, metadata={"help": "Replace the model in the folder; other files there stay."}
+    )
 
 
 def import_checkpoint(argv: list[str]) -> None:
@@ -93,7 +96,7 @@ def import_checkpoint(argv: list[str]) -> None:
         _fit(model, tokenizer, arguments.cut_vocabulary)
     model = in_dtype(model, numbers.dtype)
     alone = compress_alone(folder.parent, wait=True, names=(glob.escape(folder.name),))
-    with alone, replacing_folder(folder) as temporary:
+    with alone, replacing_folder(folder, MODEL_FILES) as temporary:
         _check_place(folder, arguments.overwrite)
         model.save_pretrained(temporary)
         verify_copy(model, temporary, name=folder)

@@ -1,7 +1,9 @@
 """Writing files and folders so that they are there whole or not at all, whenever the writer or the power is cut off.
 
 What is written goes under a temporary name beside its place, is flushed to the disk and then renamed. A writer that is
-killed leaves at most such a temporary name, which `leftovers.sweep` clears away.
+killed leaves at most such a temporary name, which `leftovers.sweep` clears away. Nothing is lost that others put where
+this package writes: it replaces files by their names, no folder that stands in a file's place, and no other files in a
+folder.
 """
 
 import errno
@@ -10,8 +12,9 @@ import logging
 import math
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from fnmatch import fnmatchcase
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -38,8 +41,9 @@ def replacing_file(path: Path) -> Iterator[Path]:
     """Yield a temporary path beside `path`; rename it there when the block ends well, else remove it.
 
     Raises:
-        UserError: The file cannot be written, as on a full disk.
+        UserError: The file cannot be written, as on a full disk, or where a folder has its name.
     """
+    _refuse_folder(path)
     temporary = marked_beside(path, "partial", path.suffix)
     with _writing(path, temporary):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -48,17 +52,23 @@ def replacing_file(path: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def replacing_folder(path: Path) -> Iterator[Path]:
+def replacing_folder(path: Path, ours: Sequence[str] = ()) -> Iterator[Path]:
     """Yield an empty folder beside `path`; put it in the place of `path` when the block ends well, else remove it.
 
+    Args:
+        path: A folder, if it is there at all.
+        ours: Patterns of names in it that go when they are not written anew; those of folders end with a slash. What
+            has other names stays.
+
     Raises:
-        UserError: The folder cannot be written, as on a full disk.
+        UserError: The folder cannot be written, as on a full disk, or where a file has its name.
     """
+    _refuse_file(path)
     temporary = marked_beside(path, "partial")
     with _writing(path, temporary):
         temporary.mkdir(parents=True)
         yield temporary
-        put_in_place(temporary, path)
+        put_in_place(temporary, path, ours)
 
 
 @contextmanager
@@ -78,17 +88,33 @@ def filling_folder(path: Path, last: str) -> Iterator[Path]:
         yield temporary
         _flush(temporary)
         files = [file for file in temporary.rglob("*") if file.is_file()]  # a tokenizer can have a folder of its own
+        places = {file: path / file.relative_to(temporary) for file in files}
+        for place in places.values():  # before the first is moved
+            _refuse_folder(place)
         for file in sorted(files, key=lambda file: file == temporary / last):
-            place = path / file.relative_to(temporary)
-            place.parent.mkdir(exist_ok=True)
-            os.replace(file, place)
+            places[file].parent.mkdir(exist_ok=True)
+            os.replace(file, places[file])
         _flush_names(path)
 
 
-def put_in_place(temporary: Path, path: Path) -> None:
-    """Flush a file or folder to the disk, and rename it to `path`, in the place of what may be there."""
+def put_in_place(temporary: Path, path: Path, ours: Sequence[str] = ()) -> None:
+    """Flush a file or folder to the disk, and rename it to `path`, in the place of what may be there.
+
+    Args:
+        temporary: Beside `path`.
+        path: Of the same kind, if it is there at all.
+        ours: As `replacing_folder` has it.
+
+    Raises:
+        UserError: A folder stands where a file is to go, or a file where a folder is.
+    """
+    if temporary.is_dir():
+        _refuse_file(path)
+    elif temporary.is_file():
+        _refuse_folder(path)
     _flush(temporary)
     if path.is_dir():
+        _keep_others(path, temporary, ours)
         old = marked_beside(path, "old")
         path.rename(old)
         try:
@@ -107,6 +133,41 @@ def remove_folder(path: Path) -> None:
     trash = marked_beside(path, "partial")
     path.rename(trash)
     remove(trash)
+
+
+def _refuse_folder(path: Path) -> None:
+    if path.is_dir():
+        raise UserError(f"{path} is a folder, and a file is to be written there: move it away.")
+
+
+def _refuse_file(path: Path) -> None:
+    if os.path.lexists(path) and not path.is_dir():
+        raise UserError(f"{path} is a file, and a folder is to be written there: move it away.")
+
+
+def _keep_others(folder: Path, successor: Path, ours: Sequence[str]) -> None:
+    """Give what others put into a folder to its successor as well, so that it has its name at every moment."""
+    for path in sorted(folder.iterdir()):
+        is_folder = path.is_dir() and not path.is_symlink()
+        place = successor / path.name
+        if any(fnmatchcase(f"{path.name}/" if is_folder else path.name, pattern) for pattern in ours):
+            continue
+        if is_folder and not place.exists():
+            shutil.copytree(path, place, symlinks=True, copy_function=_link)
+        elif is_folder and not place.is_dir():
+            _refuse_folder(path)
+        elif is_folder:
+            _keep_others(path, place, ())
+        elif not place.exists():
+            _link(path, place)
+    _flush_names(successor)
+
+
+def _link(source: str | Path, place: str | Path) -> None:
+    try:
+        os.link(source, place, follow_symlinks=False)
+    except OSError:  # no second names on this drive
+        shutil.copy2(source, place, follow_symlinks=False)
 
 
 @contextmanager

@@ -3,11 +3,12 @@
 import hashlib
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from huggingface_hub import try_to_load_from_cache
 from transformers.utils import CONFIG_NAME
 
@@ -17,6 +18,9 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 _TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "merges.txt", "vocab.txt", "tokenizer.model", "added_tokens.json")
+_TOKENIZER_PATTERNS = ("*.model", "*.tiktoken")
+# Of a tokenizer's config: what changes the tokens that its files make of text.
+_TOKENIZING = ("add_prefix_space", "do_lower_case", "strip_accents", "tokenize_chinese_chars", "normalizer", "legacy")
 # Of a config: what each saving may write anew without changing what the model computes.
 _PASSING = ("transformers_version", "architectures", "dtype", "torch_dtype", "use_cache", "_name_or_path")
 
@@ -75,10 +79,25 @@ def tokenizer_content(name_or_path: str) -> str | None:
     """
     folder = Path(name_or_path)
     if folder.is_dir():
-        end = _json(folder / "tokenizer_config.json").get("eos_token")
-        files = files_fingerprint(folder / name for name in _TOKENIZER_FILES if (folder / name).is_file())
-        return files and _joined(files, str(end.get("content") if isinstance(end, dict) else end))
+        found = {path.name for pattern in _TOKENIZER_PATTERNS for path in folder.glob(pattern)}
+        names = [*_TOKENIZER_FILES, *sorted(found.difference(_TOKENIZER_FILES))]
+        files = files_fingerprint(folder / name for name in names if (folder / name).is_file())
+        return files and _joined(files, *_said_beside(folder))
     return _commit(name_or_path, "tokenizer.json") or _commit(name_or_path, "vocab.json")
+
+
+def _said_beside(folder: Path) -> list[str]:
+    """List what the other files beside a tokenizer's say of the tokens that it makes, and of the end of a text."""
+    config = _json(folder / "tokenizer_config.json")
+    end = config.get("eos_token")
+    said = [str(end.get("content") if isinstance(end, dict) else end)]
+    if end is None:  # then it stands in one of these, if anywhere
+        others = {"special_tokens_map.json": "eos_token", CONFIG_NAME: "eos_token_id"}
+        named = (_json(folder / file).get(key) for file, key in others.items())
+        said += [str(name) for name in named if name is not None]
+    # No space is put before a text unless the config says so; the others have defaults of either kind.
+    rules = {name: config.get(name) for name in _TOKENIZING if config.get(name) is not None}
+    return said + [f"{name}={rule}" for name, rule in rules.items() if rule or name != "add_prefix_space"]
 
 
 def config_fingerprint(config: "PretrainedConfig") -> str:
@@ -96,6 +115,18 @@ def tokenizer_fingerprint(tokenizer: "PreTrainedTokenizerBase | None") -> str | 
     backend = getattr(tokenizer, "backend_tokenizer", None)
     rules = repr(sorted(tokenizer.get_vocab().items())) if backend is None else backend.to_str()
     return _joined(rules, str(sorted(tokenizer.special_tokens_map.items())))
+
+
+def tokens_fingerprint(rows: Iterable[Sequence[int]]) -> str:
+    """Identify tokenized text by its ids, in their order, wherever its blocks end.
+
+    Returns:
+        SHA-256 over the ids as int32, as 64 hexadecimal digits.
+    """
+    digest = hashlib.sha256()
+    for row in rows:
+        digest.update(np.ascontiguousarray(row, dtype=np.int32).data)
+    return digest.hexdigest()
 
 
 def _commit(name: str, file: str) -> str | None:

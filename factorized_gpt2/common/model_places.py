@@ -3,35 +3,55 @@
 import os
 from pathlib import Path
 
-from huggingface_hub import try_to_load_from_cache
-from huggingface_hub.errors import HFValidationError
+from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
+from huggingface_hub.errors import EntryNotFoundError, GatedRepoError, HFValidationError, RepositoryNotFoundError
 from transformers.utils import CONFIG_NAME
 
-from .errors import UserError
+from .errors import UserError, first_line
 
 _MODEL_ROOT = "model_weights"  # where this package keeps models unless told otherwise
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json")  # of a repository without a model
 
 
-def refuse_missing_folder(name_or_path: str) -> None:
-    """Refuse a name that can only mean a folder which is not there, instead of asking the Hub for it.
+def refuse_missing(name_or_path: str) -> None:
+    """Refuse at once a folder that is not there, rather than ask the Hub for it, or ask it again and again.
 
-    That is a path, or a name in a folder that exists or is where models are kept by default. What was fetched from the
-    Hub before may have such a name.
+    A name can only mean a folder if it is a path, or stands in a folder that exists or is where models are kept by
+    default. What was fetched from the Hub before may have any name. For others the Hub is asked once, without waiting
+    and trying again, as loading would.
 
     Raises:
-        UserError: Naming the folder that is missing.
+        UserError: Naming the folder that is missing, and what keeps the Hub from being asked.
     """
     if os.path.exists(name_or_path):
         return
     path = Path(name_or_path)
     is_path = path.is_absolute() or name_or_path.startswith((".", "~")) or len(path.parts) > 2
     is_in_folder = len(path.parts) == 2 and (path.parts[0] == _MODEL_ROOT or os.path.isdir(path.parent))
-    if is_path or (is_in_folder and not _was_fetched(name_or_path)):
-        raise UserError(f"The folder {name_or_path} does not exist: make that model first, or name another.")
-
-
-def _was_fetched(repo_id: str) -> bool:
     try:
-        return try_to_load_from_cache(repo_id, CONFIG_NAME) is not None
-    except HFValidationError:
-        return False
+        was_fetched = not is_path and any(
+            try_to_load_from_cache(name_or_path, file) for file in (CONFIG_NAME, *_TOKENIZER_FILES)
+        )
+    except HFValidationError:  # no name of a repository, as loading will say
+        return
+    if was_fetched:
+        return
+    if is_path or is_in_folder:
+        raise UserError(f"The folder {name_or_path} does not exist: make that model first, or name another.")
+    _ask_the_hub(name_or_path)
+
+
+def _ask_the_hub(repo_id: str) -> None:
+    if constants.is_offline_mode():
+        raise UserError(
+            f"There is no folder {repo_id}, and no copy of a model of that name from the Hub, which is not asked "
+            "because HF_HUB_OFFLINE is set."
+        )
+    try:
+        get_hf_file_metadata(hf_hub_url(repo_id, CONFIG_NAME), timeout=constants.HF_HUB_ETAG_TIMEOUT)
+    except (RepositoryNotFoundError, EntryNotFoundError, GatedRepoError, HFValidationError):
+        return  # an answer, which loading gets too, and tells
+    except Exception as error:  # of the Hub, the HTTP client, the operating system, the encryption
+        raise UserError(
+            f"There is no folder {repo_id}, and the Hub cannot be asked for a model of that name: {first_line(error)}"
+        ) from error

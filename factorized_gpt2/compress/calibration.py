@@ -67,6 +67,7 @@ def calibrate(
     trunk, head = _float32_parts(model, device)
     generator = torch.Generator(device).manual_seed(seed)
     kept = {name: [] for name in ("ids", "hidden", "gradients", "draws", "variances")}
+    head_use = torch.zeros(len(head), dtype=torch.float64)
     for row in Progress(blocks, desc=desc, disable=desc is None):
         ids = collate_blocks([row])["input_ids"].to(device)
         embedded = trunk.wte(ids).detach().requires_grad_(True)
@@ -75,7 +76,8 @@ def calibrate(
             raise UserError(
                 "The baseline computes NaN or infinity on the calibration text: its weights are too large."
             )
-        draws, variances, upstream = _draw(hidden.detach(), head, generator)
+        draws, variances, upstream, heard = _draw(hidden.detach(), head, generator)
+        head_use += heard.cpu()
         (gradients,) = torch.autograd.grad(hidden, embedded, upstream)
         values = (ids[0], hidden.detach(), gradients[0], draws, variances)
         for kind, value in zip(kept.values(), values, strict=True):
@@ -86,6 +88,7 @@ def calibrate(
         token_counts=token_counts,
         input_side=Side(gradients, ids, positions, np.ones(len(ids), np.float32)),
         output_side=Side(hidden, draws.ravel(), np.repeat(positions, DRAWS), variances.ravel() / DRAWS),
+        head_use=head_use.numpy(),
     )
 
 
@@ -137,21 +140,24 @@ _COMPENSATION_RIDGE = 1e-3
 
 def _draw(
     hidden: torch.Tensor, head: torch.Tensor, generator: torch.Generator
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Draw next tokens for hidden states (T, d).
 
     Returns:
-        The tokens (T, DRAWS) and 1 - p of each: drawn with probability p, they add up to weights p (1 - p); and the
-        gradient of the first draws' negative log-likelihood with respect to `hidden`, (T, d).
+        The tokens (T, DRAWS) and 1 - p of each: drawn with probability p, they add up to weights p (1 - p); the
+        gradient of the first draws' negative log-likelihood with respect to `hidden`, (T, d); and the sums of
+        p (1 - p), (V,).
     """
     draws, variances, gradients = [], [], []
+    heard = torch.zeros(len(head), device=head.device)
     for rows in hidden.split(_ROWS_AT_ONCE):
         probabilities = nn.functional.linear(rows, head).softmax(-1)
         drawn = torch.multinomial(probabilities, DRAWS, replacement=True, generator=generator)
         variances.append(1 - probabilities.gather(1, drawn))
         gradients.append(probabilities @ head - head[drawn[:, 0]])
+        heard += (probabilities - probabilities.square()).sum(0)
         draws.append(drawn)
-    return torch.cat(draws), torch.cat(variances), torch.cat(gradients)
+    return torch.cat(draws), torch.cat(variances), torch.cat(gradients), heard
 
 
 def _float32_parts(model: FactorizedGPT2, device: torch.device | str) -> tuple[nn.Module, torch.Tensor]:

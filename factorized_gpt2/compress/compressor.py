@@ -1,8 +1,6 @@
 """A trained baseline to compressed models and their folders."""
 
-import hashlib
 import logging
-import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
@@ -16,12 +14,19 @@ from transformers import PreTrainedTokenizerBase
 
 from ..common.errors import UserError
 from ..common.files import read_json, replacing_folder, write_json
-from ..common.fingerprints import config_fingerprint, tokenizer_fingerprint
+from ..common.fingerprints import (
+    config_fingerprint,
+    files_fingerprint,
+    model_content,
+    tokenizer_fingerprint,
+    tokens_fingerprint,
+)
+from ..common.weight_files import MODEL_FILES, weight_files
 from ..models.conversion import from_gpt2, vocabulary_matrices
 from ..models.dtypes import dtype_name, in_dtype
 from ..models.factors import Factors
 from ..models.loading import Baseline, load_compressed
-from ..models.record import RECORD_NAME, compressed_folder
+from ..models.record import RECORD_NAME, compressed_folder, noted_measurement
 from ..models.verification import verify_copy
 from ..network.modeling_factorized_gpt2 import FactorizedGPT2
 from ..text.tokenizer_files import save_tokenizer
@@ -33,6 +38,8 @@ from .ranks import check_ranks
 from .refinement import check_device, refine
 
 logger = logging.getLogger(__name__)
+
+_VARIANCE_NAME = "explained_variance_ratio"  # of all methods in the last release, of PCA alone in this
 
 
 @dataclass(frozen=True)
@@ -58,15 +65,12 @@ class CalibrationText:
     def record(self) -> dict[str, Any]:
         """What a compressed model's record says of it; the fingerprint is of the sampled tokens."""
         ids = [row["input_ids"] for row in self.sample]
-        digest = hashlib.sha256()
-        for row in ids:
-            digest.update(np.ascontiguousarray(row, dtype=np.int32).data)
         return {
             "text": self.name,
             "blocks": len(self.blocks),
             "tokens": int(sum(len(row) for row in ids)),
             "block_size": len(ids[0]),
-            "fingerprint": digest.hexdigest(),
+            "fingerprint": tokens_fingerprint(ids),
         }
 
 
@@ -147,7 +151,14 @@ class Compressor:
     @property
     def share_name(self) -> str:
         """What a model's record calls its `explained_share`, which for PCA alone is one of variance."""
-        return "explained_variance_ratio" if self.recipe.method == "pca" else "explained_share"
+        return _VARIANCE_NAME if self.recipe.method == "pca" else "explained_share"
+
+    def share(self, rank: int) -> float:
+        """Read the `explained_share` of a rank from its folder."""
+        return self._share(read_json(self.folder(rank) / RECORD_NAME))
+
+    def _share(self, record: dict[str, Any]) -> Any:
+        return record.get(self.share_name, record.get(_VARIANCE_NAME))
 
     @property
     def label(self) -> str:
@@ -160,21 +171,27 @@ class Compressor:
         """Where the model of some rank is kept; for PCA alone, under the protocol's name."""
         return compressed_folder(self.root, rank, self.label, self.recipe.refine_steps > 0)
 
-    def ranks_there(self) -> list[int]:
+    def sizes_there(self) -> list[Any]:
         """List the ranks of all folders that hold what this compressor would make, smallest first.
 
         A folder whose record cannot be read is none of them.
         """
 
-        def is_of_this_making(rank: int) -> bool:
+        def size_of(path: Path) -> Any:
             try:
-                return not self._difference(rank)
+                size = self._size_in(read_json(path))
+                is_it = size is not None and self.folder(size) == path.parent and not self._difference(size)
             except UserError:
-                return False
+                return None
+            return size if is_it else None
 
-        name = re.compile(re.escape(self.folder(0).name).removesuffix("0") + r"([1-9]\d*)")
-        found = [int(match[1]) for path in self.root.iterdir() if (match := name.fullmatch(path.name))]
-        return sorted(filter(is_of_this_making, found))
+        found = map(size_of, self.root.glob(f"gpt_*/{RECORD_NAME}"))
+        return sorted(size for size in found if size is not None)
+
+    def measured(self, text: str) -> dict[Any, tuple[int, float]]:
+        """Read what the ranks that are there were measured to cost on a text, as `note_measurement` has it."""
+        found = {size: noted_measurement(self.folder(size), text) for size in self.sizes_there()}
+        return {size: figures for size, figures in found.items() if figures is not None}
 
     def factorize_ahead(self, ranks: Sequence[int]) -> None:
         """Factorize at ranks that will be made, with one decomposition.
@@ -219,12 +236,13 @@ class Compressor:
             UserError: The model's logits are NaN or infinite.
             RuntimeError: The reloaded model's logits differ.
         """
-        with replacing_folder(self.folder(rank)) as temporary:
+        with replacing_folder(self.folder(rank), _FILES) as temporary:
             model.save_pretrained(temporary)
             verify_copy(model, temporary, name=self.folder(rank))
             if self.tokenizer is not None:
                 save_tokenizer(self.tokenizer, temporary, model.config.n_positions)
-            kept = {self.share_name: share, "spectrum": [round(float(share), 6) for share in self.shares]}
+            kept = {self.share_name: share, "weights_fingerprint": files_fingerprint(weight_files(temporary))}
+            kept |= self._of_all_sizes()
             write_json(temporary / RECORD_NAME, self._record(rank) | kept)
         self.saved.append(rank)
 
@@ -249,25 +267,37 @@ class Compressor:
         Raises:
             UserError: A rank out of range; the folder holds another compressed model, unless `overwrite`, or none.
         """
-        check_ranks([rank], self.baseline.model.config)
+        self.check(rank)
         folder = self.folder(rank)
         if folder.exists() and not folder.is_dir():
-            raise UserError(f"{folder}, where the model of rank {rank} belongs, is a file: move it away.")
+            raise UserError(f"{folder}, where the model of {self.name_of(rank)} belongs, is a file: move it away.")
         if not (folder.exists() and any(folder.iterdir())):
             return None
         if not (folder / RECORD_NAME).exists():
             raise UserError(f"{folder} holds something else than a compressed model; remove it.")
-        difference = self._difference(rank)
+        difference, stored = self._difference(rank), read_json(folder / RECORD_NAME)
+        weights = files_fingerprint(weight_files(folder))
+        if not difference and stored.get("weights_fingerprint", weights) != weights:
+            difference = "has other weights than it was made with"
         if not difference:
             logger.info("%s was made in this way before and is reused.", folder)
-            stored = read_json(folder / RECORD_NAME)
             unknown = [what for name, what in _WHAT_IS_TAKEN_OVER.items() if name not in stored]
             if unknown:
                 logger.warning("%s does not say of which %s it was made.", folder, " and ".join(unknown))
+            if self.share_name not in stored:
+                logger.warning(
+                    "%s calls its share %s; it is %s now, and only this release still reads the old name: "
+                    "rename it there, or compress once more with --overwrite.",
+                    *(folder / RECORD_NAME, _VARIANCE_NAME, self.share_name),
+                )
             return load_compressed(str(folder))
         if not self.overwrite:
             raise UserError(f"{folder} {difference}; remove or overwrite it.")
         return None
+
+    def check(self, rank: int) -> None:
+        """Refuse a rank that is out of range."""
+        check_ranks([rank], self.baseline.model.config)
 
     def _difference(self, rank: int) -> str:
         """Say how a folder's model was made otherwise than this compressor would make it; empty if it was not."""
@@ -277,9 +307,10 @@ class Compressor:
         stored, asked = read_json(record), self._record(rank)
         if stored.get("baseline_fingerprint") != asked["baseline_fingerprint"]:
             return f"was not made from {self.baseline.name}"
-        changed = sorted(name for name in _WHAT_MAKES_A_MODEL if stored.get(name) != asked[name])
+        makings = (*_WHAT_MAKES_A_MODEL, *self._of_size(rank))
+        changed = sorted(name for name in makings if stored.get(name) != asked[name])
         changed += [what for name, what in _WHAT_IS_TAKEN_OVER.items() if stored.get(name, asked[name]) != asked[name]]
-        if not changed and not isinstance(stored.get(self.share_name), float):
+        if not changed and not isinstance(self._share(stored), float):
             changed = [self.share_name]
         return f"was made with another {', '.join(changed)}" if changed else ""
 
@@ -287,13 +318,28 @@ class Compressor:
         calibration = self.text.record if self.recipe.needs_text else None
         return asdict(self.recipe) | {
             "seed": self.recipe.seed if self.recipe.needs_text else None,
-            "n_embd_wte": rank,
+            **self._of_size(rank),
             "baseline": self.baseline.name,
             "baseline_fingerprint": self.baseline.fingerprint,
+            "baseline_content": model_content(self.baseline.name),
             "config_fingerprint": config_fingerprint(self.baseline.model.config),
             "tokenizer_fingerprint": tokenizer_fingerprint(self.tokenizer),
             "calibration": calibration,
         }
+
+    def name_of(self, rank: int) -> str:
+        """Say in words which model is meant."""
+        return f"rank {rank}"
+
+    def _of_size(self, rank: int) -> dict[str, Any]:
+        return {"n_embd_wte": rank}
+
+    def _size_in(self, record: dict[str, Any]) -> Any:
+        rank = record.get("n_embd_wte")
+        return rank if isinstance(rank, int) else None
+
+    def _of_all_sizes(self) -> dict[str, Any]:
+        return {"spectrum": [round(float(share), 6) for share in self.shares]}
 
     @cached_property
     def _matrices(self) -> tuple[np.ndarray, np.ndarray | None]:
@@ -321,5 +367,6 @@ class Compressor:
         return factorize_ranks(embedding, ranks, head)
 
 
-_WHAT_MAKES_A_MODEL = ("method", "tied", "refine_steps", "seed", "n_embd_wte", "calibration", "dtype")
+_FILES = (*MODEL_FILES, RECORD_NAME, "results.json", "run.json")  # the last two of a run that evaluated it there
+_WHAT_MAKES_A_MODEL = ("method", "tied", "refine_steps", "seed", "calibration", "dtype")
 _WHAT_IS_TAKEN_OVER = {"config_fingerprint": "config", "tokenizer_fingerprint": "tokenizer"}  # of the baseline

@@ -22,11 +22,14 @@ class VocabularyUse:
         token_counts: (V,) int64, how often each token occurs.
         input_side: Gradients with respect to token embeddings.
         output_side: Hidden states before the head.
+        head_use: (V,) float64, the sum of p (1 - p) of each token's probability over positions, which is how much the
+            head hears of it; `None` where it was not asked for.
     """
 
     token_counts: np.ndarray
     input_side: Side
     output_side: Side
+    head_use: np.ndarray | None = None
 
     def row_weights(self) -> np.ndarray:
         """Weights of rows, (V,) float64 with sum 1; half an occurrence stands for those of tokens never seen."""

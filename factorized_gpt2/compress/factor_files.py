@@ -1,5 +1,10 @@
-"""The protocol's factor files: a PCA of a baseline, by rank, as arrays on disk."""
+"""The protocol's factor files: a PCA of a baseline, by rank, as arrays on disk.
 
+They are made of the baseline's vocabulary matrices alone, and so known by its weights; the second file of a rank knows
+the first by its content.
+"""
+
+import hashlib
 import logging
 from collections.abc import Sequence
 from pathlib import Path
@@ -67,6 +72,7 @@ def write_factors(folder: Path, factors: Factors, baseline: Baseline) -> None:
         "mean": factors.mean,
         "explained_variance_ratio": np.float64(factors.explained_share),
         "baseline_fingerprint": np.array(baseline.fingerprint),
+        "wte_fingerprint": np.array(_digest(factors.wte)),
     }
     if factors.lm_head is not None:
         arrays["lm_head"] = factors.lm_head
@@ -88,6 +94,8 @@ def read_factors(folder: Path, rank: int, baseline: Baseline, overwrite: bool = 
     try:
         wte = np.load(_wte_path(folder, rank), allow_pickle=False)
         with np.load(_scales_path(folder, rank), allow_pickle=False) as arrays:
+            if str(arrays.get("wte_fingerprint", _digest(wte))) != _digest(wte):  # earlier versions wrote none
+                raise ValueError(f"{_wte_path(folder, rank).name} is of another factorization")
             if str(arrays["baseline_fingerprint"]) == baseline.fingerprint:
                 stored = Factors(
                     wte=wte,
@@ -107,6 +115,10 @@ def read_factors(folder: Path, rank: int, baseline: Baseline, overwrite: bool = 
     if overwrite:
         return None
     raise UserError(f"The factor files of rank {rank} in {folder} {problem}; remove or overwrite them.")
+
+
+def _digest(array: np.ndarray) -> str:
+    return hashlib.sha256(np.ascontiguousarray(array, dtype=np.float32).data).hexdigest()
 
 
 def _check_fit(factors: Factors, rank: int, baseline: Baseline) -> None:

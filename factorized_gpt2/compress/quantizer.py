@@ -4,9 +4,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .coded_table import CodedTable
+from ..network.coded_table import CodedTable
+from ..network.prediction import OCTAVE, RowRelations, find_parents, measure_spreads
 from .data_aware import FREQUENCY_EXPONENT
-from .prediction import OCTAVE, RowRelations, find_parents, measure_spreads
 
 STEP_EXPONENT = 0.25  # steps are row weights to the power of minus this; docs/coding.md measures others
 _LEAST_HEARD = 1e-9  # of all that the head hears
@@ -39,6 +39,7 @@ def encode_table(
     row_weights: np.ndarray,
     bits_per_weight: float,
     exponent: float = STEP_EXPONENT,
+    rank: int | None = None,
 ) -> CodedTable:
     """Code a vocabulary matrix within a budget.
 
@@ -53,6 +54,7 @@ def encode_table(
         row_weights: (V,) positive float64: what a row's errors weigh.
         bits_per_weight: The budget, bytes times 8 / (V d); `nbytes` is at most that.
         exponent: Of row weights in the steps.
+        rank: The most components that may be left; `None`: any number. One may take two columns at many bits.
 
     Returns:
         The coded matrix.
@@ -60,7 +62,7 @@ def encode_table(
     Raises:
         ValueError: The budget is too small.
     """
-    rotation = _Rotation.of(weight, metric, row_weights)
+    rotation = _Rotation.of(weight, metric, row_weights, rank)
     step_index = _step_indices(row_weights, exponent)
     relative = np.exp2(step_index / OCTAVE).astype(np.float32)
     budget = bits_per_weight * weight.size / 8
@@ -86,13 +88,13 @@ def encode_table(
 class _Rotation:
     """`scores @ scale_up + mean` is the matrix; a step in any score costs the same."""
 
-    scores: np.ndarray  # (V, d) float32
-    codes: np.ndarray  # (d, d) int8
-    steps: np.ndarray  # (d,) float16
+    scores: np.ndarray  # (V, k) float32
+    codes: np.ndarray  # (k, d) int8
+    steps: np.ndarray  # (k,) float16
     mean: np.ndarray  # (d,) float16
 
     @staticmethod
-    def of(weight: np.ndarray, metric: np.ndarray, row_weights: np.ndarray) -> "_Rotation":
+    def of(weight: np.ndarray, metric: np.ndarray, row_weights: np.ndarray, rank: int | None) -> "_Rotation":
         weight = np.asarray(weight, np.float32)
         weights = row_weights / row_weights.sum()
         mean = (weights @ weight).astype(np.float16)
@@ -101,13 +103,14 @@ class _Rotation:
         root, inverse_root = ((vectors * values**power) @ vectors.T for power in (0.5, -0.5))
         gram = (centred * weights[:, None].astype(np.float32)).T @ centred
         _, vectors = np.linalg.eigh(root @ gram @ root)
-        scale_up = vectors[:, ::-1].T @ inverse_root
+        scale_up = (vectors[:, ::-1].T @ inverse_root)[:rank]
         steps = (np.sqrt((scale_up**2).mean(1)) / _SCALE_DEVIATION).astype(np.float16)
         steps = np.maximum(steps, np.finfo(np.float16).tiny)
         codes = np.clip(np.rint(scale_up / steps[:, None].astype(np.float64)), -127, 127).astype(np.int8)
         # The scores are those of the rounded matrix, so its rounding is no error.
         rounded = codes * steps[:, None].astype(np.float64)
-        return _Rotation(centred @ np.linalg.inv(rounded).astype(np.float32), codes, steps, mean)
+        inverse = metric @ np.linalg.solve(rounded @ metric @ rounded.T, rounded).T  # its own where all are kept
+        return _Rotation(centred @ inverse.astype(np.float32), codes, steps, mean)
 
 
 def _step_indices(row_weights: np.ndarray, exponent: float) -> np.ndarray:

@@ -14,6 +14,7 @@ from tabulate import tabulate
 
 from ..common.files import read_json
 from ..common.markdown import code, escaped
+from ..models.adapter_folder import LIBRARY, LORA_TAG, lora_summary
 from ..models.record import RECORD_NAME
 from ..network.configuration_factorized_gpt2 import FactorizedGPT2Config
 from ..runs.results import Results, megabytes
@@ -28,6 +29,7 @@ _METHODS = {
     "weighted": "a low-rank fit of the token embedding that counts each token as often as it occurs",
     "joint": "a fit of the loss to second order, on the embedding's side and on the head's",
     "tokenwise": "a fit of the loss to second order, then of every token's row to that token's own use",
+    "coded": "rounding its vocabulary to integers by what the loss feels of it, and entropy coding",
 }
 
 
@@ -202,15 +204,13 @@ def adapter_card(
         f"model = AutoPeftModelForCausalLM.from_pretrained({where}, trust_remote_code=True)",
         "model = model.merge_and_unload()  # as small as the base, and as fast",
     )
-    targets = ", ".join(map(code, sorted(lora["target_modules"])))
     is_factorized = results is None or results.n_embd_wte is not None
     adapted = "a GPT-2 with a factorized vocabulary" if is_factorized else "a GPT-2"
-    data = _metadata(name, measured, history, base_model, license, library_name="peft", tags=[*TAGS, "lora"])
+    data = _metadata(name, measured, history, base_model, license, library_name=LIBRARY, tags=[*TAGS, LORA_TAG])
     return _card(
         data,
         f"# {name}",
-        f"A LoRA adapter of rank {escaped(lora['r'])}, alpha {escaped(lora['lora_alpha'])}, on {targets} of "
-        f"[{base_model}](/{base_model}), {adapted}.",
+        f"{lora_summary(lora)} of [{base_model}](/{base_model}), {adapted}.",
         *([_training(history), *_table(Figures.of(results, "with this adapter"), measured)] if results else ()),
         "## Use",
         _python(*loading),
@@ -262,6 +262,12 @@ def _architecture(config: FactorizedGPT2Config) -> str:
     shape = f"{config.n_layer} layers, width d = {config.n_embd}, V = {config.vocab_size:,} tokens"
     if not config.is_factorized:
         return f"A GPT-2: {shape}."
+    if config.is_coded:
+        return (
+            f"A GPT-2 with a vocabulary of integers: {shape}. Embedding and head share a V x k table of int8 with a "
+            f"step a row, k = {config.n_embd_wte}, and a k x d and a d x k matrix lead to and from it. The file holds "
+            "the table entropy-coded; in memory a number takes a byte."
+        )
     head = "the first of them again" if config.tie_word_embeddings else "a k x V matrix of its own"
     return (
         f"A GPT-2 with a factorized vocabulary: {shape}. Its token embedding is the product of a V x k and a k x d "

@@ -13,6 +13,7 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from huggingface_hub import CommitOperationAdd, HfApi, ModelCard, RepoUrl, get_token
@@ -30,9 +31,10 @@ from transformers.utils import CHAT_TEMPLATE_DIR, CHAT_TEMPLATE_FILE, CONFIG_NAM
 
 from ..common.errors import UserError
 from ..common.files import read_json
+from ..models.adapter_folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from ..models.loading import CODE_KEYS, load_complete
 from ..models.record import RECORD_NAME
-from ..models.sizes import model_size
+from ..models.sizes import model_size, stored_bytes
 from ..network.classification_factorized_gpt2 import FactorizedGPT2ForSequenceClassification
 from ..network.configuration_factorized_gpt2 import FactorizedGPT2Config
 from ..network.modeling_factorized_gpt2 import FactorizedGPT2, FactorizedGPT2Model
@@ -46,12 +48,12 @@ AUTO_CLASSES = {
     "AutoModelForCausalLM": FactorizedGPT2,
     "AutoModelForSequenceClassification": FactorizedGPT2ForSequenceClassification,
 }
-ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"  # PEFT's names
 
 _TOKENIZER_FILES = (
     *(TOKENIZER_CONFIG_FILE, FULL_TOKENIZER_FILE, SPECIAL_TOKENS_MAP_FILE, ADDED_TOKENS_FILE, CHAT_TEMPLATE_FILE),
     *GPT2Tokenizer.vocab_files_names.values(),
 )
+_WEIGHTS = "model*.safetensors"
 _OF_THIS_MACHINE = ("words", "is_local", "local_files_only", "_name_or_path")  # keys of JSON files
 
 
@@ -102,7 +104,7 @@ def publish(
         card = model_card(
             url.repo_id,
             model.config,
-            (size.parameters, size.bytes),
+            (size.parameters, stored_bytes(folder) if model.config.is_coded else size.bytes),
             history,
             measured,
             base_model,
@@ -110,8 +112,10 @@ def publish(
             [path.name for path in plots],
             revision,
         )
-        files = _model_files(folder) | {path.name: path for path in [*code_files(), *plots]}
-        return _commit(api, url, files, card, revision)
+        with TemporaryDirectory() as temporary:
+            stored = _as_transformers_loads_it(folder, model, Path(temporary))
+            files = _model_files(folder, stored) | {path.name: path for path in [*code_files(), *plots]}
+            return _commit(api, url, files, card, revision)
 
 
 def publish_adapter(
@@ -162,11 +166,24 @@ def code_files() -> list[Path]:
     return sorted(starts.union(*(map(Path, get_relative_import_files(start)) for start in starts)))
 
 
-def _model_files(folder: Path) -> dict[str, Path | bytes]:
-    """Collect weights, configuration, tokenizer and records by their names in the repository."""
+def _as_transformers_loads_it(folder: Path, model: FactorizedGPT2, temporary: Path) -> Path:
+    """Return the folder; where transformers alone would not load the model from there, another that has it saved."""
+    if model.name_or_path and list(folder.glob(_WEIGHTS)):
+        return folder
+    model.save_pretrained(temporary)
+    return temporary
+
+
+def _model_files(folder: Path, stored: Path) -> dict[str, Path | bytes]:
+    """Collect weights, configuration, tokenizer and records by their names in the repository.
+
+    Args:
+        folder: Of the model.
+        stored: Where its weights and configuration are taken from.
+    """
     auto_map = {auto: f"{Path(inspect.getfile(made)).stem}.{made.__name__}" for auto, made in AUTO_CLASSES.items()}
-    files: dict[str, Path | bytes] = {path.name: path for path in sorted(folder.glob("model*.safetensors*"))}
-    files[CONFIG_NAME] = _as_json(_without_code(read_json(folder / CONFIG_NAME)) | {"auto_map": auto_map})
+    files: dict[str, Path | bytes] = {path.name: path for path in sorted(stored.glob(f"{_WEIGHTS}*"))}
+    files[CONFIG_NAME] = _as_json(_without_code(read_json(stored / CONFIG_NAME)) | {"auto_map": auto_map})
     for name in (GENERATION_CONFIG_NAME, *_TOKENIZER_FILES):
         if (folder / name).is_file():
             files[name] = folder / name
@@ -183,7 +200,7 @@ def _model_files(folder: Path) -> dict[str, Path | bytes]:
 
 def _plots(folder: Path) -> list[Path]:
     """List the pictures that `compress.py` leaves beside a model's folder, and those in it."""
-    label = re.fullmatch(r"gpt_(\w+?)(_nofinetune)?_k\d+", folder.name)
+    label = re.fullmatch(r"gpt_(\w+?)(_nofinetune)?(_k\d+|_b[\d.]+(_k\d+)?)", folder.name)
     beside = [folder.parent / f"{kind}_{label[1]}.png" for kind in ("loss_against_bytes", "spectrum")] if label else []
     return [*sorted(folder.glob("*.png")), *(path for path in beside if path.is_file())]
 

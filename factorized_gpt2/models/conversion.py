@@ -8,20 +8,23 @@ import numpy as np
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
+from ..network.coded_table import CodedTable
+from ..network.coded_vocabulary import table_tensors, without_codes
 from ..network.configuration_factorized_gpt2 import FactorizedGPT2Config
-from ..network.modeling_factorized_gpt2 import FactorizedGPT2
+from ..network.modeling_factorized_gpt2 import FactorizedGPT2, vocabulary_names
 from .factors import Factors
 
 _QKV = ("q_proj", "k_proj", "v_proj")
 
 
-def from_gpt2(model: GPT2LMHeadModel | FactorizedGPT2, factors: Factors | None = None) -> FactorizedGPT2:
+def from_gpt2(model: GPT2LMHeadModel | FactorizedGPT2, factors: Factors | CodedTable | None = None) -> FactorizedGPT2:
     """Convert a GPT-2 into the model of this package, exactly, or with its vocabulary side factorized.
 
     Args:
         model: A stock GPT-2, or an unfactorized `FactorizedGPT2`. It is not changed.
-        factors: Factors of its vocabulary matrices; with an `lm_head` of their own they untie a tied model. `None`
-            keeps the matrices whole: the same network, the same logits.
+        factors: Factors of its vocabulary matrices; with an `lm_head` of their own they untie a tied model. A coded
+            table of the matrix, which must be tied, makes a vocabulary of integers. `None` keeps the matrices whole:
+            the same network, the same logits.
 
     Returns:
         A new model in evaluation mode, in the dtype and on the device of `model`.
@@ -32,13 +35,18 @@ def from_gpt2(model: GPT2LMHeadModel | FactorizedGPT2, factors: Factors | None =
         TypeError: `model` is neither of the two.
     """
     trunk, wte, lm_head = _split_vocabulary(model)
-    tied = lm_head is None and (factors is None or factors.lm_head is None)
+    tied = lm_head is None and getattr(factors, "lm_head", None) is None
     config = _factorized_config(model.config, factors, tied)
-    if factors is None:
+    if isinstance(factors, CodedTable):
+        vocabulary = _coded_weights(factors, wte, must_untie=lm_head is not None)
+    elif factors is None:
         vocabulary = {"transformer.wte.weight": wte, "lm_head.weight": wte if lm_head is None else lm_head}
     else:
         vocabulary = _factor_weights(factors, wte, must_untie=lm_head is not None)
-    return _build(FactorizedGPT2, config, trunk | vocabulary, like=wte, generation_config=model.generation_config)
+    made = _build(FactorizedGPT2, config, trunk | vocabulary, like=wte, generation_config=model.generation_config)
+    if isinstance(factors, CodedTable):
+        made.transformer.wte.stored = without_codes(factors)
+    return made
 
 
 def to_gpt2(model: FactorizedGPT2) -> GPT2LMHeadModel:
@@ -55,8 +63,11 @@ def to_gpt2(model: FactorizedGPT2) -> GPT2LMHeadModel:
         A new model in evaluation mode, in the dtype and on the device of `model`.
 
     Raises:
-        ValueError: A weight that is missing, not accounted for or of the wrong shape, by name.
+        ValueError: A weight that is missing, not accounted for or of the wrong shape, by name; a bias on the head.
     """
+    if model.config.lm_head_bias:
+        raise ValueError("The head has a bias, which GPT-2's has no place for.")
+    model = model.dequantize() if model.config.is_coded else model
     config = model.config
     state = dict(model.state_dict())
     wte, lm_head = _take(state, "transformer.wte.weight"), _take(state, "lm_head.weight")
@@ -113,8 +124,8 @@ def fingerprint(model: GPT2LMHeadModel | FactorizedGPT2) -> str:
 
 # Fields that GPT2Config does not have, or that a new model writes itself.
 _NOT_GPT2 = {
-    *("n_embd_wte", "scale_up_bias", "model_type", "architectures", "transformers_version", "auto_map"),
-    "n_ctx",
+    *("n_embd_wte", "scale_up_bias", "vocabulary_dtype", "lm_head_bias"),
+    *("model_type", "architectures", "transformers_version", "auto_map", "n_ctx"),
 }
 
 
@@ -191,10 +202,13 @@ def _refuse_leftovers(state: dict[str, torch.Tensor]) -> None:
         raise ValueError(f"The model has weights that GPT-2 does not have: {', '.join(sorted(state))}.")
 
 
-def _factorized_config(config: GPT2Config, factors: Factors | None, tied: bool) -> FactorizedGPT2Config:
+def _factorized_config(config: GPT2Config, factors: Factors | CodedTable | None, tied: bool) -> FactorizedGPT2Config:
     fields = {name: value for name, value in config.to_dict().items() if name not in _NOT_GPT2}
-    rank = None if factors is None else factors.rank
-    fields |= {"n_embd_wte": rank, "scale_up_bias": True, "tie_word_embeddings": tied}
+    if isinstance(factors, CodedTable):
+        fields |= {"n_embd_wte": factors.codes.shape[1], "vocabulary_dtype": "int8"}
+    else:
+        fields |= {"n_embd_wte": None if factors is None else factors.rank}
+    fields |= {"scale_up_bias": True, "tie_word_embeddings": tied}
     return FactorizedGPT2Config(**fields, attn_implementation=config._attn_implementation)
 
 
@@ -219,15 +233,27 @@ def _factor_weights(factors: Factors, wte: torch.Tensor, must_untie: bool) -> di
     return {name: torch.from_numpy(np.ascontiguousarray(array)) for name, (array, _) in matrices.items()}
 
 
+def _coded_weights(table: CodedTable, wte: torch.Tensor, must_untie: bool) -> dict[str, torch.Tensor]:
+    shape = (len(table.codes), len(table.mean))
+    if shape != tuple(wte.shape):
+        raise ValueError(f"The coded table stands for a matrix of shape {shape}, the model's is {tuple(wte.shape)}.")
+    if must_untie:
+        raise ValueError("A coded table is for a head that is tied, but the model's is not.")
+    return table_tensors(table, vocabulary_names("transformer."))
+
+
 def _build(model_class, config, weights, like: torch.Tensor, generation_config):
     """Make a model of `config` holding copies of exactly these weights."""
     with torch.device("meta"):
         model = model_class(config)
-    expected = {name: tuple(weight.shape) for name, weight in model.state_dict().items()}
+    expected = model.state_dict()
+    copies = {}
     for name, weight in weights.items():
-        if tuple(weight.shape) != expected[name]:
-            raise ValueError(f"Weight {name!r} has shape {tuple(weight.shape)}, expected {expected[name]}.")
-    copies = {name: weight.to(like.device, like.dtype, copy=True) for name, weight in weights.items()}
+        if weight.shape != expected[name].shape:
+            shapes = tuple(weight.shape), tuple(expected[name].shape)
+            raise ValueError(f"Weight {name!r} has shape {shapes[0]}, expected {shapes[1]}.")
+        dtype = like.dtype if expected[name].is_floating_point() else expected[name].dtype
+        copies[name] = weight.to(like.device, dtype, copy=True)
     model.load_state_dict(copies, strict=True, assign=True)
     model.tie_weights()
     model.generation_config = copy.deepcopy(generation_config)

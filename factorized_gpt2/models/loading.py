@@ -25,7 +25,7 @@ from transformers.utils import CONFIG_NAME, find_adapter_config_file
 
 from ..common.errors import UNREADABLE, UserError, blaming, silenced
 from ..common.lfs_pointers import refuse_pointers
-from ..common.model_places import refuse_missing_folder
+from ..common.model_places import refuse_missing
 from ..common.weight_files import weight_files
 from ..network.configuration_factorized_gpt2 import FactorizedGPT2Config
 from ..network.modeling_factorized_gpt2 import FactorizedGPT2
@@ -105,6 +105,9 @@ def load_compressed(name_or_path: str) -> FactorizedGPT2:
 def load_complete(name_or_path: str) -> GPT2LMHeadModel | FactorizedGPT2:
     """Load a model with every weight accounted for and finite.
 
+    Returns:
+        The model; its `name_or_path` is empty where transformers alone would load another from there.
+
     Raises:
         UserError: As `load_baseline`, but for what is factorized already.
     """
@@ -164,7 +167,7 @@ def load_causal_lm(name_or_path: str) -> PreTrainedModel:
 
 
 def _load_config(name_or_path: str) -> PretrainedConfig:
-    refuse_missing_folder(name_or_path)
+    refuse_missing(name_or_path)
     folder = Path(name_or_path)
     refuse_pointers([folder / CONFIG_NAME, *weight_files(folder)])
     with blaming(f"No model can be loaded from {name_or_path!r}", *UNREADABLE):
@@ -202,6 +205,8 @@ def _load(
     if problems:
         raise UserError(f"The weights of {name_or_path} do not make its model: {'; '.join(problems)}.")
     for name, weight in model.named_parameters():
+        if weight.dtype == torch.int8:  # the codes of a vocabulary of integers
+            continue
         if weight.dtype not in _DTYPES:
             raise UserError(f"The weight {name!r} of {name_or_path} is of {weight.dtype}, not of plain floats.")
         if not torch.isfinite(weight).all():
@@ -213,12 +218,14 @@ def _load(
     if (
         isinstance(config, GPT2Config)
         and model.config.tie_word_embeddings
+        and not getattr(model.config, "is_coded", False)
         and model.lm_head.weight is not model.transformer.wte.weight
     ):
         logger.warning(
             "%s has a head of its own, though its config says that it is tied: the head is kept, untied.", name_or_path
         )
         model.config.tie_word_embeddings = False
+        model.name_or_path = ""
     for name in CODE_KEYS:
         vars(model.config).pop(name, None)
     return model
@@ -234,10 +241,11 @@ def _load_as_stored(
     """
     named, config.dtype = config.dtype, None
     model, loading = load_weights(model_class, name_or_path, config=config)
-    # Stock GPT-2 alone, which is converted: transformers would save a model under the names it was loaded from.
-    if isinstance(model, GPT2LMHeadModel) and loading["missing_keys"]:
-        wrapped = {wrapped_name(name): name for name in loading["missing_keys"]}
+    if loading["missing_keys"]:
+        wrapped = {wrapped_name(name): name for name in {*loading["missing_keys"], *model.all_tied_weights_keys}}
         model, loading = load_weights(model_class, name_or_path, config=config, key_mapping=wrapped)
+        vars(model).pop("_weight_conversions", None)  # by which it would be saved under the names that it had
+        model.name_or_path = ""
     if named in _DTYPES and model.dtype in _DTYPES and named != model.dtype:
         if torch.promote_types(named, model.dtype) == named:
             model.config.dtype = named
@@ -246,6 +254,7 @@ def _load_as_stored(
             "The weights of %s are %s, though its config says %s: they are kept as they are.",
             *(name_or_path, *(str(dtype).removeprefix("torch.") for dtype in (model.dtype, named))),
         )
+        model.name_or_path = ""
     return model, loading
 
 

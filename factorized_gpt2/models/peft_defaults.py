@@ -1,4 +1,8 @@
-"""What PEFT adapts in this package's models where its user names no `target_modules`: what it adapts in a GPT-2."""
+"""What PEFT is told of this package's models.
+
+Where its user names no `target_modules`, it adapts what it adapts in a GPT-2. An adapter that was moved together with
+its base finds it (`adapter_base`).
+"""
 
 import sys
 from importlib.abc import MetaPathFinder
@@ -6,8 +10,7 @@ from importlib.machinery import ModuleSpec, PathFinder
 from types import ModuleType
 
 from ..network.configuration_factorized_gpt2 import FactorizedGPT2Config
-
-_TABLES = "peft.utils.constants"  # where PEFT keeps, for each of its methods, a table of model types
+from .adapter_base import find_moved_bases
 
 # GPT-2's modules by the names they have here.
 _RENAMED = {
@@ -19,28 +22,31 @@ _RENAMED = {
 
 
 def register_with_peft() -> None:
-    """Add this package's models to PEFT's tables: now if PEFT is imported already, else as soon as it is."""
-    if _TABLES in sys.modules:
-        _add_to_tables(sys.modules[_TABLES])
-    elif not any(isinstance(finder, _WhenImported) for finder in sys.meta_path):
-        sys.meta_path.insert(0, _WhenImported())
+    """Tell PEFT: now if it is imported already, else as soon as it is."""
+    waiting = any(isinstance(finder, _WhenImported) for finder in sys.meta_path)
+    for name, tell in _TOLD.items():
+        if name in sys.modules:
+            tell(sys.modules[name])
+        elif not waiting:
+            sys.meta_path.insert(0, _WhenImported())
+            waiting = True
 
 
 class _WhenImported(MetaPathFinder):
-    """Finds PEFT's tables where they are, and sees to it that they are added to once they are loaded."""
+    """Finds the modules of PEFT that are told something where they are, and tells them once they are loaded."""
 
     def find_spec(self, fullname: str, path=None, target: ModuleType | None = None) -> ModuleSpec | None:
-        if fullname != _TABLES:
+        if fullname not in _TOLD:
             return None
         spec = PathFinder.find_spec(fullname, path, target)
         if spec is not None and spec.loader is not None:
             execute = spec.loader.exec_module
 
-            def execute_and_add(module: ModuleType) -> None:
+            def execute_and_tell(module: ModuleType) -> None:
                 execute(module)
-                _add_to_tables(module)
+                _TOLD[fullname](module)
 
-            spec.loader.exec_module = execute_and_add
+            spec.loader.exec_module = execute_and_tell
         return spec
 
 
@@ -49,3 +55,7 @@ def _add_to_tables(module: ModuleType) -> None:
         if name.startswith("TRANSFORMERS_MODELS_TO_") and name.endswith("_MODULES_MAPPING") and "gpt2" in table:
             modules = [new for old in table["gpt2"] for new in _RENAMED.get(old, (old,))]
             table.setdefault(FactorizedGPT2Config.model_type, modules)
+
+
+# Modules of PEFT, and what each is told. The first keeps, for each of PEFT's methods, a table of model types.
+_TOLD = {"peft.utils.constants": _add_to_tables, "peft.config": find_moved_bases}

@@ -1,6 +1,7 @@
 """Parameters and bytes of a model, and its vocabulary's share of them."""
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from torch import nn
 from transformers import GPT2Config
@@ -44,9 +45,17 @@ def model_size(model: nn.Module) -> ModelSize:
     )
 
 
+def stored_bytes(folder: Path) -> int:
+    """Count the bytes of the files of weights in a model's folder."""
+    return sum(path.stat().st_size for path in folder.glob("model*.safetensors"))
+
+
 def least_parameters(config: GPT2Config) -> int:
-    """Count the parameters that a configuration asks for, biases and norms left out, without making the model."""
+    """Count the parameters that a configuration asks for, biases and norms left out, without making the model.
+
+    Those of a vocabulary of integers, which may take less than a byte each in a file, are left out too.
+    """
     width = config.n_embd
-    vocabulary_width = getattr(config, "embedding_size", width)
+    vocabulary_width = 0 if getattr(config, "is_coded", False) else getattr(config, "embedding_size", width)
     per_layer = 4 * width**2 + 2 * width * (config.n_inner or 4 * width)
     return config.vocab_size * vocabulary_width + config.n_positions * width + config.n_layer * per_layer

@@ -21,7 +21,7 @@ from ..network.modeling_factorized_gpt2 import FactorizedGPT2
 SCALE_BIAS = "transformer.scale_up.bias"  # a name that no checkpoint has, for the mean in the protocol's files
 
 _SCALES = ("scale_up", "scale_down")
-_PROTOCOL = {*_SCALES, "mean", "lm_head", "explained_variance_ratio", "baseline_fingerprint"}
+_PROTOCOL = {*_SCALES, "mean", "lm_head", "explained_variance_ratio", "baseline_fingerprint", "wte_fingerprint"}
 
 
 def replace_vocabulary(

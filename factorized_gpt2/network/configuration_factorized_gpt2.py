@@ -19,6 +19,9 @@ class FactorizedGPT2Config(GPT2Config):
             (k, d) and `scale_down` (d, k), lead to and from the hidden states.
         scale_up_bias: Whether `scale_up` carries a bias (d,). A principal component analysis centres the embedding:
             the mean it takes away comes back here. Without effect when the model is not factorized.
+        vocabulary_dtype: `None`: the vocabulary's matrices are floats. "int8": embedding and head share one table of
+            integers with a step a row, k wide, and there are scale matrices whatever k is, which may exceed `n_embd`.
+        lm_head_bias: Whether the head adds a number a token, (V,).
 
     Raises:
         huggingface_hub.errors.StrictDataclassError: When a field has the wrong type or value; the message names it.
@@ -32,11 +35,18 @@ class FactorizedGPT2Config(GPT2Config):
 
     n_embd_wte: int | None = None
     scale_up_bias: bool = True
+    vocabulary_dtype: str | None = None
+    lm_head_bias: bool = False
 
     @property
     def is_factorized(self) -> bool:
-        """Whether the token embedding is narrower than the hidden states."""
-        return self.n_embd_wte is not None and self.n_embd_wte < self.n_embd
+        """Whether there are scale matrices: the token embedding is narrower than the hidden states, or of integers."""
+        return self.is_coded or (self.n_embd_wte is not None and self.n_embd_wte < self.n_embd)
+
+    @property
+    def is_coded(self) -> bool:
+        """Whether the vocabulary is of integers."""
+        return self.vocabulary_dtype is not None
 
     @property
     def embedding_size(self) -> int:
@@ -45,7 +55,14 @@ class FactorizedGPT2Config(GPT2Config):
 
     def validate_architecture(self) -> None:
         """Refuse what the network cannot honour; called whenever a config is made or saved."""
-        if self.n_embd_wte is not None and not 1 <= self.n_embd_wte <= self.n_embd:
+        if self.vocabulary_dtype not in (None, "int8"):
+            raise ValueError(f'vocabulary_dtype must be "int8", or None for floats; got {self.vocabulary_dtype!r}.')
+        if self.is_coded:
+            if self.n_embd_wte is None or self.n_embd_wte < 1:
+                raise ValueError(f"A vocabulary of integers needs n_embd_wte, of 1 or more; got {self.n_embd_wte}.")
+            if not (self.tie_word_embeddings and self.scale_up_bias):
+                raise ValueError("A vocabulary of integers needs tie_word_embeddings and scale_up_bias.")
+        elif self.n_embd_wte is not None and not 1 <= self.n_embd_wte <= self.n_embd:
             raise ValueError(
                 f"n_embd_wte must lie between 1 and n_embd ({self.n_embd}), or be None for an unfactorized model; "
                 f"got {self.n_embd_wte}."

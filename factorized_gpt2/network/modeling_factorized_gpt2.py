@@ -3,9 +3,15 @@
 Shapes in comments: B batch, T tokens, V vocabulary, d `n_embd`, k `n_embd_wte`, H heads, D = d / H.
 """
 
+import copy
 import math
+import os
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import nn
 from transformers import GenerationMixin, GPT2PreTrainedModel
 from transformers import initialization as init
@@ -23,6 +29,14 @@ from transformers.utils.generic import maybe_autocast, merge_with_config_default
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .blockwise_loss import RowLoss, causal_lm_loss, sum_row_loss
+from .coded_vocabulary import (
+    CodedEmbedding,
+    CodedHead,
+    VocabularyNames,
+    decode_state,
+    encode_state,
+    without_codes,
+)
 from .configuration_factorized_gpt2 import FactorizedGPT2Config
 from .head import bare
 
@@ -128,12 +142,106 @@ class FactorizedGPT2PreTrainedModel(GPT2PreTrainedModel):
         "attentions": OutputRecorder(FactorizedGPT2Attention, layer_name=".attn", index=1),
     }
 
+    def __init__(self, config: FactorizedGPT2Config, *args, **kwargs):
+        super().__init__(config, *args, **kwargs)
+        self.register_load_state_dict_pre_hook(_decode_on_the_way)
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
+        if isinstance(module, CodedEmbedding):
+            module.start_at_random(self.config.initializer_range)
         # Set on the weight's own module: for foreign classes without weights of their own, transformers calls nothing.
         if hasattr(module, "init_std"):
             init.normal_(module.weight, mean=0.0, std=module.init_std)
+
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike,
+        is_main_process: bool = True,
+        state_dict: dict[str, torch.Tensor] | None = None,
+        **kwargs,
+    ) -> None:
+        """Save as every model of transformers; a vocabulary of integers is stored entropy-coded.
+
+        Raises:
+            ValueError: Integers that are not in memory, but offloaded.
+        """
+        has_adapters = getattr(self, "_hf_peft_config_loaded", False)  # which are all that is saved then
+        if self.config.is_coded and not has_adapters and is_main_process:
+            state_dict = self._encoded(self.state_dict() if state_dict is None else state_dict)
+        super().save_pretrained(save_directory, is_main_process, state_dict, **kwargs)
+
+    def _encoded(self, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        names = vocabulary_names("transformer." if "transformer.wte.codes" in state else "")
+        if any(tensor.is_meta for tensor in state.values()):
+            raise ValueError("Offloaded weights cannot be encoded: load the model without device_map to save it.")
+        return encode_state(state, names, self.get_input_embeddings().stored)
+
+    def _decoded(self, state: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+        """Put the network's own tensors in the place of the bytes of its vocabulary, if there are any."""
+        trunks = (trunk for trunk in ("transformer.", "") if f"{prefix}{trunk}wte.{_STREAM}" in state)
+        trunk = next(trunks, None)
+        if trunk is None:
+            return state
+        names, config = vocabulary_names(trunk, prefix), self.config
+        if not config.is_coded:
+            raise ValueError("The file holds a vocabulary of integers, but the configuration says floats.")
+        absent = {
+            *(() if hasattr(self, "lm_head") else names.tied),
+            *((names.scale_down,) if getattr(self, "scale_down", None) is None else ()),
+        }
+        stored = set(state)
+        state, table = decode_state(state, names, (config.vocab_size, config.n_embd_wte, config.n_embd))
+        self.get_input_embeddings().stored = without_codes(table)
+        return {name: tensor for name, tensor in state.items() if name in stored or name not in absent}
+
+    @staticmethod
+    def _load_pretrained_model(model, state_dict, checkpoint_files, load_config, *args, **kwargs):
+        """Load as every model of transformers, whose loading has no other place for what is in no tensor's layout."""
+        load = GPT2PreTrainedModel._load_pretrained_model
+        with ExitStack() as files:
+            if model.config.is_coded:
+                if state_dict is None:
+                    state_dict = _open_files(checkpoint_files, files)
+                state_dict = model._decoded(state_dict)
+            return load(model, state_dict, checkpoint_files, load_config, *args, **kwargs)
+
+
+_STREAM = "stream"
+
+
+def vocabulary_names(trunk: str, prefix: str = "") -> VocabularyNames:
+    """Name the tensors of a coded vocabulary in a state whose trunk's names, and all names, begin so."""
+    return VocabularyNames(
+        codes=f"{prefix}{trunk}wte.codes",
+        steps=f"{prefix}{trunk}wte.steps",
+        scale_up=f"{prefix}{trunk}scale_up.weight",
+        mean=f"{prefix}{trunk}scale_up.bias",
+        scale_down=f"{prefix}scale_down.weight",
+        tied=(f"{prefix}lm_head.codes", f"{prefix}lm_head.steps"),
+        stream=f"{prefix}{trunk}wte.{_STREAM}",
+    )
+
+
+def _open_files(paths: list[str], opened: ExitStack) -> dict[str, Any]:
+    """List the tensors of files, those that are no bytes of a vocabulary without reading them."""
+    state = {}
+    for path in paths:
+        if Path(path).suffix != ".safetensors":
+            raise ValueError(f"A vocabulary of integers is read from safetensors alone, not from {Path(path).name}.")
+        file = opened.enter_context(safe_open(path, framework="pt"))
+        is_stream = {name: name.endswith(f"wte.{_STREAM}") for name in file.keys()}  # noqa: SIM118
+        state |= {name: file.get_tensor(name) if is_stream[name] else file.get_slice(name) for name in is_stream}
+    return state
+
+
+def _decode_on_the_way(module: nn.Module, state: dict[str, torch.Tensor], prefix: str, *_: Any) -> None:
+    """Let `load_state_dict` take what a file holds, as `Trainer` gives it when it goes on from a checkpoint."""
+    decoded = module._decoded(state, prefix)
+    if decoded is not state:
+        state.clear()
+        state.update(decoded)
 
 
 class FactorizedGPT2Model(FactorizedGPT2PreTrainedModel):
@@ -143,9 +251,13 @@ class FactorizedGPT2Model(FactorizedGPT2PreTrainedModel):
     and a final LayerNorm follow.
     """
 
+    # Heads of a language model that share the matrix of `wte`. In a tuple they are no modules of the trunk.
+    tied_heads: tuple[nn.Module, ...] = ()
+
     def __init__(self, config: FactorizedGPT2Config):
         super().__init__(config)
-        self.wte = nn.Embedding(config.vocab_size, config.embedding_size)
+        embedding = CodedEmbedding if config.is_coded else nn.Embedding
+        self.wte = embedding(config.vocab_size, config.embedding_size)
         self.scale_up = None
         if config.is_factorized:
             self.scale_up = nn.Linear(config.embedding_size, config.n_embd, bias=config.scale_up_bias)
@@ -162,6 +274,22 @@ class FactorizedGPT2Model(FactorizedGPT2PreTrainedModel):
 
     def set_input_embeddings(self, new_embeddings: nn.Module) -> None:
         self.wte = new_embeddings
+
+    def __setattr__(self, name: str, value) -> None:
+        """Set an attribute; what is put in the place of `wte` gives its matrix to the head that is tied to it.
+
+        PEFT merges a trained copy of an embedding by such an assignment, and takes a model whose head has another
+        matrix then for untied.
+        """
+        super().__setattr__(name, value)
+        if name != "wte" or not self.config.tie_word_embeddings or not isinstance(value, nn.Embedding):
+            return
+        for head in self.tied_heads:
+            # Different shapes mean a resizing under way, which ties the head itself; copies of the model for several
+            # devices (`nn.DataParallel`) are put together of modules that have no parameters.
+            weight = value._parameters.get("weight")
+            if isinstance(head, nn.Linear) and weight is not None and weight.shape == head.weight.shape:
+                head.weight = weight
 
     def _to_hidden_width(self, embeds: torch.Tensor) -> torch.Tensor:
         return embeds if self.scale_up is None else self.scale_up(embeds)  # [B, T, k] -> [B, T, d]
@@ -259,21 +387,17 @@ class FactorizedGPT2(FactorizedGPT2PreTrainedModel, GenerationMixin):
         self.scale_down = nn.Linear(config.n_embd, config.embedding_size, bias=False) if config.is_factorized else None
         if config.is_factorized:
             self.scale_down.init_std = scale_init_std(config)
-        self.lm_head = nn.Linear(config.embedding_size, config.vocab_size, bias=False)
+        if config.is_coded:
+            self._tied_weights_keys = {f"lm_head.{name}": f"transformer.wte.{name}" for name in ("codes", "steps")}
+            self.lm_head = CodedHead(config.vocab_size, config.embedding_size, config.lm_head_bias)
+        else:
+            self.lm_head = nn.Linear(config.embedding_size, config.vocab_size, bias=config.lm_head_bias)
         self.post_init()
 
-    def get_output_embeddings(self) -> nn.Module:
-        """Return the head; while it is tied, with the matrix that `wte` has now.
-
-        PEFT merges a trained copy of `wte` by putting it in the place of `wte`, then asks for the head to see whether
-        the two are still tied: a head that is tied follows here.
-        """
-        wte, lm_head = self.transformer.wte, self.lm_head
-        plain = isinstance(wte, nn.Embedding) and isinstance(lm_head, nn.Linear)
-        # Different shapes mean a resizing under way, which brings its own head.
-        if self.config.tie_word_embeddings and plain and lm_head.weight.shape == wte.weight.shape:
-            lm_head.weight = wte.weight
-        return lm_head
+    def tie_weights(self, *args, **kwargs) -> None:
+        """Tie the head to `wte` where the config says so, and to what is put in the place of `wte` from then on."""
+        super().tie_weights(*args, **kwargs)
+        self.transformer.tied_heads = (self.lm_head,)
 
     def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Map final hidden states to logits: `lm_head(scale_down(hidden_states))`.
@@ -305,10 +429,44 @@ class FactorizedGPT2(FactorizedGPT2PreTrainedModel, GenerationMixin):
                 "untie the head first (tie_word_embeddings=False)."
             )
         wte = self.transformer.wte
-        if isinstance(wte, nn.Embedding):
+        if isinstance(wte, nn.Embedding | CodedEmbedding):
             return self.lm_head
         # In one row: hooks on an embedding, such as NEFTune's, count on a batch.
         return wte(torch.arange(self.config.vocab_size, device=self.lm_head.weight.device)[None])[0]
+
+    @torch.no_grad()
+    def dequantize(self, dtype: torch.dtype | None = None) -> "FactorizedGPT2":
+        """Return the same network with a vocabulary of floats, which can be adapted, trained and resized.
+
+        Where k is smaller than d it has a `wte` of k columns. Else it is unfactorized, with a head of its own.
+
+        Args:
+            dtype: Of all weights; `None`: as they are.
+
+        Returns:
+            A new model in evaluation mode; this one is not changed.
+
+        Raises:
+            ValueError: The vocabulary is of floats already.
+        """
+        if not self.config.is_coded:
+            raise ValueError("The vocabulary is of floats already.")
+        config, state = copy.deepcopy(self.config), dict(self.state_dict())
+        config.vocabulary_dtype = None
+        wte = head = self.transformer.wte.dense()
+        for name in ("transformer.wte.codes", "transformer.wte.steps", "lm_head.codes", "lm_head.steps"):
+            del state[name]
+        if config.n_embd_wte >= config.n_embd:
+            config.n_embd_wte, config.tie_word_embeddings = None, False
+            head = wte @ state.pop("scale_down.weight")
+            wte = wte @ state.pop("transformer.scale_up.weight").T + state.pop("transformer.scale_up.bias")
+        state |= {"transformer.wte.weight": wte, "lm_head.weight": head}
+        with torch.device("meta"):
+            model = type(self)(config)
+        model.load_state_dict({name: tensor.to(dtype, copy=True) for name, tensor in state.items()}, assign=True)
+        model.tie_weights()
+        model.generation_config = copy.deepcopy(self.generation_config)
+        return model.eval()
 
     @can_return_tuple
     def forward(

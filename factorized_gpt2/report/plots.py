@@ -37,6 +37,9 @@ _STYLES = {  # told apart in grey by marker and dash
     "tokenwise-nofinetune": {"marker": "d", "linestyle": ":", "color": "tab:cyan"},
     "tokenwise-lora": {"marker": "p", "linestyle": "-", "color": "tab:cyan"},
     "tokenwise-finetune": {"marker": "3", "linestyle": "-.", "color": "tab:cyan"},
+    "coded-nofinetune": {"marker": "|", "linestyle": ":", "color": "tab:gray"},
+    "coded-lora": {"marker": "4", "linestyle": "-", "color": "tab:gray"},
+    "coded-finetune": {"marker": "*", "linestyle": "-.", "color": "tab:gray"},
     "compressed-nofinetune": {"marker": "v", "linestyle": ":", "color": "tab:red"},
     "compressed-lora": {"marker": "P", "linestyle": "-", "color": "tab:purple"},
     "compressed-finetune": {"marker": "X", "linestyle": "-.", "color": "tab:brown"},
@@ -177,24 +180,24 @@ def plot_spectrum(
 
 
 def plot_loss_against_bytes(
-    points: Sequence[tuple[int, float, int]], baseline_bytes: int, labelled: Sequence[int], label: str, path: Path
+    points: Sequence[tuple[int, float, str]], baseline_bytes: int, labelled: Sequence[str], label: str, path: Path
 ) -> None:
     """Plot how much loss compressed models add, against their size.
 
     Args:
-        points: Bytes, loss beyond the baseline's in nats a token, and rank k of each model.
+        points: Bytes, loss beyond the baseline's in nats a token, and name of each model.
         baseline_bytes: The baseline's size.
-        labelled: Ranks whose points are labelled.
+        labelled: Names of those whose points are labelled.
         label: How the models were compressed.
         path: Image to write; `.png` and `.svg` both come of it.
     """
     with _saved_axes(path) as (axes,):
         # On a logarithmic scale, a model that loses nothing stands at the lower edge.
-        drawn = [(size / 1e6, max(increase, 1e-4), rank) for size, increase, rank in sorted(points)]
+        drawn = [(size / 1e6, max(increase, 1e-4), name) for size, increase, name in sorted(points)]
         axes.plot([size for size, _, _ in drawn], [increase for _, increase, _ in drawn], "o-", label=label)
-        for size, increase, rank in drawn:
-            if rank in labelled:
-                axes.annotate(f"k = {rank}", (size, increase), xytext=(6, 6), textcoords="offset points", fontsize=8)
+        for size, increase, name in drawn:
+            if name in labelled:
+                axes.annotate(name, (size, increase), xytext=(6, 6), textcoords="offset points", fontsize=8)
         axes.axvline(baseline_bytes / 1e6, color="black", linewidth=1, label="size of the baseline")
         axes.set_yscale("log")
         axes.margins(0.1)

@@ -1,6 +1,7 @@
 """Result files to a report: a table, pictures, and where they come from."""
 
 import html
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,7 @@ from typing import Any
 from tabulate import tabulate
 
 from ..common.errors import UserError, one_line
-from ..common.files import replacing_file
+from ..common.files import filling_folder
 from ..common.markdown import escaped
 from ..runs.families import FAMILIES
 from ..runs.results import RESULTS_NAME, Results, megabytes
@@ -79,22 +80,33 @@ def results_rows(results: Sequence[Results]) -> list[dict[str, Any]]:
 
 def _gap(row: Results, baselines: Sequence[Results]) -> float | None:
     """Compare a run's loss with that of its own baseline, on the same text; `None` where it cannot be told which."""
-
-    def may_be_its(baseline: Results) -> bool:
-        text, other = row.content.get("validation_file"), baseline.content.get("validation_file")
-        if text and other and text != other:
-            return False
-        if row.start_fingerprint and baseline.fingerprint and row.family.startswith("pca"):
-            return row.start_fingerprint == baseline.fingerprint
-        shape = ("n_layer", "n_head", "n_embd") if row.start_fingerprint is None else ()
-        return all(row.settings.get(name) == baseline.settings.get(name) for name in shape)
-
     if row.family == "baseline":
         return 0.0
-    its = [baseline for baseline in baselines if may_be_its(baseline)]
+    its = [baseline for baseline in baselines if _is_of(row, baseline) and _read_the_same(row, baseline)]
     if len(its) > 1:  # the one in the folder that the run names
         its = [baseline for baseline in its if row.baseline and _same(row.baseline, baseline.settings["output_dir"])]
     return row.eval_loss - its[0].eval_loss if len(its) == 1 else None
+
+
+def _is_of(row: Results, baseline: Results) -> bool:
+    """Tell whether a run was made from a baseline, or had a random start and is of its shape."""
+    if row.start_fingerprint is None and not row.content.get("start"):
+        shape = ("n_layer", "n_head", "n_embd")
+        return all(row.settings.get(name) == baseline.settings.get(name) for name in shape)
+    if row.settings.get("compressed"):
+        return row.content.get("made_from") == baseline.content.get("model", "")
+    known = [(row.content.get("start"), baseline.content.get("model")), (row.start_fingerprint, baseline.fingerprint)]
+    made_from, left = next((pair for pair in known if all(pair)), ("", ""))  # earlier versions did not write all down
+    return made_from == left
+
+
+def _read_the_same(row: Results, baseline: Results) -> bool:
+    """Tell whether two runs were evaluated on the same text, as far as is known."""
+    text, other = (one.content.get("validation_file") for one in (row, baseline))
+    names = ("max_eval_samples",) if text or other else ("max_eval_samples", "dataset_name", "dataset_config_name")
+    return (not (text and other) or text == other) and all(
+        row.settings.get(name) == baseline.settings.get(name) for name in names
+    )
 
 
 def _same(folder: Any, other: Any) -> bool:
@@ -112,31 +124,53 @@ def write_report(results: Sequence[Results], folder: Path) -> Path:
 
     Args:
         results: At least one.
-        folder: Made if need be; other files in it stay.
+        folder: Made if need be; other files in it stay, and where it has no report yet none of its names is taken.
 
     Returns:
         The Markdown file.
 
     Raises:
-        UserError: There cannot be such a folder.
+        UserError: There cannot be such a folder, or it has files of others under these names.
     """
+    _refuse_others(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"No report can be written into {folder}: {error.strerror}.") from error
-    pictures = _draw(results, folder)
-    origin = _origin(results)
-    markdown = ["# Results", results_table(results, "github"), _LEGEND]
-    markdown += [f"![{title}]({name}.png)" for name, title in pictures.items()]
-    markdown += ["## Where they come from", _origin_table(origin)]
-    page = ["<!doctype html>", '<meta charset="utf-8">', "<title>Results</title>", _STYLE, "<h1>Results</h1>"]
-    page += [results_table(results, "html"), f"<p>{html.escape(_LEGEND)}</p>"]
-    page += [f'<img src="{name}.svg" alt="{html.escape(title)}">' for name, title in pictures.items()]
-    page += ["<h2>Where they come from</h2>", tabulate(origin, tablefmt="html", disable_numparse=True)]
-    for name, text in (("report.md", "\n\n".join(markdown)), ("report.html", "\n".join(page))):
-        with replacing_file(folder / name) as temporary:
-            temporary.write_text(text + "\n", encoding="utf-8")
+    with filling_folder(folder, last="report.md") as temporary:
+        pictures = _draw(results, temporary)
+        origin = _origin(results)
+        markdown = [_TITLE, results_table(results, "github"), _LEGEND]
+        markdown += [f"![{title}]({name}.png)" for name, title in pictures.items()]
+        markdown += [_ORIGIN, _origin_table(origin)]
+        page = ["<!doctype html>", '<meta charset="utf-8">', "<title>Results</title>", _STYLE, "<h1>Results</h1>"]
+        page += [results_table(results, "html"), f"<p>{html.escape(_LEGEND)}</p>"]
+        page += [f'<img src="{name}.svg" alt="{html.escape(title)}">' for name, title in pictures.items()]
+        page += ["<h2>Where they come from</h2>", tabulate(origin, tablefmt="html", disable_numparse=True)]
+        for name, text in (("report.md", "\n\n".join(markdown)), ("report.html", "\n".join(page))):
+            (temporary / name).write_text(text + "\n", encoding="utf-8")
     return folder / "report.md"
+
+
+_TITLE, _ORIGIN = "# Results", "## Where they come from"
+_PICTURES = ("loss_against_rank", "loss_against_size", "training_curves", "spectrum")
+
+
+def _refuse_others(folder: Path) -> None:
+    """Refuse a folder that has files of a report's names, and no report of this package beside them."""
+    report = folder / "report.md"
+    names = [report.name, "report.html", *(f"{name}.{kind}" for name in _PICTURES for kind in ("png", "svg"))]
+    there = [name for name in names if os.path.lexists(folder / name)]
+    if not there:
+        return
+    try:
+        text = report.read_text(encoding="utf-8")
+    except (OSError, ValueError):
+        text = ""
+    if not text.startswith(_TITLE) or _ORIGIN not in text:
+        raise UserError(
+            f"{folder / there[0]} is of no report that was made before: move it away, or choose another --output_dir."
+        )
 
 
 def _origin_table(origin: Sequence[tuple[str, str]]) -> str:

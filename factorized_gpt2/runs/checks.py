@@ -28,6 +28,8 @@ def check_together(
     if model.compressed and (model.baseline or model.n_embd_wte):
         other = "baseline" if model.baseline else "n_embd_wte"
         raise UserError(f"{other} contradicts compressed: the compressed model is what the run starts from.")
+    if model.dequantize and not model.compressed:
+        raise UserError("dequantize is for a compressed model: set compressed.")
     if is_from_scratch and data.tokenizer is None:
         raise UserError("Without a baseline, tokenizer must name one (a folder or Hub id).")
     if is_from_scratch and not training.do_train:

@@ -3,7 +3,7 @@
 UNKNOWN_METHOD = "compressed"  # how a compressed model was made whose folder does not say so
 
 _METHODS = {
-    **{"pca": "PCA", "weighted": "weighted", "joint": "joint", "tokenwise": "tokenwise"},
+    **{"pca": "PCA", "weighted": "weighted", "joint": "joint", "tokenwise": "tokenwise", "coded": "coded"},
     **{UNKNOWN_METHOD: "compressed"},
 }
 _TREATMENTS = {"nofinetune": ", no training", "lora": " + LoRA", "finetune": " + full fine-tuning"}

@@ -27,6 +27,13 @@ class ModelArguments:
         default=None,
         metadata={"help": "Folder or Hub id of a model that compress.py made, to start from instead of a baseline."},
     )
+    dequantize: bool = field(
+        default=False,
+        metadata={
+            "help": "Make floats of a compressed model's vocabulary of integers, which can then be adapted and "
+            "trained; the model grows."
+        },
+    )
     n_embd_wte: Annotated[int, COUNT] | None = field(
         default=None,
         metadata={"help": "Rank k of the token embedding. None, or d for a random start: not factorized."},

@@ -5,16 +5,19 @@ import re
 from pathlib import Path
 
 import torch
+from peft.utils import CONFIG_NAME as ADAPTER_CONFIG
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import CONFIG_NAME
 
 from ..common.errors import UserError
 from ..common.files import filling_folder, read_json, remove_folder, write_json
+from ..common.fingerprints import weights_fingerprint
 from ..common.weight_files import weight_files
 from ..models.record import RECORD_NAME, compressed_folder
 from ..models.verification import verify_saved
 from ..network.modeling_factorized_gpt2 import FactorizedGPT2
 from ..text.tokenizer_files import save_tokenizer
+from ..trainer.checkpoints import refuse_others
 from .identity import Differences, differences, identity
 from .results import RESULTS_NAME, SETTINGS_NAME, Results
 from .settings import Run, RunArguments
@@ -33,8 +36,8 @@ def claim(run: Run) -> Results | None:
         The results, if the run finished there before.
 
     Raises:
-        UserError: It holds something else than a run; or a run with other settings, or from another start, which may
-            not be replaced.
+        UserError: It holds something else than a run; or a run with other settings, or from another start, or of
+            other weights than its results are of, which may not be replaced.
     """
     output_dir = Path(run.training.output_dir)
     settings_path = output_dir / SETTINGS_NAME
@@ -48,7 +51,13 @@ def claim(run: Run) -> Results | None:
     found = _compare(run)
     if run.training.process_index == 0:
         _tell(found, output_dir)
-    return Results.read(output_dir)
+    results = Results.read(output_dir)
+    if results is not None and results.fingerprint not in (None, weights_fingerprint(str(output_dir))):
+        raise UserError(
+            f"{output_dir} is finished, but its weights were changed or removed since: choose another --output_dir, "
+            "or run it again with --overwrite_output_dir."
+        )
+    return results
 
 
 def _compare(run: Run, with_dataset: bool = False) -> Differences:
@@ -84,13 +93,20 @@ def _refuse_foreign(run: Run) -> None:
 
 
 def _clear(output_dir: Path) -> None:
-    """Remove what makes a run's folder finished, loadable or going on; `mark` then replaces whose it is."""
+    """Remove what makes a run's folder finished, loadable or going on; `mark` then replaces whose it is.
+
+    Raises:
+        UserError: A checkpoint holds what no run put there.
+    """
+    checkpoints = [path for path in output_dir.iterdir() if path.is_dir() and _CHECKPOINT.fullmatch(path.name)]
+    for path in checkpoints:
+        refuse_others(path)
     (output_dir / RESULTS_NAME).unlink(missing_ok=True)
     if not (output_dir / RECORD_NAME).exists():
         (output_dir / CONFIG_NAME).unlink(missing_ok=True)
-    for path in list(output_dir.iterdir()):
-        if path.is_dir() and _CHECKPOINT.fullmatch(path.name):
-            remove_folder(path)
+    (output_dir / ADAPTER_NAME / ADAPTER_CONFIG).unlink(missing_ok=True)
+    for path in checkpoints:
+        remove_folder(path)
 
 
 def least_bytes(model: torch.nn.Module, training: RunArguments) -> int:

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, Trainer, get_scheduler
 from transformers.integrations import get_reporting_integration_callbacks
 
 from ..common.errors import REFUSED_SETTINGS, UserError, blaming
-from .settings import RunArguments
+from .settings import YES, RunArguments
 
 
 def rehearse(training: RunArguments, model: PreTrainedModel) -> None:
@@ -51,9 +51,13 @@ def rehearse(training: RunArguments, model: PreTrainedModel) -> None:
 
 def _check_sharding(training: RunArguments, model: PreTrainedModel) -> None:
     """See that the blocks that FSDP is to wrap, by the launcher's config or by the settings, are this model's."""
-    names = os.environ.get("FSDP_TRANSFORMER_CLS_TO_WRAP", "") if "ACCELERATE_USE_FSDP" in os.environ else ""
+    is_launched = os.environ.get("ACCELERATE_USE_FSDP", "").lower() in YES
+    names = os.environ.get("FSDP_TRANSFORMER_CLS_TO_WRAP", "") if is_launched else ""
     asked = (training.fsdp_config or {}).get("transformer_layer_cls_to_wrap") or []
-    wrapped = [name.strip() for name in names.split(",")] + ([asked] if isinstance(asked, str) else list(asked))
+    asked = [asked] if isinstance(asked, str) else asked
+    if not (isinstance(asked, list) and all(isinstance(name, str) for name in asked)):
+        raise UserError(f"transformer_layer_cls_to_wrap is {asked!r}, and no name of a class or list of them.")
+    wrapped = [name.strip() for name in (*names.split(","), *asked)]
     own = {type(module).__name__ for module in model.modules()}
     for name in filter(None, wrapped):
         if name not in own:

@@ -14,8 +14,8 @@ RESULTS_NAME, SETTINGS_NAME = "results.json", "run.json"
 
 
 def megabytes(size: int) -> str:
-    """Write bytes in MB: with one decimal from 10 MB on, below with three, so that small vocabularies show."""
-    return f"{size / 1e6:.{1 if size >= 1e7 else 3}f}"
+    """Write bytes in MB: with one decimal from 10 MB on, below with three, below 10 kB with six, so that none is 0."""
+    return f"{size / 1e6:.{1 if size >= 1e7 else 3 if size >= 1e4 else 6}f}"
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,8 @@ class Results:
         start_fingerprint: SHA-256 of the weights that the run started from; `None` for a random start, or one that is
             not in a local folder.
         fingerprint: SHA-256 of the weights that the run left; `None` in results of earlier versions.
-        content: What identifies the text, tokenizer, start and teacher that the run read; empty in such results.
+        content: What identifies the text, tokenizer, start and teacher that the run read, what its start was
+            compressed from (`made_from`), and the `model` that it left; empty in such results.
         device: What it ran on, such as "cpu" or a GPU's name.
         processes: How many processes trained.
         disk_bytes: Of the model's weight files.

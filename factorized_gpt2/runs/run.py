@@ -13,10 +13,13 @@ from transformers import PreTrainedTokenizerBase, PrinterCallback, set_seed
 
 from ..common.errors import REFUSED_SETTINGS, UserError, blaming
 from ..common.files import replacing_folder, require_space
-from ..common.fingerprints import weights_fingerprint
+from ..common.fingerprints import model_content, weights_fingerprint
 from ..common.folder_lock import run_alone
 from ..common.leftovers import sweep
 from ..common.signals import PostponedStop
+from ..common.weight_files import MODEL_FILES
+from ..models.adapter_base import whole_path
+from ..models.adapter_folder import complete_adapter
 from ..models.record import compression_record, recorded_spectrum
 from ..models.sizes import model_size
 from ..models.verification import probe_logits
@@ -87,15 +90,15 @@ def _run_alone(run: Run, may_sweep: bool = False) -> Results:
     model.loss_backend = run.training.loss_backend
     _check_loss_backend(run, model)
     use_cache = model.config.use_cache  # which Trainer switches off for good
-    spectrum = recorded_spectrum(model.name_or_path)
+    spectrum = recorded_spectrum(run.model.compressed or model.name_or_path)
     rank = model.config.n_embd_wte if model.config.is_factorized else None
-    family = run.family(model.config.is_factorized, compression_record(run.model.compressed or "").get("method"))
+    family = run.family(model.config.is_factorized, compression_record(run.model.compressed).get("method"))
     run.training.run_name = run.training.run_name or run_name(family, rank, run.adapter.lora_rank)
     if run.adapter.lora_rank:
         lora = run.adapter
         lora_targets(model, lora.lora_rank, lora.lora_target_modules)  # before anything is written
         _keep_base(asked, model)
-        model.name_or_path = _from_anywhere(model.name_or_path)
+        model.name_or_path = whole_path(model.name_or_path)
         model = add_lora(model, lora.lora_rank, lora.lora_alpha, lora.lora_dropout, lora.lora_target_modules)
     if run.training.should_save:
         require_space(output_dir, least_bytes(model, run.training), "the run")
@@ -126,9 +129,9 @@ def _run_alone(run: Run, may_sweep: bool = False) -> Results:
     expected = probe_logits(model, probe)
     if isinstance(model, PeftModel):
         if run.training.should_save:
-            with replacing_folder(output_dir / ADAPTER_NAME) as folder:
+            with replacing_folder(output_dir / ADAPTER_NAME, ("adapter_*",)) as folder:
                 model.save_pretrained(folder)
-                (folder / "README.md").unlink(missing_ok=True)  # PEFT's card, which tells of a folder on this machine
+                complete_adapter(folder, output_dir / ADAPTER_NAME)
         model = merge(model)
     disk_bytes = finish(output_dir, model, tokenizer, probe, expected) if run.training.should_save else None
     results = Results(
@@ -145,7 +148,7 @@ def _run_alone(run: Run, may_sweep: bool = False) -> Results:
         git_commit=git_commit(),
         start_fingerprint=weights_fingerprint(run.start),
         fingerprint=weights_fingerprint(str(output_dir)) if run.training.should_save else None,
-        content=contents(run),
+        content=contents(run) | _lineage(run, output_dir),
         device=device_name(run.training.device),
         processes=run.training.world_size,
         disk_bytes=disk_bytes,
@@ -168,6 +171,14 @@ def _run_alone(run: Run, may_sweep: bool = False) -> Results:
     return results
 
 
+def _lineage(run: Run, output_dir: Path) -> dict[str, str]:
+    """Identify what a run's start was once compressed from, and the model that the run left."""
+    made_from = compression_record(run.model.compressed).get("baseline_content")
+    left = model_content(str(output_dir)) if run.training.should_save else None
+    found = {"made_from": made_from, "model": left}
+    return {kind: content for kind, content in found.items() if isinstance(content, str)}
+
+
 def _check_loss_backend(run: Run, model: FactorizedGPT2) -> None:
     device, width = run.training.device.type, model.config.embedding_size
     dtype = torch.float16 if run.training.fp16 or run.training.bf16 else torch.float32
@@ -186,13 +197,8 @@ def _keep_base(run: Run, model: FactorizedGPT2) -> None:
     model.name_or_path = str(folder)
     if run.training.should_save:
         mark(run)
-        with replacing_folder(folder) as temporary:
+        with replacing_folder(folder, MODEL_FILES) as temporary:
             model.save_pretrained(temporary)
-
-
-def _from_anywhere(name_or_path: str) -> str:
-    """Name a model so that it is found from every folder: a local one by its whole path, others by their Hub id."""
-    return str(Path(name_or_path).absolute()) if Path(name_or_path).exists() else name_or_path
 
 
 def _train(trainer: FactorizedTrainer, output_dir: Path, block_size: int) -> dict[str, Any]:

@@ -4,6 +4,7 @@ import logging
 import os
 import sys
 from dataclasses import MISSING, dataclass, fields
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from transformers import TrainingArguments
 from transformers.activations import ACT2FN
 
 from ..common.errors import UserError
+from ..common.files import read_json
 from ..network.blockwise_loss import cut_cross_entropy_runs
 from ..settings.devices import launched_processes
 from ..settings.setting_values import check_values
@@ -23,7 +25,7 @@ from .words import PARTS, limits, parser_of, read_words
 
 logger = logging.getLogger(__name__)
 
-_YES = ("1", "true", "yes", "on")  # in the environment
+YES, _NO = ("1", "true", "yes", "on"), ("0", "false", "no", "off", "")  # in the environment
 
 
 @dataclass
@@ -32,6 +34,7 @@ class RunArguments(TrainingFields, TrainingArguments):
 
     def __post_init__(self) -> None:
         self._take_up_the_launchers_precision()
+        self._read_sharding()
         has_cuda = torch.cuda.is_available() and not self.use_cpu
         self.as_configured = {name: getattr(self, name) for name in ("fp16", "bf16", "torch_compile")}
         # A CPU asked for in so many words can do these two.
@@ -49,7 +52,7 @@ class RunArguments(TrainingFields, TrainingArguments):
         self.use_cpu = self.use_cpu or (launched > 1 and not has_cuda)
         super().__post_init__()
         self.mixed_precision = "fp16" if self.fp16 else "bf16" if self.bf16 else "no"  # and not the environment's
-        if os.environ.get("WANDB_DISABLED", "").lower() in _YES and "wandb" in self.report_to:
+        if os.environ.get("WANDB_DISABLED", "").lower() in YES and "wandb" in self.report_to:
             logger.info("WANDB_DISABLED is set: nothing is reported to W&B.")
             self.report_to = [name for name in self.report_to if name != "wandb"]
         if launched > 1 and self.world_size != launched:
@@ -59,13 +62,26 @@ class RunArguments(TrainingFields, TrainingArguments):
 
     def _take_up_the_launchers_precision(self) -> None:
         """Count `accelerate launch --mixed_precision` as the setting that it stands for."""
-        if os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() in _YES:
+        if os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() in YES:
             raise UserError("The launcher asks for DeepSpeed, which these runs do not take: shard by FSDP instead.")
         precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no").lower()
         if precision not in ("no", "fp16", "bf16"):
             raise UserError(f"The launcher asks for mixed_precision {precision}; these runs take no, fp16 and bf16.")
         if precision != "no" and not (self.fp16 or self.bf16):
             setattr(self, precision, True)
+
+    def _read_sharding(self) -> None:
+        """Read what FSDP is told, in the words of flags and of configs.
+
+        Raises:
+            UserError: The file of `fsdp_config` cannot be read; it stands there without `fsdp`.
+        """
+        if str(self.fsdp).lower() in (*YES, *_NO):  # transformers knows the flag without a word and itself True
+            self.fsdp = True if str(self.fsdp).lower() in YES else None
+        if self.fsdp_config and not self.fsdp:
+            raise UserError("fsdp_config counts where fsdp is set, and it is not: add --fsdp True, or leave it out.")
+        if isinstance(self.fsdp_config, str) and not self.fsdp_config.startswith("{"):
+            self.fsdp_config = read_json(Path(self.fsdp_config))
 
     def _accumulation_for(self, effective_batch_size: int) -> int:
         per_pass = self.train_batch_size * self.world_size

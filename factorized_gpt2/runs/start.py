@@ -11,7 +11,7 @@ from ..common.errors import UserError
 from ..common.folder_lock import compress_alone
 from ..compress.compressor import Compressor, Recipe
 from ..models.loading import check_tokenizer, load_baseline, load_compressed
-from ..models.record import compressed_from
+from ..models.record import teacher_of
 from ..models.sizes import least_parameters
 from ..network.configuration_factorized_gpt2 import FactorizedGPT2Config
 from ..network.modeling_factorized_gpt2 import FactorizedGPT2
@@ -46,6 +46,8 @@ def build_model(run: Run, tokenizer: PreTrainedTokenizerBase) -> FactorizedGPT2:
         model = _trained_start(run, tokenizer)
         if arguments.dropout is not None:
             set_dropout(model, arguments.dropout)
+    if not arguments.tie_word_embeddings and model.config.is_coded:
+        raise UserError("A vocabulary of integers is tied: leave tie_word_embeddings as it is, or set dequantize.")
     if not arguments.tie_word_embeddings and model.config.tie_word_embeddings:
         untie_head(model)
         model.name_or_path = ""
@@ -66,11 +68,14 @@ def _trained_start(run: Run, tokenizer: PreTrainedTokenizerBase) -> FactorizedGP
         raise UserError(
             f"block_size {run.data.block_size} exceeds the {model.config.n_positions} positions of the baseline."
         )
-    if baseline is None:
-        model.name_or_path = arguments.compressed
-    elif arguments.n_embd_wte is None:
+    if arguments.dequantize:
+        if not model.config.is_coded:
+            raise UserError(f"dequantize: the vocabulary of {arguments.compressed} is of floats already.")
+        model = model.dequantize()
         model.name_or_path = ""
-    else:
+    elif baseline is not None and arguments.n_embd_wte is None:
+        model.name_or_path = ""
+    elif baseline is not None:
         root = Path(training.output_dir).parent
         compressor = Compressor(baseline, Recipe(), root, tokenizer, overwrite=training.overwrite)
         model = compressor.load(arguments.n_embd_wte)
@@ -118,7 +123,10 @@ def distillation_of(run: Run, vocab_size: int) -> Distillation | None:
     asked = run.distillation
     if not (asked.distillation_weight and run.training.do_train):
         return None
-    teacher = load_baseline(asked.teacher or run.model.baseline or compressed_from(run.model.compressed))
+    name = teacher_of(asked.teacher, run.model.baseline, run.model.compressed)
+    if name is None:
+        raise UserError(f"{run.model.compressed} does not say what it was compressed from: name a teacher.")
+    teacher = load_baseline(name)
     config = teacher.model.config
     if config.vocab_size != vocab_size:
         raise UserError(f"The teacher {teacher.name} has {config.vocab_size} tokens, the model {vocab_size}.")

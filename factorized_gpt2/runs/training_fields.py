@@ -69,7 +69,7 @@ _REASONS = {
     "hub_token": "log in with `hf auth login`, or set HF_TOKEN.",
     "use_cache": "training needs no cache, and the saved model has one.",
 }
-_NOTHING = "it would do nothing in these runs."
+NOTHING = "it would do nothing in these runs"
 
 
 def refused() -> dict[str, str]:
@@ -77,7 +77,7 @@ def refused() -> dict[str, str]:
     names = (item.name for item in fields(training_outline()))
     # Some names of earlier versions are still options of the oldest that is supported.
     reasons = {name: f"{successor}." for name, successor in ELSEWHERE.items()} | _REASONS
-    return {name: reasons.get(name, _NOTHING) for name in names if name not in SUPPORTED}
+    return {name: reasons.get(name, f"{NOTHING}.") for name in names if name not in SUPPORTED}
 
 
 # Options of earlier versions of transformers, of its example scripts, of nanoGPT and of PEFT: what stands for them.
@@ -85,7 +85,7 @@ ELSEWHERE = {
     **dict.fromkeys(("evaluation_strategy", "evaluate_during_training"), "it is eval_strategy"),
     **dict.fromkeys(("no_cuda", "use_mps_device"), "set use_cpu for a CPU; any other device is found"),
     **dict.fromkeys(("fp16_backend", "half_precision_backend", "fp16_opt_level"), "fp16 or bf16 alone say it"),
-    "dtype": "set bf16 or fp16, or neither",
+    **dict.fromkeys(("dtype", "torch_dtype", "mixed_precision"), "set bf16 or fp16, or neither"),
     "save_safetensors": "weights are always saved as safetensors",
     "logging_dir": "TensorBoard's folder is TENSORBOARD_LOGGING_DIR in the environment",
     "warmup_ratio": "set warmup_steps: below 1 it is a share of all steps",
@@ -95,11 +95,26 @@ ELSEWHERE = {
     "jit_mode_eval": "set torch_compile",
     "xpu_backend": "it is ddp_backend",
     "sharded_ddp": "it is fsdp",
+    **dict.fromkeys(("fsdp_min_num_params", "fsdp_transformer_layer_cls_to_wrap"), "it is a key of fsdp_config"),
+    **dict.fromkeys(("use_ipex", "tpu_num_cores", "tpu_metrics_debug"), "these runs know CPUs, CUDA and MPS"),
+    **dict.fromkeys(("past_index", "mp_parameters", "ray_scope", "use_legacy_prediction_loop"), NOTHING),
+    **dict.fromkeys(("split_batches", "dispatch_batches", "include_inputs_for_metrics", "low_cpu_mem_usage"), NOTHING),
+    "include_tokens_per_second": "results.json has them",
+    **dict.fromkeys(("push_to_hub_token", "use_auth_token", "token"), "log in with `hf auth login`, or set HF_TOKEN"),
     "push_to_hub_model_id": "it is push_to_hub",
     "push_to_hub_organization": "it is a part of push_to_hub",
     "model_name_or_path": "it is baseline",
+    **dict.fromkeys(
+        ("config_name", "config_overrides", "model_type"),
+        "n_layer, n_head, n_embd and activation_function describe a network, or baseline names one",
+    ),
+    "model_revision": "fetch that revision with `hf download`, and name its folder as baseline",
+    "cache_dir": "set HF_HOME",
+    "trust_remote_code": "no code of others runs here",
+    "use_fast_tokenizer": NOTHING,
     "tokenizer_name": "it is tokenizer",
     "max_train_samples": "set max_steps",
+    **dict.fromkeys(("max_length", "max_seq_length", "model_max_length", "n_ctx", "n_positions"), "it is block_size"),
     "validation_split_percentage": "give the held-out part as validation_file",
     "max_iters": "it is max_steps",
     "lr_decay_iters": "the schedule ends with max_steps",
@@ -109,7 +124,9 @@ ELSEWHERE = {
     "eval_iters": "it is max_eval_samples, which counts blocks",
     "log_interval": "it is logging_steps",
     "save_interval": "it is save_steps",
-    **dict.fromkeys(("batch_size", "per_gpu_train_batch_size"), "it is per_device_train_batch_size"),
+    **dict.fromkeys(
+        ("batch_size", "train_batch_size", "per_gpu_train_batch_size"), "it is per_device_train_batch_size"
+    ),
     "per_gpu_eval_batch_size": "it is per_device_eval_batch_size",
     "min_lr": 'set lr_scheduler_type=cosine_with_min_lr and lr_scheduler_kwargs={"min_lr": ...}',
     "lr": "it is learning_rate",
@@ -126,6 +143,8 @@ ELSEWHERE = {
     "wandb_log": "set report_to=wandb",
     "wandb_project": "it is project",
     "wandb_run_name": "it is run_name",
+    "wandb_entity": "set WANDB_ENTITY",
     **dict.fromkeys(("lora_r", "r"), "it is lora_rank"),
+    "vocab_size": "the tokenizer says it",
     "target_modules": "it is lora_target_modules",
 }

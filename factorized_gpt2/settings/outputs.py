@@ -13,7 +13,7 @@ class PublishArguments:
     _argument_group_name = "Publishing"
 
     push_to_hub: str | None = field(
-        default=None, metadata={"help": "USER/NAME; of several ranks, each becomes NAME-k and its rank."}
+        default=None, metadata={"help": "USER/NAME; of several, each becomes NAME-k and its rank, or -b and its bits."}
     )
     private: bool = field(default=False, metadata={"help": "Let no one else see it."})
 

@@ -1,5 +1,6 @@
 """Which text a command reads: the settings that several of them share."""
 
+import logging
 import re
 from dataclasses import dataclass, field
 from typing import Annotated
@@ -9,6 +10,11 @@ from ..text.source import TextSource
 from .setting_values import COUNT, READ, Range
 
 BLOCK = Range(2)  # tokens, of which all but the first are predicted
+
+logger = logging.getLogger(__name__)
+
+_MOST_POSITIONS = 4096  # that make a block by default: attention and logits of more fill a machine's memory
+_BLOCK_OF_MANY = 1024
 
 
 def check_pattern(name: str, pattern: str | None) -> None:
@@ -105,7 +111,7 @@ class EvaluationArguments(TextArguments):
     )
     split: str = field(default="validation", metadata={"help": "Split of the dataset."})
     block_size: Annotated[int, BLOCK] | None = field(
-        default=None, metadata={"help": "Tokens a block. None: the model's positions."}
+        default=None, metadata={"help": "Tokens a block. None: the model's positions, of more than 4096 only 1024."}
     )
     eval_batch_size: Annotated[int, COUNT] = field(default=4, metadata={"help": "Blocks a forward pass."})
 
@@ -119,7 +125,7 @@ class EvaluationArguments(TextArguments):
         return self.source_of(self.eval_file, self.split)
 
     def block_size_for(self, positions: int | None, name: str = "The model") -> int:
-        """Check the block size against a model's positions, which it is by default.
+        """Check the block size against a model's positions, which it is by default, unless they are very many.
 
         Args:
             positions: How many there are; `None` where the model does not say.
@@ -130,7 +136,15 @@ class EvaluationArguments(TextArguments):
         """
         if positions is None and self.block_size is None:
             raise UserError(f"{name} does not say how many tokens it reads at once: set block_size.")
-        block_size = positions if self.block_size is None else self.block_size
+        block_size = self.block_size
+        if block_size is None and positions > _MOST_POSITIONS:
+            block_size = _BLOCK_OF_MANY
+            logger.info(
+                "%s has %d positions: it is evaluated in blocks of %d tokens; block_size sets another number.",
+                *(name, positions, block_size),
+            )
+        elif block_size is None:
+            block_size = positions
         if positions is not None and not 2 <= block_size <= positions:
             raise UserError(f"block_size must lie between 2 and the model's {positions} positions, got {block_size}.")
         return block_size

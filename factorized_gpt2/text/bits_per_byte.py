@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
 
 import numpy as np
 import torch
@@ -10,10 +11,13 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
 from ..common.progress import Progress
-from .blocks import IGNORED_LABEL
+from .blocks import IGNORED_LABEL, encode_pieces
+from .documents import pieces_of_documents
 from .loss import LossSum, sum_batches
 from .source import TextSource
 from .tokenizers import end_of_text
+
+_BATCHES_HELD = 256  # among which windows of like length are put together
 
 
 def rolling_windows(tokens: Sequence[int], prefix: int, size: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
@@ -32,7 +36,7 @@ def rolling_windows(tokens: Sequence[int], prefix: int, size: int) -> Iterator[t
         Inputs and labels, int64 and equally long, min(n, size). A label is what follows the input at its place, or
         -100 where it is not to be predicted.
     """
-    stream = np.array([prefix, *tokens], dtype=np.int64)
+    stream = np.concatenate([[prefix], np.asarray(tokens, dtype=np.int64)])
     for start in range(0, len(tokens), size):
         end = min(start + size, len(tokens))
         begin = max(0, end - size)
@@ -65,10 +69,9 @@ def sum_document_loss(
     Returns:
         The sum, as exact as that of `sum_loss`, and its number of tokens.
     """
-    windows = [window for tokens in documents for window in rolling_windows(tokens, prefix, size)]
-    windows.sort(key=lambda window: len(window[0]), reverse=True)
-    batches = [windows[start : start + batch_size] for start in range(0, len(windows), batch_size)]
-    return sum_batches(model, map(_collate, Progress(batches, desc=desc, disable=desc is None)), device)
+    windows = (window for tokens in documents for window in rolling_windows(tokens, prefix, size))
+    batches = Progress(_batches(windows, batch_size), desc=desc, disable=desc is None)
+    return sum_batches(model, map(_collate, batches), device)
 
 
 def bits_per_byte(nats: float, size: int) -> float:
@@ -85,7 +88,9 @@ def measure_bits_per_byte(
     device: torch.device | str = "cpu",
     desc: str | None = None,
 ) -> float:
-    """Measure a model on the documents of a text, each tokenized whole and read from the end-of-text token on.
+    """Measure a model on the documents of a text, each tokenized as a whole and read from the end-of-text token on.
+
+    Of the text no more than a document is held at a time.
 
     Args:
         model: As in `sum_document_loss`.
@@ -102,11 +107,36 @@ def measure_bits_per_byte(
     Raises:
         UserError: The text cannot be read, or the tokenizer has no end of text.
     """
-    prefix = end_of_text(tokenizer)
-    texts = list(source.documents())
-    documents = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"] if texts else []
-    loss = sum_document_loss(model, documents, prefix, size, batch_size, device, desc)
-    return bits_per_byte(loss.nats, sum(len(text.encode()) for text in texts))
+    bytes_read = 0
+
+    def documents() -> Iterator[tuple[str, bool]]:
+        nonlocal bytes_read
+        for text in source.documents():
+            bytes_read += len(text.encode())
+            yield text, True
+
+    tokens = _joined(encode_pieces(pieces_of_documents(documents()), tokenizer))
+    loss = sum_document_loss(model, tokens, end_of_text(tokenizer), size, batch_size, device, desc)
+    return bits_per_byte(loss.nats, bytes_read)
+
+
+def _joined(pieces: Iterable[dict]) -> Iterator[np.ndarray]:
+    """Join the tokens of pieces to those of whole documents."""
+    held: list[np.ndarray] = []
+    for piece in pieces:
+        if piece["starts_document"] and held:
+            yield np.concatenate(held)
+            held = []
+        held.append(piece["input_ids"])
+    if held:
+        yield np.concatenate(held)
+
+
+def _batches(windows: Iterator[tuple], batch_size: int) -> Iterator[list[tuple]]:
+    """Batch windows, like with like in length among some that are held at a time."""
+    while some := list(islice(windows, _BATCHES_HELD * batch_size)):
+        some.sort(key=lambda window: len(window[0]), reverse=True)
+        yield from (some[start : start + batch_size] for start in range(0, len(some), batch_size))
 
 
 def _collate(windows: list[tuple[np.ndarray, np.ndarray]]) -> dict[str, torch.Tensor]:

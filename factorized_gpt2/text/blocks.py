@@ -177,7 +177,7 @@ def _tokenize(
 
 def _tokenize_rows(rows: dict[str, list[str | None]], tokenizer: PreTrainedTokenizerBase) -> dict[str, list]:
     texts, starts = parts_of_documents(rows["text"], re.compile(""))
-    encoded = [*_encode(pieces_of_documents(zip(texts, starts, strict=True)), tokenizer)]
+    encoded = [*encode_pieces(pieces_of_documents(zip(texts, starts, strict=True)), tokenizer)]
     return {name: [row[name] for row in encoded] for name in ("input_ids", "starts_document")}
 
 
@@ -186,10 +186,22 @@ def _tokenize_parts(
 ) -> Iterator[dict]:
     batches = (parts_of_documents(batch["text"], document_start) for batch in rows.iter(batch_size=1000))
     parts = (part for texts, starts in batches for part in zip(texts, starts, strict=True))
-    yield from _encode(pieces_of_documents(parts), tokenizer)
+    yield from encode_pieces(pieces_of_documents(parts), tokenizer)
 
 
-def _encode(pieces: Iterator[tuple[str, bool]], tokenizer: PreTrainedTokenizerBase) -> Iterator[dict]:
+def encode_pieces(pieces: Iterator[tuple[str, bool]], tokenizer: PreTrainedTokenizerBase) -> Iterator[dict]:
+    """Tokenize pieces of documents, some at a time.
+
+    Args:
+        pieces: As `pieces_of_documents` yields them.
+        tokenizer: Of transformers.
+
+    Yields:
+        For each piece its `input_ids`, (n,) int32, and whether it `starts_document`.
+
+    Raises:
+        UserError: The tokenizer fails on the text.
+    """
     while batch := list(islice(pieces, 64)):  # as many at a time as fit into memory when they are long
         texts, starts = zip(*batch, strict=True)
         with blaming("The text cannot be tokenized", Exception):  # tokenizers has no narrower

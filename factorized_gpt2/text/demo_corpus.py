@@ -49,13 +49,18 @@ def hold_out(documents: list[str], every: int = 12) -> tuple[list[str], list[str
     return training, documents[::every]
 
 
-def write_python_corpus(folder: Path, vocab_size: int) -> tuple[int, int]:
+def write_python_corpus(folder: Path, vocab_size: int, every: int = 12) -> tuple[int, int]:
     """Write `train.jsonl`, `validation.jsonl` and `tokenizer/`, trained on the former, whole or not at all.
+
+    Args:
+        folder: What is to hold them.
+        vocab_size: Of the tokenizer.
+        every: Each `every`-th document is held out.
 
     Returns:
         How many documents there are to train on, and held out.
     """
-    training, validation = hold_out(python_documents())
+    training, validation = hold_out(python_documents(), every)
     with replacing_folder(folder) as temporary:
         for name, texts in (("train", training), ("validation", validation)):
             lines = [json.dumps({"text": text}) + "\n" for text in texts]

@@ -22,7 +22,12 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path | str, posit
         positions: Of the model, to which the saved tokenizer truncates when asked to; `None` keeps its own limit.
     """
     tokenizer.save_pretrained(folder)
-    path = Path(folder) / TOKENIZER_CONFIG_FILE
+    make_portable(Path(folder), positions)
+
+
+def make_portable(folder: Path, positions: int | None = None) -> None:
+    """Have a saved tokenizer's configuration say what `save_tokenizer` has it say."""
+    path = folder / TOKENIZER_CONFIG_FILE
     config = portable_config(read_json(path))
     if positions is not None:
         config["model_max_length"] = positions

@@ -15,7 +15,7 @@ from transformers import (
 
 from ..common.errors import UserError, blaming
 from ..common.lfs_pointers import refuse_pointers
-from ..common.model_places import refuse_missing_folder
+from ..common.model_places import refuse_missing
 
 logger = logging.getLogger(__name__)
 
@@ -38,7 +38,7 @@ def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
         UserError: There is none, or one with a chat template that would be saved elsewhere.
     """
     culprit = f"No tokenizer can be loaded from {name_or_path!r}"
-    refuse_missing_folder(name_or_path)
+    refuse_missing(name_or_path)
     refuse_pointers(Path(name_or_path) / name for name in _POINTED_AT)
     with blaming(culprit, Exception):  # tokenizers has no narrower
         if _has_file(name_or_path, "tokenizer.json"):

@@ -58,8 +58,8 @@ def lora_targets(model: FactorizedGPT2, rank: int, target_modules: Sequence[str]
     """Name the modules that get adapters, if they all can have them.
 
     Raises:
-        UserError: A name that no linear layer or embedding has, the head while it is tied, or a rank beyond the widest
-            layer.
+        UserError: A name that no linear layer or embedding has, a vocabulary of integers, the head while it is tied,
+            or a rank beyond the widest layer.
     """
     widest = model.config.n_inner or 4 * model.config.n_embd
     if rank > widest:
@@ -71,6 +71,12 @@ def lora_targets(model: FactorizedGPT2, rank: int, target_modules: Sequence[str]
     }
     absent_by_design = () if model.config.is_factorized else ("scale_up", "scale_down")
     targets = [name for name in target_modules if name not in absent_by_design]
+    codes = sorted({"wte", "lm_head"}.intersection(targets)) if model.config.is_coded else []
+    if codes:
+        raise UserError(
+            f"lora_target_modules: {codes[0]} is of integers, which cannot be adapted; leave it out, or make "
+            "floats of it with dequantize=true."
+        )
     for name in targets:
         if name not in present:
             raise UserError(

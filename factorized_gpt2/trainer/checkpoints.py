@@ -9,6 +9,7 @@ from typing import Any
 from accelerate.utils import broadcast_object_list
 from torch import nn
 from transformers import Trainer
+from transformers.tokenization_utils_base import TOKENIZER_CONFIG_FILE
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint, sort_checkpoints
@@ -16,6 +17,8 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoin
 from ..common.errors import UserError
 from ..common.files import explaining_refusals, put_in_place, read_json, remove_folder, write_json
 from ..common.leftovers import marked_for_all
+from ..models.adapter_folder import ADAPTER_CONFIG, complete_adapter
+from ..text.tokenizer_files import make_portable
 
 logger = logging.getLogger(__name__)
 
@@ -48,6 +51,26 @@ def damage(folder: Path) -> str | None:
     return None
 
 
+def not_sealed(folder: Path) -> list[str]:
+    """List the files in a checkpoint that it was not sealed with, and so are of others; none where it has no seal."""
+    try:
+        sealed = {SEAL_NAME, *read_json(folder / SEAL_NAME)["files"]}
+    except (UserError, LookupError, TypeError):
+        return []
+    files = (path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir())
+    return sorted(name for name in files if name not in sealed)
+
+
+def refuse_others(folder: Path) -> None:
+    """Refuse to remove a checkpoint in which there is more than was sealed.
+
+    Raises:
+        UserError: Naming a file.
+    """
+    if others := not_sealed(folder):
+        raise UserError(f"{folder} holds {others[0]}, which was not written by the run: move it away.")
+
+
 def last_whole_checkpoint(output_dir: Path) -> Path | None:
     """Find the last checkpoint of a run that is whole; set those after it aside, as `damaged-checkpoint-N`."""
     damaged = False
@@ -60,6 +83,7 @@ def last_whole_checkpoint(output_dir: Path) -> Path | None:
         damaged = True
         aside = checkpoint.with_name(f"damaged-{checkpoint.name}")
         if aside.exists():
+            refuse_others(aside)
             remove_folder(aside)
         checkpoint.rename(aside)
         logger.warning("%s is damaged (%s): it is set aside as %s.", checkpoint, problem, aside.name)
@@ -72,6 +96,7 @@ class CheckpointingTrainer(Trainer):
     """`Trainer` whose checkpoints are whole or not there, and which notices those that were damaged since."""
 
     _staging: Path | None = None
+    _kept: frozenset[Path] = frozenset()
 
     @property
     def kept_step(self) -> int:
@@ -89,6 +114,17 @@ class CheckpointingTrainer(Trainer):
         found = [last_whole_checkpoint(Path(self.args.output_dir)) if self.is_world_process_zero() else None]
         broadcast_object_list(found)
         return None if found[0] is None else str(found[0])
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save the model as it is handed on: others read its tokenizer, and find the base of its adapter."""
+        super().save_model(output_dir, _internal_call)
+        if not self.args.should_save:
+            return
+        folder = Path(output_dir or self.args.output_dir)
+        if (folder / TOKENIZER_CONFIG_FILE).exists():
+            make_portable(folder, self.model.config.n_positions)
+        if (folder / ADAPTER_CONFIG).exists():
+            complete_adapter(folder, folder if self._staging is None else Path(self.args.output_dir, folder.name))
 
     def _get_output_dir(self, trial: Any) -> str:
         return super()._get_output_dir(trial) if self._staging is None else str(self._staging)
@@ -123,8 +159,13 @@ class CheckpointingTrainer(Trainer):
             return
         checkpoints = sort_checkpoints(str(output_dir), best_model_checkpoint=best)  # the best is last, or next to it
         kept = max(limit, 1 if best in (None, checkpoints[-1]) else 2)
-        for checkpoint in checkpoints[:-kept]:
-            remove_folder(Path(checkpoint))
+        for checkpoint in map(Path, checkpoints[:-kept]):
+            others = not_sealed(checkpoint)
+            if not others:
+                remove_folder(checkpoint)
+            elif checkpoint not in self._kept:
+                self._kept |= {checkpoint}
+                logger.warning("%s stays: it holds %s, which was not written by the run.", checkpoint, others[0])
 
     def _init_training_state(
         self,

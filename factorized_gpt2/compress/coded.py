@@ -1,0 +1,134 @@
+"""A trained baseline to models whose vocabulary is of integers, at a budget of bytes."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..common.errors import UserError, first_line
+from ..models.conversion import from_gpt2
+from ..models.dtypes import in_dtype
+from ..network.coded_table import CodedTable
+from ..network.modeling_factorized_gpt2 import FactorizedGPT2
+from .compressor import Compressor
+from .methods import CODED
+from .quantizer import coding_weights, encode_table
+from .ranks import check_ranks
+
+INPUT_SIDE = 3  # times the head's in the metric; docs/coding.md measures others
+SEARCHED = tuple(float(f"{0.5 * 2 ** (step / 8):.3f}") for step in range(33))  # bits a weight, from 0.5 to 8
+_MOST_BITS = 16
+
+
+class BudgetTooSmall(UserError):
+    """No table of the baseline's matrix takes so little."""
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What a vocabulary may take.
+
+    Attributes:
+        bits: For each of its V d weights, everything counted.
+        rank: The largest number of components; `None`: whatever the bits buy.
+    """
+
+    bits: float
+    rank: int | None = None
+
+    @staticmethod
+    def of_megabytes(megabytes: float, weights: int, rank: int | None = None) -> "Budget":
+        """Return the budget of so many million bytes for so many weights, in whole thousandths of a bit."""
+        return Budget(int(8e9 * megabytes / weights) / 1000, rank)
+
+    def __lt__(self, other: "Budget") -> bool:
+        return (self.bits, self.rank or math.inf) < (other.bits, other.rank or math.inf)
+
+    def __str__(self) -> str:
+        return f"{self.bits:g} bits" + (f", k <= {self.rank}" if self.rank else "")
+
+
+class CodedCompressor(Compressor):
+    """Makes models by coding the vocabulary's matrix within budgets, where `Compressor` does so by rank.
+
+    Arguments are those of `Compressor`; `make` and all that takes a rank there takes a `Budget` here, and in the place
+    of the share it says how many bits a weight the vocabulary takes.
+
+    Raises:
+        UserError: As there; the baseline's head is not tied.
+    """
+
+    share_name = "stored_bits_per_weight"
+
+    def __init__(self, baseline, *args, **kwargs):
+        if not baseline.model.config.tie_word_embeddings:
+            raise UserError(f"{baseline.name} has a head of its own; method {CODED} codes one matrix for both sides.")
+        super().__init__(baseline, *args, **kwargs)
+
+    def folder(self, size: Budget) -> Path:
+        rank = f"_k{size.rank}" if size.rank else ""
+        return self.root / f"gpt_{self.label}_nofinetune_b{size.bits:g}{rank}"
+
+    def factorize_ahead(self, sizes: Sequence[Budget]) -> None:
+        """Check budgets; tables are made one by one."""
+        for size in sizes:
+            self.check(size)
+
+    def make(self, size: Budget) -> tuple[FactorizedGPT2, float]:
+        """Code the matrix, in memory.
+
+        Returns:
+            The compressed model in evaluation mode, and the bits a weight that its table takes.
+
+        Raises:
+            UserError: A budget that is out of range.
+            BudgetTooSmall: One that holds no table.
+        """
+        self.check(size)
+        try:
+            table = self._encode(size)
+        except ValueError as error:
+            raise BudgetTooSmall(f"A vocabulary of {size} cannot be made: {first_line(error)}") from error
+        return in_dtype(from_gpt2(self.baseline.model, table), self.recipe.dtype), table.bits_per_weight
+
+    def check(self, size: Budget) -> None:
+        if not 0 < size.bits <= _MOST_BITS:
+            raise UserError(f"{size.bits:g} bits a weight are out of range: at most {_MOST_BITS}, and more than 0.")
+        if size.rank is not None:
+            check_ranks([size.rank], self.baseline.model.config)
+
+    def _encode(self, size: Budget) -> CodedTable:
+        embedding, _ = self._matrices
+        bits = size.bits
+        if size.rank is not None:  # beyond a byte for each of its codes, a low rank is as exact as it gets
+            bits = min(bits, 8 * size.rank / embedding.shape[1])
+        table = encode_table(embedding, self._metric, self._row_weights, bits, rank=size.rank)
+        if not table.codes.shape[1]:
+            raise ValueError("all codes would be 0.")
+        return table
+
+    def name_of(self, size: Budget) -> str:
+        return str(size)
+
+    def _of_size(self, size: Budget) -> dict[str, Any]:
+        return {"bits_per_weight": size.bits, "largest_rank": size.rank}
+
+    def _size_in(self, record: dict[str, Any]) -> Budget | None:
+        bits, rank = record.get("bits_per_weight"), record.get("largest_rank")
+        is_budget = isinstance(bits, int | float) and (rank is None or isinstance(rank, int))
+        return Budget(bits, rank) if is_budget else None
+
+    def _of_all_sizes(self) -> dict[str, Any]:
+        return {}
+
+    @cached_property
+    def _metric(self) -> np.ndarray:
+        return INPUT_SIDE * self._use.input_side.second_moment() + self._use.output_side.second_moment()
+
+    @cached_property
+    def _row_weights(self) -> np.ndarray:
+        return coding_weights(self._use.token_counts, self._use.head_use)
