@@ -6,9 +6,11 @@ import pytest
 from hub_client import TOKEN, reach
 from hub_server import HubServer
 from huggingface_hub import HfApi
+from old_networks import NANO, OldNet, checkpoint
 
 from factorized_gpt2.cli import compressing
 from factorized_gpt2.cli.compress import compress
+from factorized_gpt2.cli.import_checkpoint import import_checkpoint
 from factorized_gpt2.cli.train import train
 from factorized_gpt2.common.errors import UserError
 from factorized_gpt2.trainer.trainer import FactorizedTrainer
@@ -98,3 +100,15 @@ def test_what_cannot_be_published_is_found_before_the_work(hub, root, tmp_path, 
         with pytest.raises(UserError, match="There is no token for the Hub"):
             ask()
     assert not (tmp_path / "run").exists()
+
+
+def test_an_imported_checkpoint_is_published(hub, tmp_path, capsys):
+    path = checkpoint(OldNet(NANO), NANO, tmp_path / "ckpt.pt")
+    words = ["--checkpoint", str(path), "--output_dir", str(tmp_path / "model")]
+    import_checkpoint([*words, "--push_to_hub", "me/nano", "--private", "--dtype", "bfloat16"])
+    assert f"Published: {hub.url}/me/nano" in capsys.readouterr().out
+    assert {"model.safetensors", "README.md", "modeling_factorized_gpt2.py"} <= files("me/nano")
+    assert HfApi(token=TOKEN).model_info("me/nano").private
+    with pytest.raises(UserError, match="is no name for the Hub"):
+        import_checkpoint([*words[:3], str(tmp_path / "other"), "--push_to_hub", "a/b/c"])
+    assert not (tmp_path / "other").exists()

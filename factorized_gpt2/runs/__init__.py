@@ -1,7 +1,7 @@
 """Runs: from settings to a folder with a model and its results, and grids of them.
 
-Read `settings`, `start`, `run`; then `folder` and `identity`, which decide whether a run goes on, is finished or is
-another; `grid` lists the experiments.
+Read `fields`, `words`, `settings`, `start`, `run`; then `folder` and `identity`, which decide whether a run goes on,
+is finished or is another; `grid` lists the experiments.
 """
 
 from ..common.lazy import exporting

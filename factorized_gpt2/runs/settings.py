@@ -151,6 +151,7 @@ class Run:
         parts = (self.model, self.adapter, self.distillation, self.data)
         settings = {item.name: getattr(part, item.name) for part in parts for item in fields(part)}
         settings |= self.training.to_dict()
+        settings["push_to_hub"] = settings["push_to_hub"] or False  # as earlier versions wrote it
         for name in ("logging_dir", "local_rank", "overwrite", "disable_tqdm", "hub_token"):
             settings.pop(name, None)
         return settings

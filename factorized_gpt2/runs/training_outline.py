@@ -6,11 +6,13 @@ from enum import Enum
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
+from types import NoneType
 from typing import Any, Literal
 
 from transformers.utils import logging
 
 _CLASS = "TrainingArguments"
+_TYPES: dict[str, type] = {kind.__name__: kind for kind in (str, int, float, bool, list, dict, tuple)}
 _FILES = ("training_args.py", "trainer_utils.py", "debug_utils.py")  # the class, and the enumerations it names
 
 
@@ -38,29 +40,16 @@ def _outline() -> type:
         for node in ast.parse((folder / name).read_text(encoding="utf-8")).body
         if isinstance(node, ast.ClassDef)
     }
-    names = _Names({name: _enumeration(node) for name, node in classes.items() if _is_enumeration(node)})
+    types = _TYPES | {name: _enumeration(node) for name, node in classes.items() if _is_enumeration(node)}
     contents: dict[str, Any] = {"__annotations__": {}}
     for node in classes[_CLASS].body:
         if isinstance(node, ast.AnnAssign):
-            name = node.target.id
-            contents["__annotations__"][name] = _value_of(node.annotation, names)
-            contents[name] = _field(node.value, names)
+            contents["__annotations__"][node.target.id] = _type_of(node.annotation, types)
+            contents[node.target.id] = _field(node.value)
     outline = dataclass(type(_CLASS, (), contents))
     if len(fields(outline)) < 50:
         raise ValueError(f"{_CLASS} has few fields")
     return outline
-
-
-class _Names(dict):
-    """What the source's names mean; a type that is not known is `object`."""
-
-    def __init__(self, enumerations: dict[str, type]):
-        super().__init__(enumerations, Any=Any, Literal=Literal, str=str, int=int, float=float, bool=bool)
-        self.update(list=list, dict=dict, tuple=tuple)
-        self.update(trainer_log_levels=logging.get_log_levels_dict() | {"passive": -1})
-
-    def __missing__(self, name: str) -> Any:
-        return object
 
 
 def _is_enumeration(node: ast.ClassDef) -> bool:
@@ -74,23 +63,45 @@ def _enumeration(node: ast.ClassDef) -> type:
     return Enum(node.name, members, type=str)
 
 
-def _value_of(node: ast.expr, names: _Names) -> Any:
-    return eval(compile(ast.Expression(node), _CLASS, "eval"), {"__builtins__": {}}, names)
+def _type_of(node: ast.expr, types: dict[str, type]) -> Any:
+    """Read an annotation, such as `list[str] | None`; a type that is not known is `object`."""
+    match node:
+        case ast.Constant(value=None):
+            return NoneType
+        case ast.Name(id=name):
+            return types.get(name, object)
+        case ast.BinOp(left=left, op=ast.BitOr(), right=right):
+            return _type_of(left, types) | _type_of(right, types)
+        case ast.Subscript(value=ast.Name(id="Literal"), slice=choices):
+            return Literal[ast.literal_eval(choices)]
+        case ast.Subscript(value=of, slice=ast.Tuple(elts=inner)):
+            return _type_of(of, types)[tuple(_type_of(one, types) for one in inner)]
+        case ast.Subscript(value=of, slice=inner):
+            return _type_of(of, types)[_type_of(inner, types)]
+    raise ValueError(f"{ast.unparse(node)} is a type of another form")
 
 
-def _field(node: ast.expr | None, names: _Names) -> Any:
+def _field(node: ast.expr | None) -> Any:
     """Make a field of `field(...)` or of a plain default."""
     if not isinstance(node, ast.Call):
         return field(default=ast.literal_eval(node))
     keywords = {keyword.arg: keyword.value for keyword in node.keywords}
-    options: dict[str, Any] = {"metadata": _value_of(keywords["metadata"], names)} if "metadata" in keywords else {}
-    options |= {name: ast.literal_eval(keywords[name]) for name in ("init", "repr") if name in keywords}
+    options: dict[str, Any] = {name: ast.literal_eval(keywords[name]) for name in ("init", "repr") if name in keywords}
+    if "metadata" in keywords:
+        about = keywords["metadata"]
+        options["metadata"] = {
+            ast.literal_eval(key): _said(value) for key, value in zip(about.keys, about.values, strict=True)
+        }
     if "default_factory" in keywords:
-        factory = _value_of(keywords["default_factory"], names)
-        return field(default_factory=factory, **options)
-    if "default" not in keywords:
-        raise ValueError("a field without a default")
+        return field(default_factory=_TYPES[keywords["default_factory"].id], **options)
     try:
         return field(default=ast.literal_eval(keywords["default"]), **options)
     except ValueError:  # computed from what is installed
         return field(default=None, **options)
+
+
+def _said(node: ast.expr) -> Any:
+    """Read what is said about a field: text, or choices."""
+    if ast.unparse(node) == "trainer_log_levels.keys()":
+        return (logging.get_log_levels_dict() | {"passive": -1}).keys()
+    return ast.literal_eval(node)

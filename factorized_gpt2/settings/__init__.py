@@ -1,7 +1,7 @@
 """Command lines and configs: read, checked and explained in one line. No command's own settings are here.
 
-Read `parsing`, then `setting_values` for the ranges, and `text_arguments` and `devices` for the settings that
-commands share.
+Read `words`, `parsing`, then `setting_values` for the ranges, and `text_arguments`, `devices` and `outputs` for the
+settings that commands share. Nothing here imports torch, so that a command can answer at once.
 """
 
 from ..common.lazy import exporting

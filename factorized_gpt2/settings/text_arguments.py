@@ -68,7 +68,8 @@ class DataArguments(TextArguments):
         metadata={"help": "Local .txt, .jsonl, .parquet files, or .bin of token ids, instead of the dataset's split."},
     )
     validation_file: list[Annotated[str, READ]] | None = field(
-        default=None, metadata={"help": "Local files instead of the dataset's validation split."}
+        default=None,
+        metadata={"help": "Local files instead of the dataset's validation split. Also: eval_file."},
     )
     tokenizer: Annotated[str, READ] | None = field(
         default=None, metadata={"help": "Folder or Hub id of the tokenizer. None: the baseline's."}
