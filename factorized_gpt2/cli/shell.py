@@ -79,7 +79,7 @@ def run_command(command: Callable[[list[str]], None], argv: list[str] | None = N
 
 
 def _missing_package(error: BaseException | None) -> str | None:
-    """Find the package of an extra whose absence is behind an error, which transformers raises anew without its name."""
+    """Find the package of an extra whose absence is behind an error; transformers raises it anew without a name."""
     while error is not None:
         name = (getattr(error, "name", None) or "").partition(".")[0]
         if isinstance(error, ModuleNotFoundError) and name in _EXTRAS:
