@@ -12,8 +12,8 @@ from ..common.errors import REFUSED_SETTINGS, UserError, blaming
 from ..common.files import read_json, replacing_file
 from ..common.fingerprints import weights_fingerprint
 from ..report.reporting import read_results, write_report
+from ..runs.contents import contents_of
 from ..runs.grid import Experiment, Scale, load_grid, select
-from ..runs.identity import contents_of
 from ..runs.results import RESULTS_NAME, SETTINGS_NAME, Results
 from ..runs.words import check_words, with_present_names
 from ..settings.devices import launched_processes
