@@ -9,7 +9,7 @@ from ..models.record import teacher_of
 
 
 def contents_of(settings: Mapping[str, Any]) -> dict[str, str]:
-    """Identify what a run with these settings would read now, without a dataset on the Hub; what cannot be told is left out.
+    """Identify what a run with these settings would read now, a dataset of the Hub left out, and what cannot be told.
 
     Args:
         settings: As `Run.settings` has them, or a record of them.
