@@ -1,5 +1,6 @@
 """Any causal language model of transformers: its vocabulary matrix, how text uses it, and what text costs with it."""
 
+import copy
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -11,6 +12,8 @@ from factorized_gpt2.common.errors import UserError
 from factorized_gpt2.common.progress import Progress
 from factorized_gpt2.compress.data_aware import VocabularyUse
 from factorized_gpt2.compress.row_fit import Side
+from factorized_gpt2.compress.vocabulary_refinement import Trunk
+from factorized_gpt2.trainer.distillation import divergence_rows
 
 DRAWS = 8  # next tokens drawn from the model's distribution at every position
 _ROWS_AT_ONCE = 256  # of logits, (rows, V)
@@ -40,6 +43,15 @@ class TiedModel:
     def table(self) -> np.ndarray:
         """The original vocabulary matrix, (V, d) float32; read it only."""
         return self.original.numpy()
+
+    def trunk(self, dtype: torch.dtype) -> Trunk:
+        """Return what makes final hidden states of embeddings, in another precision; float32 in and out."""
+        network = copy.deepcopy(self._trunk).to(dtype)
+
+        def run(embedded: torch.Tensor) -> torch.Tensor:
+            return network(inputs_embeds=embedded.to(dtype), use_cache=False).last_hidden_state.float()
+
+        return run
 
     def use_table(self, table: np.ndarray) -> None:
         """Look tokens up in another matrix, (V, d) floats."""
@@ -129,17 +141,42 @@ def token_losses(
     """Compute the negative log-likelihood of every token but the first of its block, in nats.
 
     Args:
-        hidden: (n, T, d) float32, final hidden states.
-        head: (V, d) float32.
+        hidden: (n, T, d) floats, final hidden states.
+        head: (V, d), of the same dtype.
         blocks: (n, T) int64, token ids.
-        bias: (V,) float32, added to the logits.
+        bias: (V,), added to the logits.
 
     Returns:
         (n (T - 1),) float32.
     """
     inputs, labels = hidden[:, :-1].flatten(0, 1), blocks[:, 1:].flatten()
     losses = [
-        nn.functional.cross_entropy(nn.functional.linear(rows, head, bias), targets, reduction="none")
+        nn.functional.cross_entropy(nn.functional.linear(rows, head, bias).float(), targets, reduction="none")
         for rows, targets in zip(inputs.split(_ROWS_AT_ONCE), labels.split(_ROWS_AT_ONCE), strict=True)
     ]
     return torch.cat(losses).numpy()
+
+
+@torch.no_grad()
+def divergence(
+    hidden: torch.Tensor,
+    head: torch.Tensor,
+    original_hidden: torch.Tensor,
+    original_head: torch.Tensor,
+    bias: torch.Tensor | None = None,
+) -> float:
+    """Compute KL(original || changed), the mean over all positions but the last of their block, in nats.
+
+    Args:
+        hidden: (n, T, d) floats, final hidden states of the changed model.
+        head: (V, d), of the same dtype.
+        original_hidden: As `hidden`.
+        original_head: As `head`.
+        bias: (V,), added to the changed model's logits.
+    """
+    pairs = ((states[:, :-1].flatten(0, 1).split(_ROWS_AT_ONCE)) for states in (hidden, original_hidden))
+    nats = [
+        divergence_rows(nn.functional.linear(changed, head, bias).float(), original @ original_head.T)[0].sum()
+        for changed, original in zip(*pairs, strict=True)
+    ]
+    return float(sum(nats)) / (len(hidden) * (hidden.shape[1] - 1))

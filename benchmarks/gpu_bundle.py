@@ -66,7 +66,7 @@ def main(argv: list[str]) -> None:
     if foreign:
         raise UserError(f"{folder} holds {min(foreign)} and is no bundle: choose another --output_dir.")
     repository = repository_bytes()
-    with replacing_folder(folder) as temporary:
+    with replacing_folder(folder, ("*", "*/")) as temporary:  # all in it is a bundle's
         fill(temporary, arguments, int(arguments.mib * MIB) - repository)
         bundle = bytes_of(temporary)
     print(f"{folder}: {bundle / MIB:.1f} MiB, with the repository {(bundle + repository) / MIB:.1f} MiB.\n")

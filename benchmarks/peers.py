@@ -3,7 +3,8 @@
 Each takes a matrix (V, d) float32 and returns what stands for it, and the bytes of that, scales counted.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from foreign_models import Calibration
@@ -17,7 +18,49 @@ _CLIPPINGS = np.linspace(1, 0.5, 11)  # shares of a group's range that are tried
 _ROWS_AT_ONCE = 8192
 _DAMPING = 0.01  # of the Hessian's mean diagonal, as Frantar et al. (2022) have it
 
-Small = tuple[np.ndarray, int]  # the matrix that results, and bytes
+
+@dataclass(frozen=True)
+class Small:
+    """What stands for a vocabulary matrix, and how many bytes it takes.
+
+    Attributes:
+        embedding: (V, d) float32.
+        nbytes: Of all that is stored.
+        head: (V, d) float32; None where it is the embedding.
+        bias: (V,) float32, of the head; None where there is none.
+    """
+
+    embedding: np.ndarray
+    nbytes: int
+    head: np.ndarray | None = None
+    bias: np.ndarray | None = None
+
+
+@dataclass(frozen=True)
+class Groups:
+    """Integers with a step and an offset a group, in fp16's numbers.
+
+    Attributes:
+        codes: (V, groups of a row, numbers of a group) uint8.
+        steps: (V, groups of a row, 1) float32.
+        offsets: Of the same shape.
+        bits: Of an integer.
+    """
+
+    codes: np.ndarray
+    steps: np.ndarray
+    offsets: np.ndarray
+    bits: int
+
+    @property
+    def nbytes(self) -> int:
+        """How many bytes codes, steps and offsets take."""
+        return self.codes.size * self.bits // 8 + 4 * self.steps.size
+
+    def small(self) -> Small:
+        """Return the matrix that it stands for."""
+        dense = self.codes * self.steps + self.offsets
+        return Small(dense.reshape(len(dense), -1), self.nbytes)
 
 
 def peers(
@@ -44,12 +87,12 @@ def peers(
         for group in (0, 128, 64, 32):
             if not group or weight.shape[1] % group == 0:
                 name = f"int{number}, " + (f"groups of {group}" if group else "rows")
-                yield "round to nearest", name, lambda b=number, g=group: round_to_nearest(weight, b, g)
+                yield "round to nearest", name, lambda b=number, g=group: round_to_nearest(weight, b, g).small()
     moment = calibration.hidden.T.astype(np.float64) @ calibration.hidden / len(calibration.hidden)
     for number in bits:
         if number <= 4 and weight.shape[1] % 64 == 0:
             name = f"GPTQ int{number}, groups of 64"
-            yield "GPTQ", name, lambda b=number: gptq(weight, moment, b, 64)
+            yield "GPTQ", name, lambda b=number: gptq(weight, moment, b, 64).small()
     for name in gguf_types(weight.shape[1]):
         yield "gguf", name, lambda n=name: gguf_type(weight, n)
 
@@ -58,10 +101,10 @@ def low_rank(factors: Factors) -> Small:
     """Round factors to half precision; `scale_down` is `scale_up` again and takes no bytes."""
     wte, scale_up, mean = (array.astype(np.float16) for array in (factors.wte, factors.scale_up, factors.mean))
     dense = wte.astype(np.float32) @ scale_up.astype(np.float32) + mean
-    return dense, wte.nbytes + scale_up.nbytes + mean.nbytes
+    return Small(dense, wte.nbytes + scale_up.nbytes + mean.nbytes)
 
 
-def round_to_nearest(weight: np.ndarray, bits: int, group: int) -> Small:
+def round_to_nearest(weight: np.ndarray, bits: int, group: int) -> Groups:
     """Round to integers with a step and an offset a group in fp16, its range clipped where that lowers squared error.
 
     Args:
@@ -70,37 +113,38 @@ def round_to_nearest(weight: np.ndarray, bits: int, group: int) -> Small:
         group: Numbers of a row that share a step; 0 for the row.
     """
     groups = weight.reshape(-1, group or weight.shape[1])
-    dense = np.empty_like(groups)
+    codes = np.empty(groups.shape, np.uint8)
+    steps, offsets = (np.empty((len(groups), 1), np.float32) for _ in range(2))
     for first in range(0, len(groups), _ROWS_AT_ONCE):
-        part = groups[first : first + _ROWS_AT_ONCE]
-        best = np.full(len(part), np.inf, np.float32)
-        for clipping in _CLIPPINGS if bits < 8 else (1,):
-            rounded = _round(part, *_grid(part, bits, clipping), bits)
-            error = np.square(rounded - part).sum(1)
-            better = error < best
-            dense[first : first + _ROWS_AT_ONCE][better] = rounded[better]
-            best = np.minimum(best, error)
-    return dense.reshape(weight.shape), weight.size * bits // 8 + 4 * len(groups)
+        part = slice(first, first + _ROWS_AT_ONCE)
+        steps[part], offsets[part] = _searched_grid(groups[part], bits, _CLIPPINGS if bits < 8 else (1,))
+        codes[part] = _codes(groups[part], steps[part], offsets[part], bits)
+    shape = (len(weight), -1)
+    return Groups(codes.reshape(*shape, groups.shape[1]), steps.reshape(*shape, 1), offsets.reshape(*shape, 1), bits)
 
 
-def gptq(weight: np.ndarray, hessian: np.ndarray, bits: int, group: int) -> Small:
+def gptq(weight: np.ndarray, hessian: np.ndarray, bits: int, group: int) -> Groups:
     """Round column by column, each error made good by the columns to come (Frantar et al., 2022)."""
     width = weight.shape[1]
     damped = hessian + _DAMPING * np.trace(hessian) / width * np.eye(width)
     upper = np.linalg.cholesky(np.linalg.inv(damped)).T.astype(np.float32)
-    left, dense = weight.copy(), np.empty_like(weight)
+    left, codes = weight.copy(), np.empty(weight.shape, np.uint8)
+    grids = []
     for first in range(0, width, group):
         block = slice(first, first + group)
         errors = np.empty((len(weight), group), np.float32)
-        step, offset = _searched_grid(left[:, block], bits)
+        step, offset = _searched_grid(left[:, block], bits, _CLIPPINGS)
         for place, column in enumerate(range(first, first + group)):
-            dense[:, column] = _round(left[:, column, None], step, offset, bits)[:, 0]
-            errors[:, place] = (left[:, column] - dense[:, column]) / upper[column, column]
+            codes[:, column, None] = _codes(left[:, column, None], step, offset, bits)
+            rounded = (codes[:, column, None] * step + offset)[:, 0]
+            errors[:, place] = (left[:, column] - rounded) / upper[column, column]
             left[:, column + 1 : first + group] -= np.outer(
                 errors[:, place], upper[column, column + 1 : first + group]
             )
         left[:, first + group :] -= errors @ upper[block, first + group :]
-    return dense, weight.size * bits // 8 + 4 * weight.size // group
+        grids.append((step, offset))
+    steps, offsets = (np.stack(values, axis=1) for values in zip(*grids, strict=True))
+    return Groups(codes.reshape(len(weight), -1, group), steps, offsets, bits)
 
 
 def gguf_types(width: int) -> list[str]:
@@ -119,7 +163,7 @@ def gguf_type(weight: np.ndarray, name: str) -> Small:
 
     kind = gguf.GGMLQuantizationType[name]
     blocks = gguf.quantize(weight, kind)
-    return gguf.dequantize(blocks, kind), blocks.nbytes
+    return Small(gguf.dequantize(blocks, kind), blocks.nbytes)
 
 
 def _grid(groups: np.ndarray, bits: int, clipping: float) -> tuple[np.ndarray, np.ndarray]:
@@ -129,12 +173,13 @@ def _grid(groups: np.ndarray, bits: int, clipping: float) -> tuple[np.ndarray, n
     return (values.astype(np.float16).astype(np.float32) for values in (step, low))
 
 
-def _searched_grid(groups: np.ndarray, bits: int) -> tuple[np.ndarray, np.ndarray]:
-    grids = [tuple(_grid(groups, bits, clipping)) for clipping in _CLIPPINGS]
-    errors = [np.square(_round(groups, *grid, bits) - groups).sum(1) for grid in grids]
+def _searched_grid(groups: np.ndarray, bits: int, clippings: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:
+    """Choose for every group the clipping whose squared error is least."""
+    grids = [tuple(_grid(groups, bits, clipping)) for clipping in clippings]
+    errors = [np.square(_codes(groups, *grid, bits) * grid[0] + grid[1] - groups).sum(1) for grid in grids]
     best = np.argmin(errors, axis=0)
     return tuple(np.stack(values)[best, np.arange(len(best))] for values in zip(*grids, strict=True))
 
 
-def _round(groups: np.ndarray, step: np.ndarray, offset: np.ndarray, bits: int) -> np.ndarray:
-    return np.clip(np.rint((groups - offset) / step), 0, 2**bits - 1) * step + offset
+def _codes(groups: np.ndarray, step: np.ndarray, offset: np.ndarray, bits: int) -> np.ndarray:
+    return np.clip(np.rint((groups - offset) / step), 0, 2**bits - 1)

@@ -1,22 +1,24 @@
 """A pretrained model's tied vocabulary, made small in every way: loss increase on text against bits a weight.
 
-`python benchmarks/pretrained.py FOLDER --calibration_file BOOKS.parquet --text_file A.tokens B.parquet`. Nothing is
-trained; all ways see the same tokens, and what each adds to the loss is a mean of differences by token.
+`python benchmarks/pretrained.py FOLDER --calibration_file BOOKS.parquet --text_file A.tokens B.parquet`. All ways see
+the same tokens, and what each adds to the loss is a mean of differences by token. Those called refined are trained
+for some steps on the calibration text. With --output, what was measured before is read and not measured again.
 """
 
 import json
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
 import torch
-from foreign_models import Calibration, TiedModel, token_losses
+from foreign_models import Calibration, TiedModel, divergence, token_losses
 from matplotlib import pyplot as plt
 from matplotlib.ticker import NullFormatter
-from peers import Small, peers
+from peers import Small, gptq, peers
+from refined_peers import RefinableFactors, RefinableGroups, small_table
 from side_by_side import machine
 from tabulate import tabulate
 from transformers import AutoModelForCausalLM
@@ -26,8 +28,10 @@ from factorized_gpt2.common.errors import UserError, blaming
 from factorized_gpt2.common.files import replacing_file
 from factorized_gpt2.common.progress import Progress
 from factorized_gpt2.compress.calibration import count_tokens, spread_blocks
-from factorized_gpt2.compress.data_aware import VocabularyUse
+from factorized_gpt2.compress.data_aware import VocabularyUse, factorize_data_aware
 from factorized_gpt2.compress.quantizer import coding_weights, encode_table
+from factorized_gpt2.compress.vocabulary_refinement import RefinableTable, Teacher, refine_vocabulary
+from factorized_gpt2.network.coded_table import CodedTable
 from factorized_gpt2.settings.parsing import ManualParser
 from factorized_gpt2.text.blocks import load_blocks
 from factorized_gpt2.text.source import TextSource
@@ -35,6 +39,8 @@ from factorized_gpt2.text.tokenizers import load_tokenizer
 
 _TICKS = (0.5, 1, 2, 4, 8, 16)  # bits a weight
 INPUT_SIDE = 3  # times the head's in the metric of the coded table; docs/coding.md measures others
+HELD_OUT = 16  # one of so many calibration blocks decides whether a refined vocabulary is kept
+REFINED_BITS = 5  # a row: what gains and bias take, kept free when a table that will be refined is coded
 
 
 @dataclass
@@ -53,8 +59,20 @@ class PretrainedArguments:
         default_factory=lambda: [0.5, 0.75, 1.0, 1.75, 2.75, 4.0, 6.0, 8.0],
         metadata={"help": "Bits a weight, of ours."},
     )
-    only: str | None = field(default=None, metadata={"help": "Measure the ways alone whose names hold this word."})
+    refine_steps: int = field(default=100, metadata={"help": "Of 1,024 tokens. 0 refines none."})
+    refined_bits: list[int] = field(default_factory=lambda: [4, 3, 2], metadata={"help": "Of GPTQ, refined."})
+    refined_ranks: list[int] = field(default_factory=lambda: [48, 96], metadata={"help": "k of low rank, refined."})
+    only: list[str] | None = field(
+        default=None, metadata={"help": "Measure the ways alone whose names hold one of these.", "nargs": "+"}
+    )
+    dtype: str = field(
+        default="float32",
+        metadata={"help": "Of the network when the loss is measured.", "choices": ["float32", "bfloat16"]},
+    )
     output: str | None = field(default=None, metadata={"help": "Folder for the table, JSON and picture."})
+    work_dir: str | None = field(
+        default=None, metadata={"help": "Folder where the calibration is kept, for the next run on the same texts."}
+    )
 
 
 @dataclass
@@ -67,6 +85,7 @@ class Measurement:
     seconds: float
     increase: list[float]
     standard_error: list[float]
+    divergence: list[float]
 
 
 class Yardstick:
@@ -75,27 +94,63 @@ class Yardstick:
     Args:
         model: Whose table is replaced.
         texts: Blocks of token ids of each text, (n, T) int64.
+        dtype: Of the model, the original's too: differences between them feel it little.
     """
 
-    def __init__(self, model: TiedModel, texts: list[torch.Tensor]):
-        self._model, self._texts = model, texts
-        self.baseline = self._losses(model.table)
+    def __init__(self, model: TiedModel, texts: list[torch.Tensor], dtype: torch.dtype = torch.float32):
+        self._trunk, self._texts, self._dtype = model.trunk(dtype), texts, dtype
+        self._head = model.original.to(dtype)
+        self._hidden = [self._states(model.original, blocks) for blocks in texts]
+        self.baseline = [
+            token_losses(hidden, self._head, blocks) for hidden, blocks in zip(self._hidden, texts, strict=True)
+        ]
 
-    def increase(self, table: np.ndarray) -> tuple[list[float], list[float]]:
-        """Return how much a table adds to every text's loss, and its standard error over tokens, in nats."""
-        losses = self._losses(table)
-        differences = [after - before for after, before in zip(losses, self.baseline, strict=True)]
-        return (
-            [float(values.mean()) for values in differences],
-            [float(values.std() / len(values) ** 0.5) for values in differences],
+    def measure(self, small: Small) -> tuple[list[float], list[float], list[float]]:
+        """Return what a vocabulary adds to every text's loss, its standard error over tokens, and the divergence."""
+        head = torch.from_numpy(small.embedding if small.head is None else small.head).to(self._dtype)
+        bias = None if small.bias is None else torch.from_numpy(small.bias).to(self._dtype)
+        increases, divergences = [], []
+        for blocks, original, before in zip(self._texts, self._hidden, self.baseline, strict=True):
+            hidden = self._states(torch.from_numpy(small.embedding), blocks)
+            increases.append(token_losses(hidden, head, blocks, bias) - before)
+            divergences.append(divergence(hidden, head, original, self._head, bias))
+        means = [float(values.mean()) for values in increases]
+        errors = [float(values.std() / len(values) ** 0.5) for values in increases]
+        return means, errors, divergences
+
+    @torch.no_grad()
+    def _states(self, table: torch.Tensor, blocks: torch.Tensor) -> torch.Tensor:
+        rows = [self._trunk(torch.nn.functional.embedding(row[None], table)) for row in blocks]
+        return torch.cat(rows).to(self._dtype)
+
+
+@dataclass(frozen=True)
+class Refiner:
+    """Refines small vocabularies on the calibration text, in bfloat16 but for what is trained.
+
+    Args:
+        model: The original.
+        calibration: On blocks of text.
+        block_size: Of those.
+        steps: How many.
+    """
+
+    model: TiedModel
+    calibration: Calibration
+    block_size: int
+    steps: int
+
+    def __call__(self, vocabulary: torch.nn.Module) -> None:
+        """Refine in place."""
+        ids, hidden = (torch.from_numpy(array) for array in (self.calibration.ids, self.calibration.hidden))
+        states = hidden.bfloat16().view(-1, self.block_size, hidden.shape[1])
+        text = Teacher(self.model.original.bfloat16(), ids.view(-1, self.block_size), states)
+        held_out = torch.arange(len(states)) % HELD_OUT == HELD_OUT - 1
+        if not held_out.any():
+            held_out[-1] = True
+        refine_vocabulary(
+            vocabulary, self.model.trunk(torch.bfloat16), text[~held_out], text[held_out], self.steps, progress=True
         )
-
-    def _losses(self, table: np.ndarray) -> list[np.ndarray]:
-        self._model.use_table(table)
-        head = torch.from_numpy(np.ascontiguousarray(table, dtype=np.float32))
-        losses = [token_losses(self._model.hidden_states(blocks), head, blocks) for blocks in self._texts]
-        self._model.use_table(self._model.table)
-        return losses
 
 
 def main(argv: list[str]) -> None:
@@ -105,29 +160,55 @@ def main(argv: list[str]) -> None:
         network = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=torch.float32, trust_remote_code=False)
     model = TiedModel(network)
     texts = [read_blocks(arguments, name, arguments.tokens)[0] for name in arguments.text_file]
-    blocks, counts = read_blocks(arguments, arguments.calibration_file, arguments.calibration_tokens, len(model.table))
-    calibration = model.calibrate(blocks, desc="calibrating")
+    calibration, counts = calibrate(arguments, model)
     use = calibration.use(counts)
-    ways = [*ours(model.table, calibration, use, arguments.budgets)]
+    coder = Coder(model.table, calibration, use)
+    ways = [("coded", f"coded, {bits:g} bits", lambda b=bits: coder.small(b)) for bits in arguments.budgets]
     ways += peers(model.table, calibration, use, arguments.ranks, arguments.bits)
-    ways = [way for way in ways if arguments.only is None or arguments.only in way[1]]
+    if arguments.refine_steps:
+        refiner = Refiner(model, calibration, arguments.block_size, arguments.refine_steps)
+        ways += refined(coder, refiner, arguments)
+    ways = [way for way in ways if arguments.only is None or any(word in way[1] for word in arguments.only)]
     if not ways:
-        raise UserError(f"No way's name holds {arguments.only!r}.")
-    yardstick = Yardstick(model, texts)
+        raise UserError(f"No way's name holds {' or '.join(map(repr, arguments.only))}.")
+    yardstick = Yardstick(model, texts, getattr(torch, arguments.dtype))
     header = {
-        "model": arguments.model,
+        "model": Path(arguments.model).name,
         "machine": machine(),
         "texts": [Path(name).name for name in arguments.text_file],
         "tokens": [len(losses) for losses in yardstick.baseline],
         "baseline": [float(losses.mean()) for losses in yardstick.baseline],
-        "calibration_tokens": blocks.numel(),
+        "calibration_tokens": len(calibration.ids),
+        "refine_steps": arguments.refine_steps,
+        "dtype": arguments.dtype,
     }
-    rows = []
+    output = None if arguments.output is None else Path(arguments.output)
+    rows = [] if output is None else read_results(output, header)
     for family, name, make in Progress(ways, desc="ways"):
+        if name in {row.name for row in rows}:
+            continue
         rows.append(measure(family, name, make, yardstick))
-        if arguments.output is not None:  # after each, so that an interruption loses none
-            write_results(Path(arguments.output), header, rows)
+        if output is not None:  # after each, so that an interruption loses none
+            write_results(output, header, rows)
     print(describe(header, rows))
+
+
+def calibrate(arguments: PretrainedArguments, model: TiedModel) -> tuple[Calibration, np.ndarray]:
+    """Run over the calibration text, or read what was kept of that; and count all of its tokens."""
+    name, vocab_size = arguments.calibration_file, len(model.table)
+    blocks, counts = read_blocks(arguments, name, arguments.calibration_tokens, vocab_size)
+    kept = None if arguments.work_dir is None else Path(arguments.work_dir) / "calibration.npz"
+    if kept is not None and kept.exists():
+        with np.load(kept, allow_pickle=False) as arrays:
+            calibration = Calibration(**arrays)
+        if len(calibration.ids) == blocks.numel() and calibration.hidden.shape[1] == model.table.shape[1]:
+            return calibration, counts
+    calibration = model.calibrate(blocks, desc="calibrating")
+    if kept is not None:
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        with replacing_file(kept) as path, path.open("wb") as file:
+            np.savez(file, **{name: getattr(calibration, name) for name in Calibration.__dataclass_fields__})
+    return calibration, counts
 
 
 def read_blocks(
@@ -143,27 +224,71 @@ def read_blocks(
     return torch.tensor(np.array(rows)), counts
 
 
-def ours(
-    weight: np.ndarray, calibration: Calibration, use: VocabularyUse, budgets: list[float]
+class Coder:
+    """Codes the table at any budget.
+
+    Args:
+        weight: (V, d) float32.
+        calibration: What met its rows.
+        use: The same, with counts of all the text.
+    """
+
+    def __init__(self, weight: np.ndarray, calibration: Calibration, use: VocabularyUse):
+        self.weight, self.calibration, self.use = weight, calibration, use
+        self._row_weights = coding_weights(use.token_counts, calibration.head_use)
+        self._metric = None
+
+    def table(self, bits_per_weight: float) -> CodedTable:
+        """Code within a budget."""
+        if self._metric is None:
+            sides = self.use.input_side, self.use.output_side
+            self._metric = INPUT_SIDE * sides[0].second_moment() + sides[1].second_moment()
+        return encode_table(self.weight, self._metric, self._row_weights, bits_per_weight)
+
+    def small(self, bits_per_weight: float) -> Small:
+        """Return what stands for the matrix at a budget."""
+        table = self.table(bits_per_weight)
+        return Small(table.dense(), table.nbytes)
+
+
+def refined(
+    coder: Coder, refine: Refiner, arguments: PretrainedArguments
 ) -> Iterator[tuple[str, str, Callable[[], Small]]]:
-    """Yield the coded table at every budget, as `peers` yields peers."""
-    metric = INPUT_SIDE * use.input_side.second_moment() + use.output_side.second_moment()
-    row_weights = coding_weights(use.token_counts, calibration.head_use)
+    """Yield refined ways, as `peers` yields peers."""
+    weight, width = coder.weight, coder.weight.shape[1]
 
-    def make(budget: float) -> Small:
-        table = encode_table(weight, metric, row_weights, budget)
-        return table.dense(), table.nbytes
+    def code(bits: float) -> Small:
+        vocabulary = RefinableTable(coder.table(bits - REFINED_BITS / width), torch.bfloat16)
+        refine(vocabulary)
+        return small_table(vocabulary)
 
-    for budget in budgets:
-        yield "coded", f"coded, {budget:g} bits", lambda b=budget: make(b)
+    def round_groups(bits: int) -> Small:
+        hidden = coder.calibration.hidden.astype(np.float64)
+        groups = gptq(weight, hidden.T @ hidden / len(hidden), bits, 64)
+        vocabulary = RefinableGroups(groups)
+        refine(vocabulary)
+        return vocabulary.small(groups.nbytes)
+
+    def project(rank: int) -> Small:
+        vocabulary = RefinableFactors(factorize_data_aware(weight, [rank], "tokenwise", coder.use)[rank])
+        refine(vocabulary)
+        return vocabulary.small(2 * (rank * (len(weight) + width) + width))
+
+    for bits in arguments.budgets:
+        yield "coded, refined", f"coded, {bits:g} bits, refined", lambda b=bits: code(b)
+    for bits in arguments.refined_bits:
+        if width % 64 == 0:
+            yield "GPTQ, refined", f"GPTQ int{bits}, groups of 64, refined", lambda b=bits: round_groups(b)
+    for rank in arguments.refined_ranks:
+        yield "tokenwise, fp16, refined", f"tokenwise, k = {rank}, refined", lambda k=rank: project(k)
 
 
 def measure(family: str, name: str, make: Callable[[], Small], yardstick: Yardstick) -> Measurement:
     """Make a table and measure it."""
     began = time.perf_counter()
-    table, size = make()
+    small = make()
     seconds = time.perf_counter() - began
-    return Measurement(family, name, 8 * size / table.size, seconds, *yardstick.increase(table))
+    return Measurement(family, name, 8 * small.nbytes / small.embedding.size, seconds, *yardstick.measure(small))
 
 
 def describe(header: dict, rows: list[Measurement]) -> str:
@@ -173,6 +298,8 @@ def describe(header: dict, rows: list[Measurement]) -> str:
         cells = {"way": row.name, "bits a weight": f"{row.bits_per_weight:.2f}"}
         for text, mean, error in zip(header["texts"], row.increase, row.standard_error, strict=True):
             cells[text] = f"{mean:.4f} ± {error:.4f}"
+        for text, nats in zip(header["texts"], row.divergence, strict=True):
+            cells[f"KL, {text}"] = f"{nats:.5f}"
         table.append(cells | {"seconds": f"{row.seconds:.0f}"})
     baseline = ", ".join(
         f"{loss:.4f} on {tokens} tokens of {text}"
@@ -184,13 +311,30 @@ def describe(header: dict, rows: list[Measurement]) -> str:
     )
 
 
+def read_results(folder: Path, header: dict) -> list[Measurement]:
+    """Read what `write_results` wrote of the same model on the same tokens; nothing where there is none of that."""
+    path = folder / "pretrained.json"
+    if not path.exists():
+        return []
+    found = json.loads(path.read_text(encoding="utf-8"))
+    rows = [Measurement(**row) for row in found.pop("ways")]
+    about = ("model", "texts", "tokens", "calibration_tokens", "refine_steps", "dtype")
+    if any(found.get(name) != header[name] for name in about) or not np.allclose(
+        found["baseline"], header["baseline"], rtol=1e-4
+    ):
+        raise UserError(f"{path} holds measurements of something else: choose another --output.")
+    return rows
+
+
 def write_results(folder: Path, header: dict, rows: list[Measurement]) -> None:
     """Write `pretrained.md`, `pretrained.json` and `pretrained.png` into a folder."""
     folder.mkdir(parents=True, exist_ok=True)
     with replacing_file(folder / "pretrained.md") as path:
         path.write_text(describe(header, rows) + "\n", encoding="utf-8")
     with replacing_file(folder / "pretrained.json") as path:
-        path.write_text(json.dumps(header | {"ways": [vars(row) for row in rows]}, indent=1) + "\n", encoding="utf-8")
+        path.write_text(
+            json.dumps(header | {"ways": [asdict(row) for row in rows]}, indent=1) + "\n", encoding="utf-8"
+        )
     figure, panels = plt.subplots(1, len(header["texts"]), figsize=(5 * len(header["texts"]), 4), squeeze=False)
     families = dict.fromkeys(row.family for row in rows)
     for number, (axes, text) in enumerate(zip(panels[0], header["texts"], strict=True)):

@@ -5,6 +5,8 @@
 
 import io
 import json
+import os
+import shutil
 
 import numpy as np
 import pytest
@@ -281,3 +283,37 @@ def test_a_sample_of_bad_inputs(material):
 
 def test_torch_is_as_it_was():
     assert not torch.are_deterministic_algorithms_enabled()
+
+
+@pytest.fixture
+def odd_paths(material, tmp_path, monkeypatch):
+    """Work in a copy of the material, among paths that lead to no plain file or folder."""
+    folder = shutil.copytree(material, tmp_path / "work")
+    (folder / "text.jsonl").mkdir()
+    (folder / "tokens.bin").mkdir()
+    for name in ("pipe.jsonl", "pipe.bin"):
+        os.mkfifo(folder / name)
+    (folder / "broken").symlink_to("gone")
+    monkeypatch.chdir(folder)
+
+
+@pytest.mark.usefixtures("odd_paths")
+@pytest.mark.parametrize(
+    ("command", "words", "said"),
+    [
+        ("evaluate", ["--eval_file", "text.jsonl"], "text.jsonl is a folder, not a file"),
+        ("evaluate", ["--eval_file", "tokens.bin"], "tokens.bin is a folder, not a file"),
+        ("evaluate", ["--eval_file", "pipe.jsonl"], "pipe.jsonl is no file but a pipe"),
+        ("evaluate", ["--eval_file", "pipe.bin"], "pipe.bin is no file but a pipe"),
+        ("evaluate", ["--eval_file", "broken"], "The file broken does not exist"),
+        ("evaluate", ["--models", "pipe.bin"], "pipe.bin is a file, not the folder of a model"),
+        ("compress", ["--output_dir", "broken"], "output_dir=broken is a link to a folder that does not exist"),
+        ("report", ["--output_dir", "broken"], "output_dir=broken is a link to a folder that does not exist"),
+        ("experiments", ["--accelerate_config", ""], "There is no accelerate config ''"),
+    ],
+)
+def test_a_path_that_leads_to_something_else_is_named_for_what_it_is(command, words, said):
+    main, good = COMMANDS[command]
+    outcome = attempt(main, [*good, *words], seconds=30)
+    assert (outcome.failure, outcome.code) == ("", 2)
+    assert outcome.error.strip().splitlines()[-1].startswith(f"error: {said}")

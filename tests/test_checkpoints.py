@@ -166,6 +166,20 @@ def test_a_run_goes_on_from_before_a_damage_to_the_same_end(run, caplog):
     assert same_end("cut", "whole")
 
 
+def test_a_checkpoint_of_another_run_is_not_gone_on_from(run, caplog):
+    caplog.set_level("INFO", "factorized_gpt2")
+    run("whole")
+    cut_run(run, "cut", 3, "--logging_steps=1")
+    cut_run(run, "other", 7, "--seed=3")
+    shutil.copytree("other/checkpoint-6", "cut/checkpoint-6")
+    shutil.copytree("cut", "moved")
+    run("cut", "--logging_steps=2")  # which makes no difference
+    assert "cut/checkpoint-6 is damaged (it is of another run)" in caplog.text
+    assert "Going on from cut/checkpoint-2" in caplog.text
+    run("moved")
+    assert same_end("moved", "whole")
+
+
 def test_a_run_cut_after_its_last_step_takes_no_more(run):
     run("whole")
     shutil.copytree("whole", "cut")

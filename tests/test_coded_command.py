@@ -6,10 +6,12 @@ import pytest
 import torch
 from matplotlib import image
 from test_compress_command import baseline, train_words, words  # noqa: F401
+from transformers import pipeline
 
 from factorized_gpt2 import FactorizedGPT2
 from factorized_gpt2.cli.compress import compress
 from factorized_gpt2.cli.compressing import repository_name
+from factorized_gpt2.cli.evaluate import evaluate
 from factorized_gpt2.common.errors import UserError
 from factorized_gpt2.compress.coded import Budget
 from factorized_gpt2.hub.model_card import History, model_card
@@ -124,6 +126,19 @@ def test_a_run_adapts_the_trunk_and_floats_on_demand(words, tmp_path, corpus):  
             run("refused", *rest)
     with pytest.raises(UserError, match="dequantize is for a compressed model"):
         parse_run(train_words(corpus, tmp_path / "x", "--n_embd", 32, "--tokenizer", "x", "--dequantize", True))
+
+
+def test_other_commands_and_tools_take_it(words, tmp_path, corpus, capsys):  # noqa: F811
+    compress(words("--bits_per_weight", 6, "--dtype", "bfloat16"))
+    folder = tmp_path / "gpt_coded_nofinetune_b6"
+    model = FactorizedGPT2.from_pretrained(folder)
+    assert model.dtype == torch.bfloat16
+    assert model.transformer.wte.codes.dtype == torch.int8
+    capsys.readouterr()
+    evaluate(["--models", str(folder), "--eval_file", str(corpus / "validation.jsonl"), "--block_size", "48"])
+    assert folder.name in capsys.readouterr().out
+    generate = pipeline("text-generation", model=str(folder))
+    assert generate("The ", max_new_tokens=4, do_sample=False)[0]["generated_text"].startswith("The ")
 
 
 def test_the_card_says_what_it_is(words, tmp_path):  # noqa: F811

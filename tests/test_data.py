@@ -13,7 +13,6 @@ from pyarrow import parquet
 
 from factorized_gpt2.common import fingerprints
 from factorized_gpt2.common.errors import UserError
-from factorized_gpt2.text import blocks as data
 from factorized_gpt2.text.blocks import IGNORED_LABEL, collate_blocks, load_blocks, stream_blocks
 from factorized_gpt2.text.source import TextSource
 from factorized_gpt2.text.tokenizers import load_tokenizer
@@ -140,7 +139,7 @@ def test_the_cache_knows_the_text_by_its_content_and_the_code_by_its_version(tmp
     fingerprints._digest.cache_clear()  # as in another process
     changed = load_blocks(source, tokenizer, 4, keep_tail=True)
     assert [list(row) for row in changed["input_ids"]] != [list(row) for row in kept["input_ids"]]
-    monkeypatch.setattr(data, "_FORMAT", -1)
+    monkeypatch.setattr("factorized_gpt2.text.source._FORMAT", -1)
     assert load_blocks(source, tokenizer, 4, keep_tail=True)._fingerprint != changed._fingerprint
 
 

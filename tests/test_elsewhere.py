@@ -61,18 +61,27 @@ def test_wandb_is_off_where_the_environment_says_so(monkeypatch, caplog):
 
 
 @pytest.mark.parametrize(("project", "expected"), [(None, "new-small-gpt"), ("my own", "my own")])
-def test_the_project_of_the_environment_counts(monkeypatch, tmp_path, project, expected):
+def test_the_project_of_the_environment_counts(monkeypatch, tmp_path, caplog, project, expected):
     opened = []
     monkeypatch.setattr("wandb.init", lambda **words: opened.append(words) or OPENED)
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.delenv("WANDB_PROJECT", raising=False)
     if project:
         monkeypatch.setenv("WANDB_PROJECT", project)
+    caplog.set_level("INFO", "factorized_gpt2")
     tracking.start_tracking(training("--output_dir", str(tmp_path / "run")))
+    assert f"W&B: {OPENED.url}" in caplog.text
     assert [words["project"] for words in opened] == [expected]
 
 
-OPENED = SimpleNamespace(settings=SimpleNamespace(mode="online"))
+def test_a_mode_that_wandb_does_not_have_is_refused_before_any_work(monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "of line")
+    with pytest.raises(UserError, match="WANDB_MODE is 'of line' in the environment; W&B knows online, offline, "):
+        training()
+    assert training("--report_to", "none").report_to == []
+
+
+OPENED = SimpleNamespace(offline=False, url="https://wandb.example/me/runs/1")
 
 
 def test_blocks_of_another_model_are_refused_before_they_are_sharded(monkeypatch):

@@ -15,6 +15,7 @@ from factorized_gpt2.common.errors import UserError
 from factorized_gpt2.common.files import (
     filling_folder,
     put_in_place,
+    read_json,
     remove_folder,
     replacing_file,
     replacing_folder,
@@ -22,6 +23,7 @@ from factorized_gpt2.common.files import (
     write_json,
 )
 from factorized_gpt2.common.leftovers import marked_beside, marked_for_all, sweep
+from factorized_gpt2.common.weight_files import weight_files
 
 
 def tree(folder: Path) -> dict[str, str]:
@@ -301,7 +303,10 @@ def test_other_errors_pass(tmp_path):
 
 def test_a_file_where_a_folder_should_be(tmp_path):
     fill(tmp_path, a="a file")
-    with pytest.raises(OSError, match="a"), replacing_file(tmp_path / "a/b.json") as path:
+    with (
+        pytest.raises(UserError, match=r"a/b\.json cannot be written: File exists"),
+        replacing_file(tmp_path / "a/b.json") as path,
+    ):
         path.write_text("")
 
 
@@ -351,8 +356,33 @@ def test_a_folder_in_a_file_s_place_is_refused_and_stays(tmp_path):
         assert not list(tmp_path.glob(".*"))
 
 
+def test_a_pipe_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "run.json")
+    with pytest.raises(UserError, match=r"run\.json is no file but a pipe"):
+        read_json(tmp_path / "run.json")
+    os.mkfifo(tmp_path / "model.safetensors")
+    assert weight_files(tmp_path) == []
+
+
 def test_a_file_in_a_folder_s_place_is_refused_and_stays(tmp_path):
     place = fill(tmp_path, a="mine") / "a"
     with pytest.raises(UserError, match="a is a file, and a folder is to be written there"), replacing_folder(place):
         pytest.fail("nothing may be made")
     assert tree(tmp_path) == {"a": "mine"}
+
+
+def test_a_folder_that_may_not_be_looked_into_is_named_and_no_temporary_name(tmp_path, monkeypatch):
+    """The refusal is of the file that was to be written, not of clearing away what was never there."""
+    is_dir = Path.is_dir
+
+    def refuse(path, *args, **options):
+        if "partial" in path.name:
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return is_dir(path)
+
+    monkeypatch.setattr(Path, "is_dir", refuse)
+    with (
+        pytest.raises(UserError, match="a cannot be written: Permission denied"),
+        replacing_file(tmp_path / "a"),
+    ):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))

@@ -1,5 +1,6 @@
 """`import_checkpoint.py`: the folder it makes, and its complaints."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -83,6 +84,17 @@ def test_the_command_complains_in_one_line(words, complaint, tmp_path, monkeypat
     assert run_import(*words) == 2
     assert complaint in capsys.readouterr().err.splitlines()[-1]
     assert [path.name for path in tmp_path.iterdir()] == ["full"]
+
+
+@pytest.mark.parametrize("option", ["checkpoint", "wte_npy", "scale_npz"])
+def test_a_pipe_in_a_file_s_place_is_not_waited_for(option, tmp_path, capsys):
+    os.mkfifo(tmp_path / "pipe")
+    path = checkpoint(OldNet(NANO), NANO, tmp_path / "ckpt.pt")
+    write_old_factors(tiny_model(scale_up_bias=False), tmp_path / "wte.npy", tmp_path / "scales.npz")
+    files = {"checkpoint": path, "wte_npy": tmp_path / "wte.npy", "scale_npz": tmp_path / "scales.npz"}
+    words = [word for name, file in (files | {option: tmp_path / "pipe"}).items() for word in (f"--{name}", file)]
+    assert run_import(*words, "--output_dir", tmp_path / "model") == 2
+    assert "pipe is no file but a pipe, a device or the like" in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_a_tokenizer_that_is_too_large(tmp_path, corpus, capsys):

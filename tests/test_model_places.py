@@ -1,5 +1,8 @@
 """Names of folders that are not there are called missing at once; other names are the Hub's to know."""
 
+import os
+from pathlib import Path
+
 import pytest
 from huggingface_hub.errors import EntryNotFoundError
 
@@ -78,6 +81,14 @@ def test_what_the_hub_knows_is_not_refused(error, online, monkeypatch):
     asked = answering(monkeypatch, error)
     refuse_missing("openai-community/gpt2")
     assert [url.rsplit("/", 4)[-4:] for url in asked] == [["gpt2", "resolve", "main", "config.json"]]
+
+
+@pytest.mark.parametrize("load", [load_baseline, load_tokenizer])
+@pytest.mark.parametrize("kind", ["file", "pipe"])
+def test_a_file_is_no_folder_of_a_model(load, kind):
+    Path("ckpt.pt").touch() if kind == "file" else os.mkfifo("ckpt.pt")
+    with pytest.raises(UserError, match=r"ckpt.pt is a file, not the folder of a model or tokenizer: name the folder"):
+        load("ckpt.pt")
 
 
 def test_what_was_fetched_from_the_hub_may_have_the_name_of_a_folder(monkeypatch):

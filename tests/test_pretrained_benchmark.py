@@ -70,10 +70,10 @@ def test_a_head_of_its_own_is_refused():
 @pytest.mark.parametrize(("bits", "group", "size"), [(8, 0, 65), (4, 64, 36), (3, 32, 32), (2, 32, 24)])
 def test_round_to_nearest_counts_its_scales_and_errs_by_half_a_step(bits, group, size):
     weight = np.random.default_rng(0).uniform(-1, 1, size=(50, WIDTH)).astype(np.float32)
-    dense, nbytes = peers.round_to_nearest(weight, bits, group)
+    small = peers.round_to_nearest(weight, bits, group).small()
     expected = 50 * (WIDTH * bits / 8 + 4 * WIDTH / (group or WIDTH))
-    assert nbytes == expected
-    assert np.sqrt(np.square(dense - weight).mean()) == pytest.approx(2 / 2**bits / 12**0.5, rel=0.35)
+    assert small.nbytes == expected
+    assert np.sqrt(np.square(small.embedding - weight).mean()) == pytest.approx(2 / 2**bits / 12**0.5, rel=0.35)
 
 
 def test_gptq_errs_less_than_rounding_where_the_hessian_looks():
@@ -82,10 +82,11 @@ def test_gptq_errs_less_than_rounding_where_the_hessian_looks():
     inputs = generator.normal(size=(500, 8)) @ generator.normal(size=(8, WIDTH)) + 0.1 * generator.normal(
         size=(500, WIDTH)
     )
-    dense, nbytes = peers.gptq(weight, inputs.T @ inputs / 500, 3, WIDTH)
-    rounded, rounded_bytes = peers.round_to_nearest(weight, 3, WIDTH)
-    assert nbytes == rounded_bytes
-    assert np.square(inputs @ (dense - weight).T).sum() < 0.3 * np.square(inputs @ (rounded - weight).T).sum()
+    found = peers.gptq(weight, inputs.T @ inputs / 500, 3, WIDTH).small()
+    rounded = peers.round_to_nearest(weight, 3, WIDTH).small()
+    assert found.nbytes == rounded.nbytes
+    errors = [np.square(inputs @ (small.embedding - weight).T).sum() for small in (found, rounded)]
+    assert errors[0] < 0.3 * errors[1]
 
 
 def test_the_command_measures_every_way(tmp_path, capsys):
@@ -96,14 +97,30 @@ def test_the_command_measures_every_way(tmp_path, capsys):
     words = [str(tmp_path / "model"), "--calibration_file", str(text), "--text_file", str(text), str(text)]
     words = ["--model", *words, "--tokens", "128", "--calibration_tokens", "128", "--block_size", "32"]
     words += ["--ranks", "8", "--bits", "8", "3", "--budgets", "6", "--output", str(tmp_path / "out")]
+    words += [
+        "--refine_steps",
+        "2",
+        "--refined_bits",
+        "3",
+        "--refined_ranks",
+        "8",
+        "--work_dir",
+        str(tmp_path / "work"),
+    ]
+    pretrained.main([*words, "--only", "coded"])
+    measured = json.loads((tmp_path / "out" / "pretrained.json").read_text())["ways"]
     pretrained.main(words)
     printed = capsys.readouterr().out
     results = json.loads((tmp_path / "out" / "pretrained.json").read_text())
     names = [way["name"] for way in results["ways"]]
     expected = ["coded, 6 bits", "PCA, k = 8", "joint, k = 8", "tokenwise, k = 8", "int8, rows", "int3, groups of 32"]
-    assert {*expected, "GPTQ int3, groups of 64"} <= set(names)
+    assert {*expected, "GPTQ int3, groups of 64", "GPTQ int3, groups of 64, refined"} <= set(names)
+    assert {"coded, 6 bits, refined", "tokenwise, k = 8, refined"} <= set(names)
+    assert results["ways"][: len(measured)] == measured  # not measured again
+    with pytest.raises(UserError, match="something else"):
+        pretrained.main([*words[:-2], "--tokens", "64"])
     assert all(name in printed for name in names)
     by_name = {way["name"]: way for way in results["ways"]}
     assert by_name["coded, 6 bits"]["bits_per_weight"] <= 6
-    assert abs(by_name["int8, rows"]["increase"][0]) < 0.01
+    assert abs(by_name["int8, rows"]["increase"][0]) < 0.02
     assert (tmp_path / "out" / "pretrained.png").stat().st_size > 1000

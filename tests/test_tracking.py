@@ -3,6 +3,8 @@
 import json
 import os
 import struct
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -87,6 +89,23 @@ def test_what_the_protocol_tracks_is_on_disk(run, tmp_path):
         if record.HasField("config"):
             settings |= values(record.config.update)
     assert (settings["max_steps"], settings["n_embd_wte"]) == (4, 4)
+
+
+@pytest.mark.parametrize("mode", ["offline", "dryrun"])
+def test_one_line_says_where_it_is_and_wandb_itself_says_nothing(corpus, mode, tmp_path):
+    """In a process of its own: W&B writes to the stream that was there when it was imported."""
+    texts = {"train_file": [str(corpus / "train.jsonl")], "validation_file": [str(corpus / "validation.jsonl")]}
+    texts |= {"tokenizer": str(corpus / "tokenizer"), "output_dir": str(tmp_path / "run"), "use_cpu": True}
+    (tmp_path / "run.json").write_text(json.dumps(CONFIG | texts | {"gradient_checkpointing": True}))
+    command = [sys.executable, "-m", "factorized_gpt2.cli.train", "--config", str(tmp_path / "run.json")]
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("WANDB_")}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment | {"WANDB_MODE": mode})
+    assert done.returncode == 0, done.stderr
+    lines = [line for line in done.stderr.splitlines() if not line.startswith("step ")]
+    (path,) = recordings(tmp_path)
+    assert lines[0] == f"W&B records offline under {path.parent}"
+    assert [line.split(":")[0] for line in lines[1:]] == [f"Saved and reloaded {tmp_path / 'run'}"]
+    assert done.stdout.startswith("lowrank-scratch-k4: validation loss")
 
 
 def ids(tmp_path) -> list[str]:

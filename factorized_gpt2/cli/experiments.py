@@ -11,10 +11,11 @@ from typing import Annotated
 from ..common.errors import REFUSED_SETTINGS, UserError, blaming
 from ..common.files import read_json, replacing_file
 from ..common.fingerprints import weights_fingerprint
+from ..common.run_record import SETTINGS_NAME
 from ..report.reporting import read_results, write_report
 from ..runs.contents import contents_of
 from ..runs.grid import Experiment, Scale, load_grid, select
-from ..runs.results import RESULTS_NAME, SETTINGS_NAME, Results
+from ..runs.results import RESULTS_NAME, Results
 from ..runs.words import check_words, with_present_names
 from ..settings.devices import launched_processes
 from ..settings.parsing import ManualParser, find_config
@@ -135,7 +136,7 @@ def check(arguments: GridArguments, scale: Scale, flags: Sequence[str]) -> None:
             "run_experiments.py launches every run itself: start it with python, and name the launcher's config, as "
             "in --accelerate_config configs/accelerate/two_gpus.yaml."
         )
-    if arguments.accelerate_config:
+    if arguments.accelerate_config is not None:
         found = find_config(arguments.accelerate_config)
         if found is None:
             raise UserError(f"There is no accelerate config {arguments.accelerate_config!r}.")

@@ -1,10 +1,12 @@
 """What every command shares: logging, and errors that read as one line."""
 
+import io
 import logging
 import os
 import sys
 import traceback
 from collections.abc import Callable
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +61,13 @@ def run_command(command: Callable[[list[str]], None], argv: list[str] | None = N
     except KeyboardInterrupt:
         return 130
     return 0
+
+
+def keep_stdout_for_results() -> None:
+    """Import what tells on stdout, on being imported, that W&B is offline."""
+    if os.environ.get("WANDB_MODE") == "offline":
+        with redirect_stdout(io.StringIO()):
+            import transformers.integrations.integration_utils  # noqa: F401
 
 
 def _tell(message: str) -> None:

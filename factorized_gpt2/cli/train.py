@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..runs.words import PRINT_CONFIG, judge, read_words
-from .shell import run_command
+from .shell import keep_stdout_for_results, run_command
 
 if TYPE_CHECKING:
     from ..runs.settings import Run
@@ -17,6 +17,7 @@ def train(argv: list[str]) -> None:
     words = read_words(argv)
     judge(words)
     # What follows takes seconds to import.
+    keep_stdout_for_results()
     from ..runs.settings import parse_run
 
     run = parse_run(words)

@@ -23,6 +23,7 @@ from safetensors import SafetensorError
 
 from .errors import UserError
 from .leftovers import marked_beside, remove
+from .lfs_pointers import refuse_pointers
 
 logger = logging.getLogger(__name__)
 
@@ -238,6 +239,7 @@ def read_json(path: Path) -> dict[str, Any]:
     Raises:
         UserError: The file cannot be read, or is not a JSON object.
     """
+    refuse_pointers([path])
     try:
         content = json.loads(
             path.read_text(encoding="utf-8"),

@@ -4,6 +4,7 @@ import itertools
 import os
 import re
 import shutil
+from contextlib import suppress
 from fnmatch import fnmatchcase
 from functools import cache
 from pathlib import Path
@@ -60,10 +61,11 @@ def sweep(folder: Path, *names: str) -> None:
 
 def remove(path: Path) -> None:
     """Remove a file or a folder, as far as that can be done."""
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path, ignore_errors=True)
-    else:
-        path.unlink(missing_ok=True)
+    with suppress(OSError):  # such as of a folder that may not be looked into
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
 
 
 def _runs(pid: int, start: int) -> bool:

@@ -1,4 +1,4 @@
-"""What Git LFS leaves in the place of files that it did not fetch."""
+"""What stands in the place of files: pointers that Git LFS leaves where it did not fetch, and pipes and devices."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -9,12 +9,14 @@ _START = b"version https://git-lfs.github.com/spec/"
 
 
 def refuse_pointers(paths: Iterable[Path]) -> None:
-    """Refuse pointers in the place of files; what is not there is passed over.
+    """Refuse pointers in the place of files, and what is read without an end; what is not there is passed over.
 
     Raises:
-        UserError: Naming the file and the command that fetches it.
+        UserError: Naming the file, and the command that fetches it if it is a pointer.
     """
     for path in paths:
+        if path.exists() and not (path.is_file() or path.is_dir()):
+            raise UserError(f"{path} is no file but a pipe, a device or the like: name a file.")
         if path.is_file() and _starts_as_pointer(path):
             raise UserError(
                 f"{path} is not the file itself but the pointer that Git LFS keeps in its place: run `git lfs pull` "

@@ -21,9 +21,14 @@ def refuse_missing(name_or_path: str) -> None:
     and trying again, as loading would.
 
     Raises:
-        UserError: Naming the folder that is missing, and what keeps the Hub from being asked.
+        UserError: Naming the folder that is missing, and what keeps the Hub from being asked; or a file in its place.
     """
     if os.path.exists(name_or_path):
+        if not os.path.isdir(name_or_path):
+            raise UserError(
+                f"{name_or_path} is a file, not the folder of a model or tokenizer: name the folder that it is in, or "
+                "make one of a checkpoint with import_checkpoint.py."
+            )
         return
     path = Path(name_or_path)
     is_path = path.is_absolute() or name_or_path.startswith((".", "~")) or len(path.parts) > 2

@@ -23,5 +23,8 @@ def weight_files(folder: Path) -> list[Path]:
 
     Those of an adapter, say, may stand beside the pickles, which are no others of the model.
     """
-    others, pickles = sorted(folder.glob("*.safetensors")), sorted(folder.glob("pytorch_model*.bin"))
+    others, pickles = (
+        sorted(path for path in folder.glob(pattern) if path.is_file())
+        for pattern in ("*.safetensors", "pytorch_model*.bin")
+    )
     return others if others and (any(folder.glob("model*.safetensors*")) or not pickles) else pickles

@@ -13,6 +13,7 @@ import numpy as np
 
 from ..common.errors import UserError, is_defect
 from ..common.files import replacing_file
+from ..common.lfs_pointers import refuse_pointers
 from ..models.conversion import vocabulary_matrices
 from ..models.factors import Factors
 from ..models.loading import Baseline
@@ -91,6 +92,7 @@ def read_factors(folder: Path, rank: int, baseline: Baseline, overwrite: bool = 
     """
     if not (_wte_path(folder, rank).exists() and _scales_path(folder, rank).exists()):
         return None
+    refuse_pointers([_wte_path(folder, rank), _scales_path(folder, rank)])
     try:
         wte = np.load(_wte_path(folder, rank), allow_pickle=False)
         with np.load(_scales_path(folder, rank), allow_pickle=False) as arrays:

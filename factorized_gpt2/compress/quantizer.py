@@ -10,7 +10,7 @@ from .data_aware import FREQUENCY_EXPONENT
 
 STEP_EXPONENT = 0.25  # steps are row weights to the power of minus this; docs/coding.md measures others
 _LEAST_HEARD = 1e-9  # of all that the head hears
-_SCALE_DEVIATION = 16  # of the integers of `scale_up`
+_SCALE_DEVIATION = 8  # of the integers of `scale_up`
 _DIGIT = 128  # a column whose codes leave [-127, 127] becomes two, in units of 128 and of 1
 _LARGEST_STEP_INDEX = 60
 _PARENT_COMPONENTS = 256  # by which rows are told to be alike

@@ -22,7 +22,9 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from .attention_loss import attention_runs, sum_by_attention
+from .coded_vocabulary import CodedHead
 from .fused_rows import fused_cross_entropy_rows, fused_rows_run
+from .head import has_hooks
 
 BACKENDS = ("blockwise", "attention", "cut_cross_entropy", "auto", "logits")
 
@@ -149,7 +151,7 @@ def sum_row_loss(hidden: torch.Tensor, head: torch.Tensor | nn.Module, row_loss:
         hidden: (N, k) floats.
         head: A matrix (V, k) of the same dtype unless autocast is on; or, where the head is more than a matrix (an
             adapter with dropout), a module that maps (n, k) to (n, V): a block's logits are then computed once more
-            in backward.
+            in backward, unless it is a `CodedHead`.
         row_loss: What to sum.
 
     Returns:
@@ -158,6 +160,9 @@ def sum_row_loss(hidden: torch.Tensor, head: torch.Tensor | nn.Module, row_loss:
     if isinstance(head, torch.Tensor):
         hidden, head = _in_autocast_dtype(hidden, head)
         return _LinearRowLoss.apply(hidden, head, row_loss, _wanted(hidden, head))
+    if isinstance(head, CodedHead) and not has_hooks(head):
+        (hidden,) = _in_autocast_dtype(hidden)
+        return head.sum_row_loss(hidden, row_loss, _rows_at_once(hidden, len(head.codes)))
     total = torch.zeros((), dtype=torch.float32, device=hidden.device)
     for start in range(0, len(hidden), ROWS_OF_A_MODULE):
         rows = slice(start, start + ROWS_OF_A_MODULE)
@@ -244,8 +249,7 @@ def _sum_blocks(
         hidden, weight = hidden.float(), weight.float()
     half = hidden.dtype != torch.float32
     copies = half and in_float32
-    block_logits = BLOCK_LOGITS.get(hidden.device.type, BLOCK_LOGITS_ELSEWHERE)
-    size = max(1, min(block_logits // len(weight), len(hidden)))
+    size = _rows_at_once(hidden, len(weight))
     buffer = hidden.new_empty(size, len(weight))
     buffer32 = torch.empty_like(buffer, dtype=torch.float32) if copies else buffer
     total = hidden.new_zeros((), dtype=torch.float32)
@@ -274,6 +278,11 @@ def _sum_blocks(
                 else:
                     by_weight.addmm_(logits.T, block if scales is None else block * scales)
     return total, by_hidden.to(dtype), by_weight
+
+
+def _rows_at_once(hidden: torch.Tensor, vocab_size: int) -> int:
+    block_logits = BLOCK_LOGITS.get(hidden.device.type, BLOCK_LOGITS_ELSEWHERE)
+    return max(1, min(block_logits // vocab_size, len(hidden)))
 
 
 _HALF_SCALE = 2.0**-8  # keeps the sum over a block's rows within float16

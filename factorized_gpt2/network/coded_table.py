@@ -11,13 +11,19 @@ from .rans import Decoder, encode
 
 _HEAD = struct.Struct("<IIIIf")  # checksum of what follows, V, k, d, step of index 0
 # Contexts of what is coded beside the codes:
-_STEP, _SHARE, _ROW, _COLUMN, _SCALE, _PARENT = range(CONTEXTS, CONTEXTS + 6)  # _PARENT and on: a byte each
-_PARENT_BYTES = 4
+_STEP, _SHARE, _ROW, _COLUMN, _SCALE, _GAIN, _BIAS, _PARENT = range(CONTEXTS, CONTEXTS + 8)
+_PARENT_BYTES = 4  # each in a context of its own, from _PARENT on
+
+GAIN_OCTAVE = 64
+BIAS_NAT = 32
 
 
 @dataclass(frozen=True)
 class CodedTable:
-    """`(codes * steps) @ scale_up + mean` stands for the matrix; the head meets `scale_down`, its transpose.
+    """`(codes * steps) @ scale_up + mean` stands for the embedding, the head meets `scale_down` and `bias`.
+
+    As quantized, `scale_down` is the transpose of `scale_up`, and gains and bias are zero, which takes no bytes;
+    refinement sets them.
 
     Attributes:
         codes: (V, k) int8.
@@ -26,6 +32,9 @@ class CodedTable:
         scale_codes: (k, d) int8, `scale_up` in units of each row's `scale_steps`.
         scale_steps: (k,) float16.
         mean: (d,) float16.
+        gains: (V,) int8, by how many 64ths of an octave a row's step is larger than its index says.
+        bias_codes: (V,) int8, in 32nds of a nat.
+        head_scale_steps: (k,) float16, what `scale_steps` are for `scale_down`.
     """
 
     codes: np.ndarray
@@ -34,11 +43,22 @@ class CodedTable:
     scale_codes: np.ndarray
     scale_steps: np.ndarray
     mean: np.ndarray
+    gains: np.ndarray | None = None
+    bias_codes: np.ndarray | None = None
+    head_scale_steps: np.ndarray | None = None
+
+    def __post_init__(self) -> None:
+        zeros = np.zeros(len(self.relations.step_index), np.int8)
+        as_quantized = {"gains": zeros, "bias_codes": zeros, "head_scale_steps": self.scale_steps}
+        for name, values in as_quantized.items():
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, values)
 
     @property
     def steps(self) -> np.ndarray:
         """The step of every row, (V,) float32."""
-        return (self.first_step * np.exp2(self.relations.step_index / OCTAVE)).astype(np.float32)
+        octaves = self.relations.step_index / OCTAVE + self.gains / GAIN_OCTAVE
+        return (self.first_step * np.exp2(octaves)).astype(np.float32)
 
     @property
     def scale_up(self) -> np.ndarray:
@@ -48,7 +68,12 @@ class CodedTable:
     @property
     def scale_down(self) -> np.ndarray:
         """(d, k) float32."""
-        return self.scale_up.T
+        return (self.scale_codes * self.head_scale_steps.astype(np.float32)[:, None]).T
+
+    @property
+    def bias(self) -> np.ndarray:
+        """(V,) float32."""
+        return self.bias_codes.astype(np.float32) / BIAS_NAT
 
     @property
     def nbytes(self) -> int:
@@ -61,8 +86,12 @@ class CodedTable:
         return 8 * self.nbytes / (len(self.codes) * len(self.mean))
 
     def dense(self) -> np.ndarray:
-        """Return the matrix that it stands for, (V, d) float32."""
+        """Return the embedding that it stands for, (V, d) float32."""
         return (self.codes * self.steps[:, None]) @ self.scale_up + self.mean.astype(np.float32)
+
+    def dense_head(self) -> np.ndarray:
+        """Return the head that it stands for, (V, d) float32; its logits lack what is the same for all tokens."""
+        return (self.codes * self.steps[:, None]) @ self.scale_down.T
 
     def to_bytes(self) -> bytes:
         """Write all of it down, entropy-coded."""
@@ -70,12 +99,14 @@ class CodedTable:
         parents = rows.parent[rows.share > 0]
         side = [(_STEP, rows.step_index), (_SHARE, rows.share), (_ROW, rows.row_spread)]
         side += [(_COLUMN, rows.column_spread), (_SCALE, self.scale_codes)]
+        side += [(_GAIN, self.gains), (_BIAS, self.bias_codes)]
         side += [(_PARENT + place, (parents >> 8 * place) & 0xFF) for place in range(_PARENT_BYTES)]
         parts = [(np.ravel(values), np.full(values.size, context, np.uint8)) for context, values in side]
         stream = encode([*parts, *rows.residuals(self.codes)])
         shape = (*self.codes.shape, len(self.mean))
         head = _HEAD.pack(0, *shape, self.first_step)[4:]
-        body = head + self.mean.astype("<f2").tobytes() + self.scale_steps.astype("<f2").tobytes() + stream
+        halves = (self.mean, self.scale_steps, self.head_scale_steps)
+        body = b"".join([head, *(array.astype("<f2").tobytes() for array in halves), stream])
         return struct.pack("<I", zlib.crc32(body)) + body
 
     @staticmethod
@@ -88,10 +119,11 @@ class CodedTable:
         if len(data) < _HEAD.size or zlib.crc32(memoryview(data)[4:]) != struct.unpack_from("<I", data)[0]:
             raise ValueError("The coded matrix is damaged: its checksum is not that of its bytes.")
         _, size, rank, width, first_step = _HEAD.unpack_from(data)
-        at = _HEAD.size + 2 * (width + rank)
+        at = _HEAD.size + 2 * (width + 2 * rank)
         if at > len(data):
             raise ValueError("The coded matrix is damaged: its parts do not add up.")
-        mean, scale_steps = np.split(np.frombuffer(data, "<f2", width + rank, _HEAD.size), [width])
+        halves = np.frombuffer(data, "<f2", width + 2 * rank, _HEAD.size)
+        mean, scale_steps, head_scale_steps = np.split(halves, [width, width + rank])
         decoder = Decoder(data[at:])
         if max(size, rank * width, size * rank) > decoder.left:
             raise ValueError("The coded matrix is damaged: it holds fewer numbers than its shape says.")
@@ -100,7 +132,8 @@ class CodedTable:
             return decoder.read(np.full(shape, context, np.uint8)).astype(np.int64)
 
         step_index, share, row_spread = (read(context, size) for context in (_STEP, _SHARE, _ROW))
-        column_spread, scale_codes = read(_COLUMN, rank), read(_SCALE, rank, width)
+        column_spread, scale_codes = read(_COLUMN, rank), read(_SCALE, rank, width).astype(np.int8)
+        gains, bias_codes = (read(context, size).astype(np.int8) for context in (_GAIN, _BIAS))
         parent, predicted = np.zeros(size, np.int64), share > 0
         for place in range(_PARENT_BYTES):
             parent[predicted] += read(_PARENT + place, predicted.sum()) << 8 * place
@@ -111,4 +144,5 @@ class CodedTable:
         for rows in relations.blocks():
             expected, contexts = relations.expectation(rows, codes)
             codes[rows] = (decoder.read(contexts) + expected).astype(np.int8)
-        return CodedTable(codes, relations, first_step, scale_codes.astype(np.int8), scale_steps, mean)
+        refined = (gains, bias_codes, head_scale_steps)
+        return CodedTable(codes, relations, first_step, scale_codes, scale_steps, mean, *refined)

@@ -4,7 +4,7 @@ Nothing here knows the network around it. Shapes in comments: V vocabulary, k co
 N rows of hidden states.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
 
 import numpy as np
@@ -116,6 +116,86 @@ class CodedHead(_Coded):
                 logits = logits + self.bias.to(logits.dtype)
         return logits.unflatten(0, hidden.shape[:-1])
 
+    def sum_row_loss(self, hidden: torch.Tensor, row_loss: Callable, rows_at_once: int) -> torch.Tensor:
+        """Sum a loss of rows of logits, of which no more than some rows are there at once; differentiable once.
+
+        Args:
+            hidden: (N, k) floats.
+            row_loss: As `blockwise_loss.RowLoss` has it.
+            rows_at_once: How many.
+
+        Returns:
+            Scalar float32.
+        """
+        weights = (hidden, self.steps, self.bias)
+        wanted = [weight is not None and torch.is_grad_enabled() and weight.requires_grad for weight in weights]
+        return _SumRowLoss.apply(*weights, self.codes, row_loss, rows_at_once, wanted)
+
+
+class _SumRowLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden, steps, bias, codes, row_loss, rows_at_once, wanted):
+        total, *gradients = _sum_rows(hidden, steps, bias, codes, row_loss, rows_at_once, wanted)
+        ctx.wanted, ctx.dtypes = wanted, [None if weight is None else weight.dtype for weight in (hidden, steps, bias)]
+        ctx.save_for_backward(*gradients)
+        return total
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, upstream):
+        kept = zip(ctx.saved_tensors, ctx.dtypes, ctx.wanted, strict=True)
+        # In float32: a loss scale times a gradient may fit a dtype that the scale alone does not.
+        gradients = [(gradient * upstream).to(dtype) if wanted else None for gradient, dtype, wanted in kept]
+        return *gradients, None, None, None, None
+
+
+@torch.no_grad()
+def _sum_rows(
+    hidden: torch.Tensor,
+    steps: torch.Tensor,
+    bias: torch.Tensor | None,
+    codes: torch.Tensor,
+    row_loss: Callable,
+    rows_at_once: int,
+    wanted: list[bool],
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return the sum, and its gradients by `hidden`, `steps` and `bias` where they are wanted, all in float32."""
+    hidden_wanted, steps_wanted, bias_wanted = wanted
+    if hidden.dtype == torch.float16 and hidden.device.type == "cpu":
+        hidden = hidden.float()
+    steps, largest = steps.float(), steps.float().abs().max()
+    parts = codes.split(_rows_of_a_block(codes))
+    logits = hidden.new_empty(rows_at_once, len(codes), dtype=torch.float32)
+    unscaled = torch.empty_like(logits) if steps_wanted else logits
+    total = hidden.new_zeros((), dtype=torch.float32)
+    by_hidden = torch.zeros_like(hidden, dtype=torch.float32) if hidden_wanted else total
+    by_steps, by_bias = (torch.zeros_like(steps) if is_wanted else total for is_wanted in (steps_wanted, bias_wanted))
+    with torch.autocast(hidden.device.type, enabled=False):
+        for start in range(0, len(hidden), rows_at_once):
+            rows = slice(start, start + rows_at_once)
+            block = hidden[rows]
+            of_block, products = logits[: len(block)], unscaled[: len(block)]
+            for part, columns in zip(parts, of_block.split([len(part) for part in parts], dim=1), strict=True):
+                columns.copy_(block @ part.to(block.dtype).T)
+            if steps_wanted:
+                products.copy_(of_block)
+            of_block *= steps
+            if bias is not None:
+                of_block += bias
+            losses, scales = row_loss(of_block, rows)  # from here on the buffer holds gradients
+            total += losses.sum()
+            if scales is not None and any(wanted):
+                of_block *= scales
+            if bias_wanted:
+                by_bias += of_block.sum(0)
+            if steps_wanted:
+                by_steps += products.mul_(of_block).sum(0)
+            if hidden_wanted:
+                of_block *= steps / largest  # so that half precision holds them
+                for part, columns in zip(parts, of_block.split([len(part) for part in parts], dim=1), strict=True):
+                    by_hidden[rows] += columns.to(block.dtype) @ part.to(block.dtype)
+    return total, by_hidden * largest if hidden_wanted else by_hidden, by_steps, by_bias
+
 
 class _TimesCodes(torch.autograd.Function):
     """`inputs @ codes.T`, (N, k) to (N, V), or where `back` is true `inputs @ codes`, (N, V) to (N, k)."""
@@ -138,7 +218,7 @@ def _times_codes(inputs: torch.Tensor, codes: torch.Tensor, back: bool) -> torch
     # float16 slowly.
     in_float32 = on_cpu and (inputs.dtype == torch.float16 or len(inputs) == 1)
     factors = inputs.float() if in_float32 else inputs
-    size = max(1, BLOCK_CODES.get(inputs.device.type, BLOCK_CODES_ELSEWHERE) // codes.shape[1])
+    size = _rows_of_a_block(codes)
     blocks = codes.split(size)
     if not back:
         return torch.cat([(factors @ block.to(factors.dtype).T).to(inputs.dtype) for block in blocks], dim=1)
@@ -147,6 +227,10 @@ def _times_codes(inputs: torch.Tensor, codes: torch.Tensor, back: bool) -> torch
     for part, block in zip(factors.split(size, dim=1), blocks, strict=True):
         total += part @ block.to(factors.dtype)
     return total.to(inputs.dtype)
+
+
+def _rows_of_a_block(codes: torch.Tensor) -> int:
+    return max(1, BLOCK_CODES.get(codes.device.type, BLOCK_CODES_ELSEWHERE) // codes.shape[1])
 
 
 @dataclass(frozen=True)

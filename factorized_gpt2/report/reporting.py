@@ -164,7 +164,7 @@ def _refuse_others(folder: Path) -> None:
     if not there:
         return
     try:
-        text = report.read_text(encoding="utf-8")
+        text = report.read_text(encoding="utf-8") if report.is_file() else ""
     except (OSError, ValueError):
         text = ""
     if not text.startswith(_TITLE) or _ORIGIN not in text:

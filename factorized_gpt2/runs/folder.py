@@ -12,6 +12,7 @@ from transformers.utils import CONFIG_NAME
 from ..common.errors import UserError
 from ..common.files import filling_folder, read_json, remove_folder, write_json
 from ..common.fingerprints import weights_fingerprint
+from ..common.run_record import SETTINGS_NAME, run_id
 from ..common.weight_files import weight_files
 from ..models.record import RECORD_NAME, compressed_folder
 from ..models.verification import verify_saved
@@ -19,7 +20,7 @@ from ..network.modeling_factorized_gpt2 import FactorizedGPT2
 from ..text.tokenizer_files import save_tokenizer
 from ..trainer.checkpoints import refuse_others
 from .identity import Differences, differences, identity
-from .results import RESULTS_NAME, SETTINGS_NAME, Results
+from .results import RESULTS_NAME, Results
 from .settings import Run, RunArguments
 
 logger = logging.getLogger(__name__)
@@ -130,10 +131,11 @@ def mark(run: Run) -> None:
     Raises:
         UserError: It was another run's, which shows only now that all that it reads is there.
     """
-    path = Path(run.training.output_dir) / SETTINGS_NAME
-    if path.exists() and not run.training.overwrite:
+    output_dir, same = Path(run.training.output_dir), None
+    if (output_dir / SETTINGS_NAME).exists() and not run.training.overwrite:
         _compare(run, with_dataset=True)
-    write_json(path, identity(run))
+        same = run_id(output_dir)  # whatever harmless setting is another now
+    write_json(output_dir / SETTINGS_NAME, identity(run) | ({} if same is None else {"id": same}))
 
 
 def finish(

@@ -1,5 +1,7 @@
 """What a run is: the settings and the contents that its result depends on, written down and compared."""
 
+import hashlib
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -56,13 +58,15 @@ def contents(run: Run, with_dataset: bool = False) -> dict[str, str]:
 
 
 def identity(run: Run) -> dict[str, Any]:
-    """Write down a run, for `differences` to compare another with."""
-    start = weights_fingerprint(run.start)
+    """Write down a run, for `differences` to compare another with; its `id` is of all that its result depends on."""
+    start, settings = weights_fingerprint(run.start), _settings(run)
+    read = {"blocks_a_step": _blocks_a_step(run), "content": contents(run, with_dataset=True)}
+    material = {name: settings.get(name) for name in sorted(_material(run))} | read
     return {
-        **_settings(run),
-        "blocks_a_step": _blocks_a_step(run),
-        "content": contents(run, with_dataset=True),
+        **settings,
+        **read,
         **({} if start is None else {"start_fingerprint": start}),
+        "id": hashlib.sha256(json.dumps(material, sort_keys=True, default=str).encode()).hexdigest(),
     }
 
 

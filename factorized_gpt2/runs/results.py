@@ -10,7 +10,7 @@ from ..common.errors import UserError
 from ..common.files import read_json, without_nan, write_json
 from ..text.source import TextSource
 
-RESULTS_NAME, SETTINGS_NAME = "results.json", "run.json"
+RESULTS_NAME = "results.json"
 
 
 def megabytes(size: int) -> str:

@@ -3,6 +3,7 @@
 import logging
 import os
 import sys
+import warnings
 from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,8 @@ logger = logging.getLogger(__name__)
 
 YES, _NO = ("1", "true", "yes", "on"), ("0", "false", "no", "off", "")  # in the environment
 
+_WANDB_MODES = ("online", "offline", "shared", "disabled", "run", "dryrun")  # the last two are older names
+
 
 @dataclass
 class RunArguments(TrainingFields, TrainingArguments):
@@ -50,15 +53,26 @@ class RunArguments(TrainingFields, TrainingArguments):
         launched = launched_processes()
         # Without a GPU, processes find each other only if they are told that it is a CPU they run on.
         self.use_cpu = self.use_cpu or (launched > 1 and not has_cuda)
-        super().__post_init__()
+        with warnings.catch_warnings():
+            # Of a name that is the only one in the oldest version of transformers that is supported.
+            warnings.filterwarnings("ignore", message=".gradient_checkpointing", category=FutureWarning)
+            super().__post_init__()
         self.mixed_precision = "fp16" if self.fp16 else "bf16" if self.bf16 else "no"  # and not the environment's
-        if os.environ.get("WANDB_DISABLED", "").lower() in YES and "wandb" in self.report_to:
-            logger.info("WANDB_DISABLED is set: nothing is reported to W&B.")
-            self.report_to = [name for name in self.report_to if name != "wandb"]
+        self._take_up_wandbs_environment()
         if launched > 1 and self.world_size != launched:
             raise UserError(f"{launched} processes were launched, but each sees {self.world_size}.")
         if self.effective_batch_size is not None:
             self.gradient_accumulation_steps = self._accumulation_for(self.effective_batch_size)
+
+    def _take_up_wandbs_environment(self) -> None:
+        if "wandb" not in self.report_to:
+            return
+        mode = os.environ.get("WANDB_MODE") or "online"
+        if mode not in _WANDB_MODES:
+            raise UserError(f"WANDB_MODE is {mode!r} in the environment; W&B knows {', '.join(_WANDB_MODES)}.")
+        if os.environ.get("WANDB_DISABLED", "").lower() in YES:
+            logger.info("WANDB_DISABLED is set: nothing is reported to W&B.")
+            self.report_to = [name for name in self.report_to if name != "wandb"]
 
     def _take_up_the_launchers_precision(self) -> None:
         """Count `accelerate launch --mixed_precision` as the setting that it stands for."""

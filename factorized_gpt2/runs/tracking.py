@@ -32,14 +32,17 @@ def start_tracking(training: RunArguments) -> None:
     if mode == "auto":
         mode = "online" if _has_login() else "offline"
     project = os.environ.get("WANDB_PROJECT") or training.project
+    wandb.setup(wandb.Settings(quiet=True, show_info=False))  # its warnings and errors stay; where it is, we say
     init = {"project": project, "name": training.run_name, "dir": _made(training.output_dir)}
     # W&B would record the remote's address, in which some people keep a token; `results.json` has the commit.
     init |= {"resume": "auto", "settings": wandb.Settings(quiet=True, show_info=False, disable_git=True)}
     if training.overwrite:
         (Path(training.output_dir) / "wandb" / _UNFINISHED).unlink(missing_ok=True)
     run = _opened(mode, init)
-    if run.settings.mode == "offline":
+    if run.offline:
         logger.info("W&B records offline under %s", Path(run.dir).parent)
+    elif run.url:
+        logger.info("W&B: %s", run.url)
 
 
 def finish_tracking(training: RunArguments, summary: dict[str, Any]) -> None:

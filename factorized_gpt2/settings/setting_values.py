@@ -115,6 +115,8 @@ def _check_path(name: str, path: str, writes: str) -> None:
     try:
         mode = os.stat(path).st_mode
     except FileNotFoundError:
+        if writes == "folder" and os.path.islink(path):
+            raise UserError(f"{name}={path} is a link to a folder that does not exist; name another.") from None
         return
     except OSError as error:
         if isinstance(error, NotADirectoryError) and not writes:

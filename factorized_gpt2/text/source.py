@@ -103,6 +103,8 @@ class TextSource:
         loaded = []
         for name in self.files:
             path = Path(name)
+            if path.is_dir():
+                raise UserError(f"{name} is a folder, not a file.")
             if not path.is_file():
                 raise UserError(f"The file {name} does not exist.")
             if is_token_file(name):

@@ -11,6 +11,7 @@ from torch.utils.data import Dataset
 
 from ..common.errors import UserError, blaming
 from ..common.files import replacing_file
+from ..common.lfs_pointers import refuse_pointers
 
 LARGEST_VOCABULARY = 2**16  # ids that uint16 holds
 
@@ -117,6 +118,9 @@ def write_token_file(path: Path, tokens: Iterable[np.ndarray], vocab_size: int) 
 
 def _check(name: str, vocab_size: int) -> None:
     path = Path(name)
+    refuse_pointers([path])
+    if path.is_dir():
+        raise UserError(f"{name} is a folder, not a file.")
     if not path.is_file():
         raise UserError(f"The file {name} does not exist.")
     size = path.stat().st_size

@@ -17,6 +17,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoin
 from ..common.errors import UserError
 from ..common.files import explaining_refusals, put_in_place, read_json, remove_folder, write_json
 from ..common.leftovers import marked_for_all
+from ..common.run_record import run_id
 from ..models.adapter_folder import ADAPTER_CONFIG, complete_adapter
 from ..text.tokenizer_files import make_portable
 
@@ -26,19 +27,27 @@ SEAL_NAME = "files.json"
 STAGING_NAME = marked_for_all("checkpoint")  # all processes write into it
 
 
-def seal(folder: Path) -> None:
-    """Write down of every file in a checkpoint how long it is and its CRC-32."""
+def seal(folder: Path, run: str | None = None) -> None:
+    """Write down of every file in a checkpoint how long it is and its CRC-32, and the `run_id` that it is of."""
     files = [path for path in sorted(folder.rglob("*")) if path.is_file() and path != folder / SEAL_NAME]
     listed = {path.relative_to(folder).as_posix(): [path.stat().st_size, _checksum(path)] for path in files}
-    write_json(folder / SEAL_NAME, {"files": listed})
+    write_json(folder / SEAL_NAME, {"files": listed, **({} if run is None else {"run": run})})
 
 
 def damage(folder: Path) -> str | None:
-    """Compare a checkpoint with its list of files; say what is wrong, or `None` if it is whole."""
+    """Compare a checkpoint with its list of files, and its run with that of the folder that it is in.
+
+    Returns:
+        What is wrong; `None` if it is whole, and of this run as far as is known.
+    """
     if not (folder / SEAL_NAME).is_file():
         return f"it has no {SEAL_NAME}"
     try:
-        for name, (size, checksum) in read_json(folder / SEAL_NAME)["files"].items():
+        sealed = read_json(folder / SEAL_NAME)
+        here = run_id(folder.parent)
+        if sealed.get("run", here) != here and here is not None:
+            return "it is of another run"
+        for name, (size, checksum) in sealed["files"].items():
             path = folder / name
             if not path.is_file():
                 return f"{name} is missing"
@@ -143,7 +152,7 @@ class CheckpointingTrainer(Trainer):
                 self.accelerator.wait_for_everyone()  # each has written its own random state
                 if self.args.should_save:
                     self.state.save_to_json(str(staging / name / TRAINER_STATE_NAME))
-                    seal(staging / name)
+                    seal(staging / name, run_id(output_dir))
                     put_in_place(staging / name, output_dir / name)
         finally:
             self._staging = None
