@@ -253,7 +253,7 @@ class Compressor:
         """
         for rank in ranks:
             self.check(rank)
-        missing = [rank for rank in ranks if not self.folder(rank).exists()]
+        missing = sorted(rank for rank in ranks if not self.folder(rank).exists())
         factors = self._factorize(missing) if missing else {}
         for rank in ranks:
             model = self.load(rank)
