@@ -1,7 +1,7 @@
 """A trained baseline to compressed models and their folders."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -139,7 +139,6 @@ class Compressor:
         )
         self.overwrite, self.device, self.progress = overwrite, device, progress
         self.saved: list[int] = []  # ranks whose folders were written
-        self._ahead: dict[int, Factors] = {}
 
     @cached_property
     def shares(self) -> np.ndarray:
@@ -193,21 +192,17 @@ class Compressor:
         found = {size: noted_measurement(self.folder(size), text) for size in self.sizes_there()}
         return {size: figures for size, figures in found.items() if figures is not None}
 
-    def factorize_ahead(self, ranks: Sequence[int]) -> None:
-        """Factorize at ranks that will be made, with one decomposition.
-
-        Raises:
-            UserError: A rank out of range; the protocol's factor files hold something else, unless `overwrite`.
-        """
-        self._ahead |= self._factorize(ranks)
-
-    def make(self, rank: int) -> tuple[FactorizedGPT2, float]:
+    def make(self, rank: int, factors: Factors | None = None) -> tuple[FactorizedGPT2, float]:
         """Factorize, compensate, refine and round as the recipe says, in memory.
+
+        Args:
+            rank: Rank k.
+            factors: Of that rank, where they are at hand.
 
         Returns:
             The compressed model in evaluation mode, and the `explained_share` of its factors.
         """
-        factors = self._ahead.pop(rank, None) or self._factorize([rank])[rank]
+        factors = factors or self._factorize([rank])[rank]
         model = from_gpt2(self.baseline.model, factors)
         if self.recipe.method == "tokenwise":
             desc = f"Compensating the head at k = {rank}" if self.progress else None
@@ -246,20 +241,28 @@ class Compressor:
             write_json(temporary / RECORD_NAME, self._record(rank) | kept)
         self.saved.append(rank)
 
-    def load_or_make(self, rank: int) -> tuple[FactorizedGPT2, Path]:
-        """Load the compressed model of a rank, or make its folder first.
+    def load_or_make(self, ranks: Sequence[int]) -> Iterator[tuple[int, FactorizedGPT2, float]]:
+        """Load the compressed models of ranks, or make their folders first, with one decomposition for all of them.
 
-        Returns:
-            The model in evaluation mode, and its folder.
+        Yields:
+            The rank, the model in evaluation mode, and its `explained_share`.
 
         Raises:
-            UserError: The folder holds something else, unless `overwrite`.
+            UserError: A rank out of range; a folder or the protocol's factor files hold something else, unless
+                `overwrite`.
         """
-        model = self.load(rank)
-        if model is None:
-            model, share = self.make(rank)
-            self.save(model, rank, share)
-        return model, self.folder(rank)
+        for rank in ranks:
+            self.check(rank)
+        missing = sorted(rank for rank in ranks if not self.folder(rank).exists())
+        factors = self._factorize(missing) if missing else {}
+        for rank in ranks:
+            model = self.load(rank)
+            if model is None:
+                model, share = self.make(rank, factors.pop(rank, None))
+                self.save(model, rank, share)
+            else:
+                share = self.share(rank)
+            yield rank, model, share
 
     def load(self, rank: int) -> FactorizedGPT2 | None:
         """Load the compressed model of a rank if its folder was made from this baseline in this way.
