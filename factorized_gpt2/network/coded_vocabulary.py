@@ -26,6 +26,9 @@ _WAY_OUT = "int8 codes can be neither adapted nor trained; `dequantize()` of the
 class _Codes(nn.Parameter):
     """Integers that say why they cannot be trained."""
 
+    def __new__(cls, data: torch.Tensor, requires_grad: bool = False) -> "_Codes":
+        return torch.Tensor._make_subclass(cls, data.detach(), requires_grad)
+
     def requires_grad_(self, requires_grad: bool = True) -> "_Codes":
         if requires_grad:
             raise ValueError(_WAY_OUT)
