@@ -118,6 +118,16 @@ def test_numbers_are_those_of_float64(monkeypatch, dtype, tolerance, rows):
         assert (found.double() - expected).abs().max() < tolerance * expected.abs().max()
 
 
+def test_any_number_of_dimensions():
+    head = CodedHead(30, 8)
+    head.start_at_random(0.1)
+    hidden = torch.randn(2, 3, 8)
+    expected = hidden @ head.dense().T
+    torch.testing.assert_close(head(hidden), expected)
+    torch.testing.assert_close(head(hidden[0, 0]), expected[0, 0])
+    assert head(hidden[:0]).shape == (0, 3, 30)
+
+
 def test_no_more_than_a_block_is_there_in_floats(monkeypatch):
     monkeypatch.setitem(coded_vocabulary.BLOCK_CODES, "cpu", 64 * 10)
     head = CodedHead(200, 64)
