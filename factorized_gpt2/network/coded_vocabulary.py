@@ -18,13 +18,14 @@ BLOCK_CODES = {"cpu": 2**20}  # that are floats at once: on a CPU they stay in t
 BLOCK_CODES_ELSEWHERE = 2**24
 _LARGEST_STEP_INDEX = 60
 _SPREAD_AT_START = 32  # of the codes of a network that starts at random
-
-
 _WAY_OUT = "int8 codes can be neither adapted nor trained; `dequantize()` of the model makes floats of them."
 
 
 class _Codes(nn.Parameter):
     """Integers that say why they cannot be trained."""
+
+    def __new__(cls, data: torch.Tensor, requires_grad: bool = False) -> "_Codes":
+        return torch.Tensor._make_subclass(cls, data.detach(), requires_grad)
 
     def requires_grad_(self, requires_grad: bool = True) -> "_Codes":
         if requires_grad:
@@ -107,14 +108,14 @@ class CodedHead(_Coded):
         device = hidden.device.type
         if torch.is_autocast_enabled(device):
             hidden = hidden.to(torch.get_autocast_dtype(device))
-        rows, steps = hidden.flatten(0, -2), self.steps.to(hidden.dtype)
+        rows, steps = hidden.reshape(-1, self.codes.shape[1]), self.steps.to(hidden.dtype)
         with torch.autocast(device, enabled=False):
             logits = _TimesCodes.apply(rows, self.codes, False)
             takes_gradient = torch.is_grad_enabled() and (rows.requires_grad or self.steps.requires_grad)
             logits = logits * steps if takes_gradient else logits.mul_(steps)
             if self.bias is not None:
                 logits = logits + self.bias.to(logits.dtype)
-        return logits.unflatten(0, hidden.shape[:-1])
+        return logits.view(*hidden.shape[:-1], len(steps))
 
     def sum_row_loss(self, hidden: torch.Tensor, row_loss: Callable, rows_at_once: int) -> torch.Tensor:
         """Sum a loss of rows of logits, of which no more than some rows are there at once; differentiable once.

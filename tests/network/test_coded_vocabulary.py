@@ -1,12 +1,15 @@
 """A vocabulary of integers in the network: what it computes, what is stored of it, what works on it."""
 
+import copy
 import json
+import pickle
 import subprocess
 import sys
 
 import numpy as np
 import pytest
 import torch
+from accelerate import init_empty_weights
 from conftest import RANK, VOCAB_SIZE, WIDTH, left_padded, random_ids, tiny_config, tiny_model
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
@@ -113,6 +116,16 @@ def test_numbers_are_those_of_float64(monkeypatch, dtype, tolerance, rows):
     ):
         assert found.dtype == dtype
         assert (found.double() - expected).abs().max() < tolerance * expected.abs().max()
+
+
+def test_any_number_of_dimensions():
+    head = CodedHead(30, 8)
+    head.start_at_random(0.1)
+    hidden = torch.randn(2, 3, 8)
+    expected = hidden @ head.dense().T
+    torch.testing.assert_close(head(hidden), expected)
+    torch.testing.assert_close(head(hidden[0, 0]), expected[0, 0])
+    assert head(hidden[:0]).shape == (0, 3, 30)
 
 
 def test_no_more_than_a_block_is_there_in_floats(monkeypatch):
@@ -264,6 +277,25 @@ torch.save(model(torch.tensor({ids.tolist()})).logits, {str(tmp_path / "logits.p
     logits = torch.load(tmp_path / "logits.pt", weights_only=True)
     torch.testing.assert_close(logits, coded(ids).logits)
     assert weight_files(tmp_path / "from_there") == weight_files(saved)
+
+
+def test_copies_are_copies(coded, ids):
+    for copied in (copy.deepcopy(coded), pickle.loads(pickle.dumps(coded))):
+        assert_same(copied, coded)
+        assert copied.lm_head.codes is copied.transformer.wte.codes
+    with init_empty_weights():
+        empty = FactorizedGPT2(coded.config)
+    empty.load_state_dict(coded.state_dict(), assign=True)
+    torch.testing.assert_close(empty(ids).logits, coded(ids).logits)
+
+
+def test_a_disk_holds_a_part(coded, saved, ids, tmp_path):
+    places = dict.fromkeys(("transformer.wte", "lm_head", "transformer.h", "scale_down"), "disk")
+    places |= {f"transformer.{name}": "cpu" for name in ("scale_up", "wpe", "drop", "ln_f")}
+    model = FactorizedGPT2.from_pretrained(saved, device_map=places, offload_folder=tmp_path / "offloaded")
+    torch.testing.assert_close(model(ids).logits, coded(ids).logits)
+    with pytest.raises(ValueError, match="Offloaded weights cannot be encoded"):
+        model.save_pretrained(tmp_path / "again")
 
 
 def test_several_devices_and_shards(coded, saved, ids):
