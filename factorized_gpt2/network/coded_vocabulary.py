@@ -325,10 +325,7 @@ def decode_state(
     Raises:
         ValueError: The bytes are damaged, or of another shape.
     """
-    table = CodedTable.from_bytes(state[names.stream].numpy().tobytes())
-    found = (*table.codes.shape, len(table.mean))
-    if found != shape:
-        raise ValueError(f"The coded vocabulary has V, k, d = {found}, the configuration {shape}.")
+    table = CodedTable.from_bytes(state[names.stream].numpy().tobytes(), shape)
     others = {name: tensor for name, tensor in state.items() if name != names.stream}
     return _tie(table_tensors(table, names) | others, names), table
 

@@ -438,7 +438,7 @@ def test_damaged_bytes_are_one_line(saved, damage, complaint):
 def test_a_table_of_another_shape_or_kind_is_one_line(coded, saved):
     config = json.loads((saved / "config.json").read_text())
     (saved / "config.json").write_text(json.dumps(config | {"n_embd_wte": 7}))
-    with pytest.raises(ValueError, match="The coded vocabulary has V, k, d = "):
+    with pytest.raises(ValueError, match="The coded matrix has V, k, d = "):
         FactorizedGPT2.from_pretrained(saved)
     (saved / "config.json").write_text(json.dumps(config | {"vocabulary_dtype": None, "n_embd_wte": RANK}))
     with pytest.raises(UserError, match=r"do not make its model: missing .*unexpected .*wte\.stream"):
