@@ -128,15 +128,19 @@ class CodedHead(_Coded):
         Returns:
             Scalar float32.
         """
-        weights = (hidden, self.steps, self.bias)
-        wanted = [weight is not None and torch.is_grad_enabled() and weight.requires_grad for weight in weights]
+        weights, wanted = (hidden, self.steps, self.bias), self.wanted_gradients(hidden)
         return _SumRowLoss.apply(*weights, self.codes, row_loss, rows_at_once, wanted)
+
+    def wanted_gradients(self, hidden: torch.Tensor) -> list[bool]:
+        """Tell of `hidden`, the steps and the bias whether they take gradients."""
+        weights = (hidden, self.steps, self.bias)
+        return [weight is not None and torch.is_grad_enabled() and weight.requires_grad for weight in weights]
 
 
 class _SumRowLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, steps, bias, codes, row_loss, rows_at_once, wanted):
-        total, *gradients = _sum_rows(hidden, steps, bias, codes, row_loss, rows_at_once, wanted)
+        total, *gradients = sum_rows(hidden, steps, bias, codes, row_loss, rows_at_once, wanted)
         ctx.wanted, ctx.dtypes = wanted, [None if weight is None else weight.dtype for weight in (hidden, steps, bias)]
         ctx.save_for_backward(*gradients)
         return total
@@ -151,7 +155,7 @@ class _SumRowLoss(torch.autograd.Function):
 
 
 @torch.no_grad()
-def _sum_rows(
+def sum_rows(
     hidden: torch.Tensor,
     steps: torch.Tensor,
     bias: torch.Tensor | None,
@@ -160,7 +164,11 @@ def _sum_rows(
     rows_at_once: int,
     wanted: list[bool],
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return the sum, and its gradients by `hidden`, `steps` and `bias` where they are wanted, all in float32."""
+    """Sum a loss of rows of a coded head's logits; see `CodedHead.sum_row_loss`.
+
+    Returns:
+        The sum, and its gradients by `hidden`, `steps` and `bias`, all in float32; those not wanted are empty.
+    """
     hidden_wanted, steps_wanted, bias_wanted = wanted
     if hidden.dtype == torch.float16 and hidden.device.type == "cpu":
         hidden = hidden.float()
@@ -169,8 +177,10 @@ def _sum_rows(
     logits = hidden.new_empty(rows_at_once, len(codes), dtype=torch.float32)
     unscaled = torch.empty_like(logits) if steps_wanted else logits
     total = hidden.new_zeros((), dtype=torch.float32)
-    by_hidden = torch.zeros_like(hidden, dtype=torch.float32) if hidden_wanted else total
-    by_steps, by_bias = (torch.zeros_like(steps) if is_wanted else total for is_wanted in (steps_wanted, bias_wanted))
+    by_hidden, by_steps, by_bias = (
+        torch.zeros_like(of, dtype=torch.float32) if is_wanted else steps.new_empty(0)
+        for of, is_wanted in zip((hidden, steps, bias), wanted, strict=True)
+    )
     with torch.autocast(hidden.device.type, enabled=False):
         for start in range(0, len(hidden), rows_at_once):
             rows = slice(start, start + rows_at_once)
@@ -195,7 +205,7 @@ def _sum_rows(
                 of_block *= steps / largest  # so that half precision holds them
                 for part, columns in zip(parts, of_block.split([len(part) for part in parts], dim=1), strict=True):
                     by_hidden[rows] += columns.to(block.dtype) @ part.to(block.dtype)
-    return total, by_hidden * largest if hidden_wanted else by_hidden, by_steps, by_bias
+    return total, by_hidden.mul_(largest), by_steps, by_bias
 
 
 class _TimesCodes(torch.autograd.Function):

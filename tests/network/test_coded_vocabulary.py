@@ -5,6 +5,7 @@ import json
 import pickle
 import subprocess
 import sys
+from functools import partial
 
 import numpy as np
 import pytest
@@ -186,9 +187,18 @@ def test_a_summed_loss_is_that_of_float64(monkeypatch, dtype, tolerance):
     for mine, theirs in ((hidden, exact_hidden), (head.steps, steps), (head.bias, bias)):
         assert mine.grad.dtype == dtype
         assert (mine.grad.double() - theirs.grad).abs().max() < tolerance * theirs.grad.abs().max()
-    head.requires_grad_(False)
     with torch.no_grad():
         assert blockwise_loss.sum_cross_entropy(hidden, head, labels) == found
+    row_loss = partial(blockwise_loss.cross_entropy_rows, labels=labels)
+    gradients, hidden.grad = hidden.grad, None
+    general = blockwise_loss.sum_row_loss(hidden, head, row_loss)
+    (1.5 * general).backward()
+    assert general == found
+    assert torch.equal(hidden.grad, gradients)
+    head.requires_grad_(False)
+    hidden.grad = None
+    (1.5 * blockwise_loss.sum_cross_entropy(hidden, head, labels)).backward()
+    assert torch.equal(hidden.grad, gradients)
 
 
 def test_a_frozen_head_and_the_attention_backend(coded, ids):
