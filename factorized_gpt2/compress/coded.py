@@ -1,5 +1,7 @@
 """A trained baseline to models whose vocabulary is of integers, at a budget of bytes."""
 
+import copy
+import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from ..common.errors import UserError, first_line
 from ..models.conversion import from_gpt2
@@ -19,10 +22,15 @@ from .compressor import Compressor
 from .methods import CODED
 from .quantizer import coding_weights, encode_table
 from .ranks import check_ranks
+from .vocabulary_refinement import RefinableTable, Teacher, refine_vocabulary
 
 INPUT_SIDE = 3  # times the head's in the metric; docs/coding.md measures others
 SEARCHED = tuple(float(f"{0.5 * 2 ** (step / 8):.3f}") for step in range(33))  # bits a weight, from 0.5 to 8
+HELD_OUT = 16  # one of so many calibration blocks decides whether a refined vocabulary is kept
+REFINED_BITS = 5  # a row: what gains and bias take, kept free when a table that will be refined is coded
 _MOST_BITS = 16
+
+logger = logging.getLogger(__name__)
 
 
 class BudgetTooSmall(UserError):
@@ -72,13 +80,13 @@ class CodedCompressor(Compressor):
 
     def folder(self, size: Budget) -> Path:
         rank = f"_k{size.rank}" if size.rank else ""
-        return self.root / f"gpt_{self.label}_nofinetune_b{size.bits:g}{rank}"
+        return self.root / f"gpt_{self.label}{'' if self.recipe.refine_steps else '_nofinetune'}_b{size.bits:g}{rank}"
 
     def _factorize(self, sizes: Sequence[Budget]) -> dict[Budget, Factors]:
         return {}  # tables are made one by one
 
     def make(self, size: Budget, factors: None = None) -> tuple[FactorizedGPT2, float]:
-        """Code the matrix, in memory.
+        """Code the matrix and refine it as the recipe says, in memory.
 
         Returns:
             The compressed model in evaluation mode, and the bits a weight that its table takes.
@@ -92,6 +100,8 @@ class CodedCompressor(Compressor):
             table = self._encode(size)
         except ValueError as error:
             raise BudgetTooSmall(f"A vocabulary of {size} cannot be made: {first_line(error)}") from error
+        if self.recipe.refine_steps:
+            table = self._refined(table, size)
         return in_dtype(from_gpt2(self.baseline.model, table), self.recipe.dtype), table.bits_per_weight
 
     def check(self, size: Budget) -> None:
@@ -105,10 +115,33 @@ class CodedCompressor(Compressor):
         bits = size.bits
         if size.rank is not None:  # beyond a byte for each of its codes, a low rank is as exact as it gets
             bits = min(bits, 8 * size.rank / embedding.shape[1])
+        if self.recipe.refine_steps:
+            bits -= REFINED_BITS / embedding.shape[1]
         table = encode_table(embedding, self._metric, self._row_weights, bits, rank=size.rank)
         if not table.codes.shape[1]:
             raise ValueError("all codes would be 0.")
         return table
+
+    def _refined(self, table: CodedTable, size: Budget) -> CodedTable:
+        """Fit what is trainable of a table to the baseline's predictions on the calibration text."""
+        trunk = copy.deepcopy(self.baseline.model.transformer).float().eval().requires_grad_(False)
+        ids = torch.tensor(np.array([row["input_ids"] for row in self.text.sample]))
+        if len(ids) < 2:
+            raise UserError("refine needs calibration text of two blocks or more, one to see whether it helps.")
+
+        def run(embeddings: torch.Tensor) -> torch.Tensor:
+            return trunk(inputs_embeds=embeddings, use_cache=False).last_hidden_state
+
+        read = Teacher.read(run, torch.from_numpy(self._matrices[0]), ids, "reading" if self.progress else None)
+        held_out = torch.arange(len(ids)) % HELD_OUT == min(len(ids), HELD_OUT) - 1
+        vocabulary = RefinableTable(table)
+        steps, seed = self.recipe.refine_steps, self.recipe.seed
+        refine_vocabulary(vocabulary, run, read[~held_out], read[held_out], steps, seed, self.progress)
+        refined = vocabulary.table()
+        if refined.bits_per_weight > size.bits:
+            logger.warning("Refined, the vocabulary of %s takes more: it is kept as it was coded.", size)
+            return table
+        return refined
 
     def name_of(self, size: Budget) -> str:
         return str(size)

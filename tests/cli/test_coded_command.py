@@ -85,7 +85,6 @@ def test_a_loss_in_the_place_of_a_budget(words, tmp_path, capsys):  # noqa: F811
         (("--bits_per_weight", 2, "--vocabulary_mb", 1), "needs one of bits_per_weight, vocabulary_mb"),
         (("--method", "coded"), "needs one of bits_per_weight"),
         (("--bits_per_weight", 2, "--method", "joint"), "are for method coded, not for joint"),
-        (("--bits_per_weight", 2, "--refine", 5), "refine trains floats"),
         (("--bits_per_weight", 2, "--tie_word_embeddings", "false"), "codes one matrix for both sides"),
         (("--bits_per_weight", 2, 2), "a budget is given twice in 2.0 2.0"),
         (("--bits_per_weight", 99), "99 bits a weight are out of range"),
@@ -148,6 +147,21 @@ def test_the_card_says_what_it_is(words, tmp_path):  # noqa: F811
     card = str(model_card("me/small", config, (1, 2), History.read(folder)))
     assert "A GPT-2 with a vocabulary of integers" in card
     assert "by rounding its vocabulary to integers by what the loss feels of it" in card
+
+
+def test_refinement_keeps_to_the_budget_and_helps(words, tmp_path, capsys):  # noqa: F811
+    losses = []
+    for steps in (0, 30):
+        compress(words("--bits_per_weight", 4, "--refine", steps, texts=("calibration", "evaluation")))
+        losses.append(float(capsys.readouterr().out.splitlines()[-1].split()[-4]))
+    folder = tmp_path / "gpt_coded_refined_b4"
+    written = record(folder)
+    assert written["refine_steps"] == 30
+    assert written["stored_bits_per_weight"] <= 4
+    assert losses[1] < losses[0] + 0.02
+    assert FactorizedGPT2.from_pretrained(folder).config.lm_head_bias
+    with pytest.raises(UserError, match="two blocks or more"):
+        compress(words("--bits_per_weight", 5, "--refine", 3, "--calibration_tokens", 1))
 
 
 def test_budgets_need_text(words):  # noqa: F811
