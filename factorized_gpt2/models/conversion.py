@@ -205,8 +205,8 @@ def _refuse_leftovers(state: dict[str, torch.Tensor]) -> None:
 def _factorized_config(config: GPT2Config, factors: Factors | CodedTable | None, tied: bool) -> FactorizedGPT2Config:
     fields = {name: value for name, value in config.to_dict().items() if name not in _NOT_GPT2}
     if isinstance(factors, CodedTable):
-        has_bias = bool(factors.bias_codes.any())
-        fields |= {"n_embd_wte": factors.codes.shape[1], "vocabulary_dtype": "int8", "lm_head_bias": has_bias}
+        fields |= {"n_embd_wte": factors.codes.shape[1], "vocabulary_dtype": "int8"}
+        fields["lm_head_bias"] = bool(factors.bias_codes.any())
     else:
         fields |= {"n_embd_wte": None if factors is None else factors.rank}
     fields |= {"scale_up_bias": True, "tie_word_embeddings": tied}
@@ -241,10 +241,8 @@ def _coded_weights(table: CodedTable, wte: torch.Tensor, must_untie: bool) -> di
     if must_untie:
         raise ValueError("A coded table is for a head that is tied, but the model's is not.")
     names = vocabulary_names("transformer.")
-    weights = table_tensors(table, names)
-    if not table.bias_codes.any():
-        del weights[names.head_bias]
-    return weights
+    tensors = table_tensors(table, names)
+    return tensors if table.bias_codes.any() else {name: made for name, made in tensors.items() if name != names.bias}
 
 
 def _build(model_class, config, weights, like: torch.Tensor, generation_config):

@@ -169,6 +169,19 @@ def test_the_card_says_what_it_is(words, tmp_path):  # noqa: F811
     assert "by rounding its vocabulary to integers by what the loss feels of it" in card
 
 
+def test_refinement_keeps_to_the_budget_and_helps(words, tmp_path, capsys):  # noqa: F811
+    losses = []
+    for steps in (0, 30):
+        compress(words("--bits_per_weight", 4, "--refine", steps, texts=("calibration", "evaluation")))
+        losses.append(float(capsys.readouterr().out.splitlines()[-1].split()[-4]))
+    folder = tmp_path / "gpt_coded_refined_b4"
+    written = record(folder)
+    assert written["refine_steps"] == 30
+    assert written["stored_bits_per_weight"] <= 4
+    assert losses[1] < losses[0] + 0.02
+    assert FactorizedGPT2.from_pretrained(folder).config.lm_head_bias
+
+
 def test_budgets_need_text(words):  # noqa: F811
     with pytest.raises(UserError, match="method coded learns from text"):
         compress(words("--bits_per_weight", 2, texts=()))
