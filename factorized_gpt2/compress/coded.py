@@ -14,7 +14,7 @@ from ..models.conversion import from_gpt2
 from ..models.dtypes import in_dtype
 from ..network.coded_table import CodedTable
 from ..network.modeling_factorized_gpt2 import FactorizedGPT2
-from .compressor import Compressor
+from .compressor import AnyCompressor
 from .methods import CODED
 from .quantizer import coding_weights, encode_table
 from .ranks import check_ranks
@@ -52,11 +52,10 @@ class Budget:
         return f"{self.bits:g} bits" + (f", k <= {self.rank}" if self.rank else "")
 
 
-class CodedCompressor(Compressor):
+class CodedCompressor(AnyCompressor[Budget]):
     """Makes models by coding the vocabulary's matrix within budgets, where `Compressor` does so by rank.
 
-    Arguments are those of `Compressor`; `make` and all that takes a rank there takes a `Budget` here, and in the place
-    of the share it says how many bits a weight the vocabulary takes.
+    Arguments are those of `AnyCompressor`; the share says how many bits a weight the vocabulary takes.
 
     Raises:
         UserError: As there; the baseline's head is not tied.
