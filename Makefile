@@ -38,6 +38,7 @@ soak: $(TOOLS)  ## kills, a full disk, bad inputs and load, at full length: half
 lint: $(TOOLS)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy factorized_gpt2
 
 format: $(TOOLS)
 	$(BIN)/ruff check --fix .

@@ -12,7 +12,8 @@ from transformers.utils import logging
 from factorized_gpt2.common.errors import UserError
 from factorized_gpt2.common.files import replacing_folder
 from factorized_gpt2.compress.calibration import spread_blocks
-from factorized_gpt2.compress.compressor import CalibrationText, Compressor, Recipe
+from factorized_gpt2.compress.compressor import Compressor
+from factorized_gpt2.compress.recipe import CalibrationText, Recipe
 from factorized_gpt2.models.loading import Baseline, load_baseline
 from factorized_gpt2.runs.run import run_experiment
 from factorized_gpt2.runs.settings import parse_run

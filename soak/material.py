@@ -14,7 +14,8 @@ from factorized_gpt2.cli.experiments import run_experiments
 from factorized_gpt2.cli.import_checkpoint import import_checkpoint
 from factorized_gpt2.cli.report import report
 from factorized_gpt2.cli.train import train
-from factorized_gpt2.compress.compressor import Compressor, Recipe
+from factorized_gpt2.compress.compressor import Compressor
+from factorized_gpt2.compress.recipe import Recipe
 from factorized_gpt2.models.loading import load_baseline
 from factorized_gpt2.models.sizes import model_size
 from factorized_gpt2.nanogpt.factor_files import write_old_factors

@@ -3,8 +3,9 @@
 import logging
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers.utils import is_matplotlib_available
@@ -12,9 +13,10 @@ from transformers.utils import is_matplotlib_available
 from ..common.errors import UserError
 from ..common.files import require_space
 from ..compress.coded import SEARCHED, Budget, BudgetTooSmall, CodedCompressor
-from ..compress.compressor import CalibrationText, Compressor, Recipe
+from ..compress.compressor import AnyCompressor, Compressor
 from ..compress.methods import CODED
 from ..compress.ranks import check_ranks, is_good_enough, largest_rank, smallest_rank_by_loss, smallest_rank_by_share
+from ..compress.recipe import CalibrationText, Recipe
 from ..hub.repository import check_access, publish
 from ..models.loading import check_tokenizer, load_baseline
 from ..models.sizes import model_size, stored_bytes
@@ -27,7 +29,7 @@ from ..settings.text_arguments import EvaluationArguments
 from ..text.blocks import load_blocks
 from ..text.tokenizers import has_tokenizer, load_tokenizer
 from .compress_settings import CalibrationArguments, CompressArguments
-from .measuring import BASELINE, Measure, Size, size_name
+from .measuring import BASELINE, Measure, size_name
 from .shell import print_table, write_result
 
 logger = logging.getLogger(__name__)
@@ -64,7 +66,7 @@ def compress_all(
     if source is not None:
         blocks = load_blocks(source, tokenizer, block_size, keep_tail=False)
         text = CalibrationText(blocks, calibration.calibration_tokens, source.name)
-    compressor = (CodedCompressor if method == CODED else Compressor)(
+    compressor: AnyCompressor[Any] = (CodedCompressor if method == CODED else Compressor)(
         baseline, recipe, Path(arguments.output_dir), tokenizer, text, arguments.overwrite, device, progress=True
     )
     blocks = (
@@ -74,12 +76,13 @@ def compress_all(
     measure.take_up(compressor)
 
     rows = [measure.row(BASELINE, None, baseline.model, Path(arguments.baseline))]
-    sizes = _budgets(arguments, baseline.model.config) if method == CODED else arguments.ranks
+    sizes: list[Any] | None = _budgets(arguments, baseline.model.config) if method == CODED else arguments.ranks
+    made: Iterable[tuple[Any, FactorizedGPT2, float]]
     if sizes:
         made = compressor.load_or_make(sorted(sizes, reverse=True))
     else:
-        made = list(_choose(arguments, compressor, measure))
-        sizes = [made[0][0]]
+        (chosen,) = _choose(arguments, compressor, measure)
+        made, sizes = [chosen], [chosen[0]]
     for size, model, share in made:
         rows.append(measure.row(size, share, model, compressor.folder(size)))
         measure.note(size, compressor.folder(size))
@@ -119,19 +122,20 @@ def repository_name(name: str, folder: Path, is_one_of_several: bool) -> str:
 
 
 def _choose(
-    arguments: CompressArguments, compressor: Compressor, measure: Measure
-) -> Iterable[tuple[Size, FactorizedGPT2, float]]:
+    arguments: CompressArguments, compressor: AnyCompressor[Any], measure: Measure
+) -> Iterable[tuple[Any, FactorizedGPT2, float]]:
     """Find the smallest model that is good enough; return its size, itself and its share, as `load_or_make` does."""
     config, is_coded = compressor.baseline.model.config, measure.method == CODED
-    if arguments.explained_variance is not None:
-        rank = smallest_rank_by_share(compressor.shares, arguments.explained_variance)
+    if arguments.explained_variance is not None and isinstance(compressor, Compressor):
+        rank = smallest_rank_by_share(compressor.shares.tolist(), arguments.explained_variance)
         if rank >= config.n_embd:
             share, width = arguments.explained_variance, config.n_embd
             raise UserError(f"explained_variance {share} needs the whole width of {width}.")
         return compressor.load_or_make([rank])
 
-    target, good_enough = arguments.target_loss_increase, {}
-    sizes = [Budget(bits) for bits in SEARCHED] if is_coded else range(1, largest_rank(config) + 1)
+    target = arguments.target_loss_increase
+    good_enough: dict[Any, tuple[FactorizedGPT2, float | None]] = {}
+    sizes: Sequence[Any] = [Budget(bits) for bits in SEARCHED] if is_coded else range(1, largest_rank(config) + 1)
     known = {sizes.index(size) + 1: increase for size, (_, increase) in measure.points.items() if size in sizes}
 
     def increase_of(number: int) -> float:
@@ -171,15 +175,15 @@ def _file_size(model: FactorizedGPT2, bits_per_weight: float | None, folder: Pat
     return size.bytes - size.vocabulary_bytes + round(bits_per_weight * config.vocab_size * config.n_embd / 8)
 
 
-def _plot(compressor: Compressor, measure: Measure) -> None:
+def _plot(compressor: AnyCompressor[Any], measure: Measure) -> None:
     """Draw the spectrum with every rank that is there, and loss against bytes with all measured on this text."""
     if not is_matplotlib_available():
         logger.warning("No plots: the package matplotlib is not installed.")
         return
     label, root = compressor.label, compressor.root
     path = root / f"spectrum_{label}.png"
-    if measure.method != CODED and (compressor.saved or not path.with_suffix(".svg").exists()):
-        plot_spectrum(compressor.shares, compressor.sizes_there(), compressor.recipe.method, path)
+    if isinstance(compressor, Compressor) and (compressor.saved or not path.with_suffix(".svg").exists()):
+        plot_spectrum(compressor.shares.tolist(), compressor.sizes_there(), compressor.recipe.method, path)
         logger.info("Spectrum: %s", path)
     if measure.losses:
         path = root / f"loss_against_bytes_{label}.png"

@@ -186,4 +186,4 @@ def _continue(folder: Path, prompt: str) -> str:
             temperature=0.7,
             pad_token_id=tokenizer.eos_token_id,
         )
-    return tokenizer.decode(output[0], skip_special_tokens=True)
+    return tokenizer.batch_decode(output, skip_special_tokens=True)[0]

@@ -6,11 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils.data import Dataset
 
 from ..common.fingerprints import tokens_fingerprint
 from ..compress.coded import Budget
-from ..compress.compressor import Compressor
+from ..compress.compressor import AnyCompressor
 from ..compress.methods import CODED
 from ..hub.model_card import Figures, Measurement
 from ..models.dtypes import dtype_name
@@ -18,6 +17,7 @@ from ..models.record import note_measurement
 from ..models.sizes import model_size, stored_bytes
 from ..network.modeling_factorized_gpt2 import FactorizedGPT2
 from ..runs.results import megabytes
+from ..text.blocks import Blocks
 from ..text.loss import LossSum, perplexity, sum_loss
 from ..text.source import TextSource
 
@@ -42,7 +42,7 @@ class Measure:
     """
 
     def __init__(
-        self, baseline: FactorizedGPT2, method: str, blocks: Dataset | None, batch_size: int, device: torch.device
+        self, baseline: FactorizedGPT2, method: str, blocks: Blocks | None, batch_size: int, device: torch.device
     ):
         self.baseline_size, self.method = model_size(baseline), method
         self.blocks, self.batch_size, self.device = blocks, batch_size, device
@@ -74,7 +74,7 @@ class Measure:
         """Say how far a measured model's loss exceeds the baseline's, in nats a token."""
         return self.losses[size].loss - self.losses[BASELINE].loss
 
-    def take_up(self, compressor: Compressor) -> None:
+    def take_up(self, compressor: AnyCompressor) -> None:
         """Read from the records of the models that are there what was measured on the same text before."""
         if self.text is not None:
             self.points |= compressor.measured(self.text)
@@ -136,5 +136,5 @@ _SHARES = {"pca": "variance", CODED: "bits a weight"}  # in the table
 _KEYS = {CODED: "bits_per_weight"}  # for programs
 
 
-def _ids(blocks: Dataset) -> Iterator[Sequence[int]]:
+def _ids(blocks: Blocks) -> Iterator[Sequence[int]]:
     return (blocks[index]["input_ids"] for index in range(len(blocks)))

@@ -3,7 +3,7 @@
 import json
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..runs.words import PRINT_CONFIG, judge, read_words
 from .shell import keep_stdout_for_results, run_command
@@ -49,7 +49,7 @@ def _publish(run: "Run", repository: str) -> None:
     from ..runs.folder import ADAPTER_NAME
 
     training, folder = run.training, Path(run.training.output_dir)
-    options = {"private": training.private or None, "revision": training.hub_revision}
+    options: dict[str, Any] = {"private": training.private or None, "revision": training.hub_revision}
     print(f"Published: {publish(folder, repository, **options)}")
     if run.adapter.lora_rank and training.hub_base_model_id:
         adapter = publish_adapter(

@@ -195,8 +195,7 @@ def explaining_refusals(path: Path) -> Iterator[None]:
 
 def refusal(error: Exception) -> str | None:
     """Say in a line why the system refused to read or write; `None` for errors of another kind."""
-    is_refusal = isinstance(error, OSError) and error.errno in _REFUSALS
-    return os.strerror(error.errno) if is_refusal else None
+    return os.strerror(error.errno) if isinstance(error, OSError) and error.errno in _REFUSALS else None
 
 
 def require_space(folder: Path, needed: int, purpose: str) -> None:

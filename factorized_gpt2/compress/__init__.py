@@ -1,7 +1,7 @@
 """A trained model to a smaller one: the factorizations, what they learn from text, and the folders they leave.
 
-Read `pca`, then `data_aware` with `row_fit` and `calibration`, then `compressor`, which puts them together;
-`quantizer` writes a matrix as integers, `refinement` trains factors for some steps.
+Read `pca`, then `data_aware` with `row_fit` and `calibration`, then `recipe` and `compressor`, which put them
+together; `quantizer` writes a matrix as integers, `refinement` trains factors for some steps.
 """
 
 from ..common.lazy import exporting
@@ -9,5 +9,10 @@ from ..common.lazy import exporting
 __all__ = ["Compressor", "Recipe", "factorize", "factorize_ranks", "refine"]
 __getattr__ = exporting(
     __name__,
-    {"compressor": ["Compressor", "Recipe"], "pca": ["factorize", "factorize_ranks"], "refinement": ["refine"]},
+    {
+        "compressor": ["Compressor"],
+        "recipe": ["Recipe"],
+        "pca": ["factorize", "factorize_ranks"],
+        "refinement": ["refine"],
+    },
 )

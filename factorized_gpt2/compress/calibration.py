@@ -5,12 +5,11 @@ import copy
 import numpy as np
 import torch
 from torch import nn
-from torch.utils.data import DataLoader, Dataset, Subset
 
 from ..common.errors import UserError
 from ..common.progress import Progress
-from ..network.modeling_factorized_gpt2 import FactorizedGPT2
-from ..text.blocks import IGNORED_LABEL, collate_blocks
+from ..network.modeling_factorized_gpt2 import FactorizedGPT2, FactorizedGPT2Model
+from ..text.blocks import IGNORED_LABEL, Blocks, batches_of, collate_blocks, some_of
 from .data_aware import VocabularyUse
 from .row_fit import Side
 
@@ -18,17 +17,17 @@ DRAWS = 8  # next tokens drawn from the model's distribution at every position
 _ROWS_AT_ONCE = 512  # of logits, (rows, V)
 
 
-def spread_blocks(blocks: Dataset, tokens: int) -> Dataset:
+def spread_blocks(blocks: Blocks, tokens: int) -> Blocks:
     """Choose blocks of together at least `tokens` tokens (or all there are), evenly spread over the text."""
     block_size = len(blocks[0]["input_ids"])
     count = min(len(blocks), -(-tokens // block_size))
-    return Subset(blocks, np.linspace(0, len(blocks) - 1, count).astype(int).tolist())
+    return some_of(blocks, np.linspace(0, len(blocks) - 1, count).astype(int).tolist())
 
 
-def count_tokens(blocks: Dataset, vocab_size: int) -> np.ndarray:
+def count_tokens(blocks: Blocks, vocab_size: int) -> np.ndarray:
     """Count every token of a text, (V,) int64."""
     counts = torch.zeros(vocab_size, dtype=torch.int64)
-    for batch in DataLoader(blocks, batch_size=1000, collate_fn=collate_blocks):
+    for batch in batches_of(blocks, 1000):
         labels = batch["labels"]
         counts += torch.bincount(labels[labels != IGNORED_LABEL], minlength=vocab_size)
     return counts.numpy()
@@ -36,7 +35,7 @@ def count_tokens(blocks: Dataset, vocab_size: int) -> np.ndarray:
 
 def calibrate(
     model: FactorizedGPT2,
-    blocks: Dataset,
+    blocks: Blocks,
     token_counts: np.ndarray,
     seed: int = 0,
     device: torch.device | str = "cpu",
@@ -66,7 +65,7 @@ def calibrate(
     """
     trunk, head = _float32_parts(model, device)
     generator = torch.Generator(device).manual_seed(seed)
-    kept = {name: [] for name in ("ids", "hidden", "gradients", "draws", "variances")}
+    kept: dict[str, list[torch.Tensor]] = {name: [] for name in ("ids", "hidden", "gradients", "draws", "variances")}
     head_use = torch.zeros(len(head), dtype=torch.float64)
     for row in Progress(blocks, desc=desc, disable=desc is None):
         ids = collate_blocks([row])["input_ids"].to(device)
@@ -82,12 +81,13 @@ def calibrate(
         values = (ids[0], hidden.detach(), gradients[0], draws, variances)
         for kind, value in zip(kept.values(), values, strict=True):
             kind.append(value.cpu())
-    ids, hidden, gradients, draws, variances = (torch.cat(parts).numpy() for parts in kept.values())
-    positions = np.arange(len(ids))
+    whole = {kind: torch.cat(parts).numpy() for kind, parts in kept.items()}
+    positions, drawn = np.arange(len(whole["ids"])), whole["draws"].ravel()
+    weights = whole["variances"].ravel() / DRAWS
     return VocabularyUse(
         token_counts=token_counts,
-        input_side=Side(gradients, ids, positions, np.ones(len(ids), np.float32)),
-        output_side=Side(hidden, draws.ravel(), np.repeat(positions, DRAWS), variances.ravel() / DRAWS),
+        input_side=Side(whole["gradients"], whole["ids"], positions, np.ones(len(positions), np.float32)),
+        output_side=Side(whole["hidden"], drawn, np.repeat(positions, DRAWS), weights),
         head_use=head_use.numpy(),
     )
 
@@ -96,7 +96,7 @@ def calibrate(
 def compensated_head(
     compressed: FactorizedGPT2,
     scale_down: np.ndarray,
-    blocks: Dataset,
+    blocks: Blocks,
     hidden_states: np.ndarray,
     device: torch.device | str = "cpu",
     desc: str | None = None,
@@ -160,7 +160,7 @@ def _draw(
     return torch.cat(draws), torch.cat(variances), torch.cat(gradients), heard
 
 
-def _float32_parts(model: FactorizedGPT2, device: torch.device | str) -> tuple[nn.Module, torch.Tensor]:
+def _float32_parts(model: FactorizedGPT2, device: torch.device | str) -> tuple[FactorizedGPT2Model, torch.Tensor]:
     """Return trunk and head matrix, in float32 on a device and without dropout; copies, unless they are so already."""
     if model.dtype != torch.float32 or model.device.type != torch.device(device).type or model.training:
         model = copy.deepcopy(model).to(device, torch.float32).eval()

@@ -3,7 +3,6 @@
 import copy
 import logging
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -19,7 +18,7 @@ from ..models.factors import Factors
 from ..network.coded_table import CodedTable
 from ..network.modeling_factorized_gpt2 import FactorizedGPT2
 from .calibration import spread_blocks
-from .compressor import Compressor
+from .compressor import AnyCompressor
 from .methods import CODED
 from .quantizer import coding_weights, encode_table
 from .ranks import check_ranks
@@ -62,11 +61,10 @@ class Budget:
         return f"{self.bits:g} bits" + (f", k <= {self.rank}" if self.rank else "")
 
 
-class CodedCompressor(Compressor):
+class CodedCompressor(AnyCompressor[Budget]):
     """Makes models by coding the vocabulary's matrix within budgets, where `Compressor` does so by rank.
 
-    Arguments are those of `Compressor`; `make` and all that takes a rank there takes a `Budget` here, and in the place
-    of the share it says how many bits a weight the vocabulary takes.
+    Arguments are those of `AnyCompressor`; the share says how many bits a weight the vocabulary takes.
 
     Raises:
         UserError: As there; the baseline's head is not tied.
@@ -84,10 +82,7 @@ class CodedCompressor(Compressor):
         refined = "" if self.recipe.refine_steps else "_nofinetune"
         return self.root / f"gpt_{self.label}{refined}_b{size.bits:g}{rank}"
 
-    def _factorize(self, sizes: Sequence[Budget]) -> dict[Budget, Factors]:
-        return {}  # tables are made one by one
-
-    def make(self, size: Budget, factors: None = None) -> tuple[FactorizedGPT2, float]:
+    def make(self, size: Budget, factors: Factors | None = None) -> tuple[FactorizedGPT2, float]:
         """Code the matrix, and refine what is beside its codes if the recipe says so, in memory.
 
         Returns:
@@ -131,7 +126,9 @@ class CodedCompressor(Compressor):
         blocks = spread_blocks(self.text.blocks, tokens + tokens // HELD_OUT)
         if len(blocks) < 2:
             raise UserError(f"{self.text.name} has one block of text; refinement needs one more, to be judged by.")
-        ids = torch.stack([torch.as_tensor(row["input_ids"], dtype=torch.int64) for row in blocks]).to(self.device)
+        ids = torch.stack(
+            [torch.as_tensor(blocks[number]["input_ids"], dtype=torch.int64) for number in range(len(blocks))]
+        ).to(self.device)
         trunk = copy.deepcopy(self.baseline.model.transformer).float().to(self.device).requires_grad_(False)
 
         def hidden(embeds: torch.Tensor) -> torch.Tensor:

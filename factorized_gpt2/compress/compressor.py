@@ -1,15 +1,15 @@
 """A trained baseline to compressed models and their folders."""
 
 import logging
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, Protocol, TypeVar
 
 import numpy as np
 import torch
-from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from ..common.errors import UserError
@@ -19,7 +19,6 @@ from ..common.fingerprints import (
     files_fingerprint,
     model_content,
     tokenizer_fingerprint,
-    tokens_fingerprint,
 )
 from ..common.weight_files import MODEL_FILES, weight_files
 from ..models.conversion import from_gpt2, vocabulary_matrices
@@ -30,11 +29,12 @@ from ..models.record import RECORD_NAME, compressed_folder, noted_measurement
 from ..models.verification import verify_copy
 from ..network.modeling_factorized_gpt2 import FactorizedGPT2
 from ..text.tokenizer_files import save_tokenizer
-from .calibration import calibrate, compensated_head, count_tokens, spread_blocks
+from .calibration import calibrate, compensated_head, count_tokens
 from .data_aware import DataAwareDecomposition, VocabularyUse
 from .factor_files import pca_factors
 from .pca import explained_shares, factorize_ranks
 from .ranks import check_ranks
+from .recipe import CalibrationText, Recipe
 from .refinement import check_device, refine
 
 logger = logging.getLogger(__name__)
@@ -42,64 +42,15 @@ logger = logging.getLogger(__name__)
 _VARIANCE_NAME = "explained_variance_ratio"  # of all methods in the last release, of PCA alone in this
 
 
-@dataclass(frozen=True)
-class CalibrationText:
-    """Text that tells how a baseline uses its vocabulary.
-
-    Attributes:
-        blocks: All of it, rows of `input_ids`: tokens are counted in all, and refinement draws from all.
-        tokens: How many of them the model is run over.
-        name: Files or dataset it was read from.
-    """
-
-    blocks: Dataset
-    tokens: int
-    name: str
-
-    @cached_property
-    def sample(self) -> Dataset:
-        """The blocks that the model is run over, spread evenly."""
-        return spread_blocks(self.blocks, self.tokens)
-
-    @cached_property
-    def record(self) -> dict[str, Any]:
-        """What a compressed model's record says of it; the fingerprint is of the sampled tokens."""
-        ids = [row["input_ids"] for row in self.sample]
-        return {
-            "text": self.name,
-            "blocks": len(self.blocks),
-            "tokens": int(sum(len(row) for row in ids)),
-            "block_size": len(ids[0]),
-            "fingerprint": tokens_fingerprint(ids),
-        }
+class _Ordered(Protocol):
+    def __lt__(self, other: Any, /) -> bool: ...
 
 
-@dataclass(frozen=True)
-class Recipe:
-    """How a baseline is compressed, apart from the rank.
-
-    Attributes:
-        method: One of `methods.METHODS`.
-        tied: Whether one `wte` serves both sides; a tied baseline can be given two, an untied one never one.
-        refine_steps: Steps of refinement after the factorization.
-        seed: Of every draw.
-        dtype: Of the weights, as in "bfloat16"; `None`: the baseline's.
-    """
-
-    method: str = "pca"
-    tied: bool = True
-    refine_steps: int = 0
-    seed: int = 0
-    dtype: str | None = None
-
-    @property
-    def needs_text(self) -> bool:
-        """Whether there is something to learn from calibration text."""
-        return self.method != "pca" or self.refine_steps > 0
+Size = TypeVar("Size", bound=_Ordered)  # a rank, or what a vocabulary may take
 
 
-class Compressor:
-    """Makes compressed models of one baseline by one recipe; what does not depend on the rank is computed once.
+class AnyCompressor(ABC, Generic[Size]):
+    """Makes compressed models of one baseline by one recipe; what does not depend on their size is computed once.
 
     Args:
         baseline: The trained model.
@@ -138,7 +89,205 @@ class Compressor:
             dtype=None if recipe.dtype == dtype_name(baseline.model) else recipe.dtype,
         )
         self.overwrite, self.device, self.progress = overwrite, device, progress
-        self.saved: list[int] = []  # ranks whose folders were written
+        self.saved: list[Size] = []  # those whose folders were written
+
+    @property
+    @abstractmethod
+    def share_name(self) -> str:
+        """What a model's record calls the share that `make` returns."""
+
+    def share(self, size: Size) -> float:
+        """Read the share of a size from its folder."""
+        return self._share(read_json(self.folder(size) / RECORD_NAME))
+
+    def _share(self, record: dict[str, Any]) -> Any:
+        return record.get(self.share_name, record.get(_VARIANCE_NAME))
+
+    @property
+    def label(self) -> str:
+        """What tells this way of compressing from others, as in `tokenwise_refined`."""
+        untied = self.baseline.model.config.tie_word_embeddings and not self.recipe.tied
+        words = [self.recipe.method, "untied" if untied else "", "refined" if self.recipe.refine_steps else ""]
+        return "_".join(filter(None, words))
+
+    @abstractmethod
+    def folder(self, size: Size) -> Path:
+        """Where the model of some size is kept."""
+
+    def sizes_there(self) -> list[Size]:
+        """List the sizes of all folders that hold what this compressor would make, smallest first.
+
+        A folder whose record cannot be read is none of them.
+        """
+
+        def size_of(path: Path) -> Size | None:
+            try:
+                size = self._size_in(read_json(path))
+                is_it = size is not None and self.folder(size) == path.parent and not self._difference(size)
+            except UserError:
+                return None
+            return size if is_it else None
+
+        found = map(size_of, self.root.glob(f"gpt_*/{RECORD_NAME}"))
+        return sorted(size for size in found if size is not None)
+
+    def measured(self, text: str) -> dict[Size, tuple[int, float]]:
+        """Read what the sizes that are there were measured to cost on a text, as `note_measurement` has it."""
+        found = {size: noted_measurement(self.folder(size), text) for size in self.sizes_there()}
+        return {size: figures for size, figures in found.items() if figures is not None}
+
+    @abstractmethod
+    def make(self, size: Size, factors: Factors | None = None) -> tuple[FactorizedGPT2, float]:
+        """Make a compressed model, in memory.
+
+        Args:
+            size: Of the model.
+            factors: Of that size, where they are at hand.
+
+        Returns:
+            The model in evaluation mode, and its share.
+        """
+
+    def save(self, model: FactorizedGPT2, size: Size, share: float) -> None:
+        """Write a compressed model's folder, whole or not at all, and reload it to see that it is this model.
+
+        Raises:
+            UserError: The model's logits are NaN or infinite.
+            RuntimeError: The reloaded model's logits differ.
+        """
+        with replacing_folder(self.folder(size), _FILES) as temporary:
+            model.save_pretrained(temporary)
+            verify_copy(model, temporary, name=self.folder(size))
+            if self.tokenizer is not None:
+                save_tokenizer(self.tokenizer, temporary, model.config.n_positions)
+            kept = {self.share_name: share, "weights_fingerprint": files_fingerprint(weight_files(temporary))}
+            kept |= self._of_all_sizes()
+            write_json(temporary / RECORD_NAME, self._record(size) | kept)
+        self.saved.append(size)
+
+    def load_or_make(self, sizes: Sequence[Size]) -> Iterator[tuple[Size, FactorizedGPT2, float]]:
+        """Load the compressed models of sizes, or make their folders first, with one decomposition for all of them.
+
+        Yields:
+            The size, the model in evaluation mode, and its share.
+
+        Raises:
+            UserError: A size out of range; a folder or the protocol's factor files hold something else, unless
+                `overwrite`.
+        """
+        for size in sizes:
+            self.check(size)
+        missing = sorted(size for size in sizes if not self.folder(size).exists())
+        factors = self._factorize(missing) if missing else {}
+        for size in sizes:
+            model = self.load(size)
+            if model is None:
+                model, share = self.make(size, factors.pop(size, None))
+                self.save(model, size, share)
+            else:
+                share = self.share(size)
+            yield size, model, share
+
+    def _factorize(self, sizes: Sequence[Size]) -> dict[Size, Factors]:
+        """Compute the factors of all sizes that will be made, where one decomposition serves them all."""
+        return {}
+
+    def load(self, size: Size) -> FactorizedGPT2 | None:
+        """Load the compressed model of a size if its folder was made from this baseline in this way.
+
+        Raises:
+            UserError: A size out of range; the folder holds another compressed model, unless `overwrite`, or none.
+        """
+        self.check(size)
+        folder = self.folder(size)
+        if folder.exists() and not folder.is_dir():
+            raise UserError(f"{folder}, where the model of {self.name_of(size)} belongs, is a file: move it away.")
+        if not (folder.exists() and any(folder.iterdir())):
+            return None
+        if not (folder / RECORD_NAME).exists():
+            raise UserError(f"{folder} holds something else than a compressed model; remove it.")
+        difference, stored = self._difference(size), read_json(folder / RECORD_NAME)
+        weights = files_fingerprint(weight_files(folder))
+        if not difference and stored.get("weights_fingerprint", weights) != weights:
+            difference = "has other weights than it was made with"
+        if not difference:
+            logger.info("%s was made in this way before and is reused.", folder)
+            unknown = [what for name, what in _WHAT_IS_TAKEN_OVER.items() if name not in stored]
+            if unknown:
+                logger.warning("%s does not say of which %s it was made.", folder, " and ".join(unknown))
+            if self.share_name not in stored:
+                logger.warning(
+                    "%s calls its share %s; it is %s now, and only this release still reads the old name: "
+                    "rename it there, or compress once more with --overwrite.",
+                    *(folder / RECORD_NAME, _VARIANCE_NAME, self.share_name),
+                )
+            return load_compressed(str(folder))
+        if not self.overwrite:
+            raise UserError(f"{folder} {difference}; remove or overwrite it.")
+        return None
+
+    @abstractmethod
+    def check(self, size: Size) -> None:
+        """Refuse a size that is out of range."""
+
+    def _difference(self, size: Size) -> str:
+        """Say how a folder's model was made otherwise than this compressor would make it; empty if it was not."""
+        record = self.folder(size) / RECORD_NAME
+        if not record.is_file():
+            return "holds something else than a compressed model"
+        stored, asked = read_json(record), self._record(size)
+        if stored.get("baseline_fingerprint") != asked["baseline_fingerprint"]:
+            return f"was not made from {self.baseline.name}"
+        makings = (*_WHAT_MAKES_A_MODEL, *self._of_size(size))
+        changed = sorted(name for name in makings if stored.get(name) != asked[name])
+        changed += [what for name, what in _WHAT_IS_TAKEN_OVER.items() if stored.get(name, asked[name]) != asked[name]]
+        if not changed and not isinstance(self._share(stored), float):
+            changed = [self.share_name]
+        return f"was made with another {', '.join(changed)}" if changed else ""
+
+    def _record(self, size: Size) -> dict[str, Any]:
+        calibration = self.text.record if self.recipe.needs_text else None
+        return asdict(self.recipe) | {
+            "seed": self.recipe.seed if self.recipe.needs_text else None,
+            **self._of_size(size),
+            "baseline": self.baseline.name,
+            "baseline_fingerprint": self.baseline.fingerprint,
+            "baseline_content": model_content(self.baseline.name),
+            "config_fingerprint": config_fingerprint(self.baseline.model.config),
+            "tokenizer_fingerprint": tokenizer_fingerprint(self.tokenizer),
+            "calibration": calibration,
+        }
+
+    @abstractmethod
+    def name_of(self, size: Size) -> str:
+        """Say in words which model is meant."""
+
+    @abstractmethod
+    def _of_size(self, size: Size) -> dict[str, Any]:
+        """What a model's record says of its size."""
+
+    @abstractmethod
+    def _size_in(self, record: dict[str, Any]) -> Size | None:
+        """Read the size of a model from its record, if that is of such a model."""
+
+    @abstractmethod
+    def _of_all_sizes(self) -> dict[str, Any]:
+        """What a model's record says beside, of all sizes."""
+
+    @cached_property
+    def _matrices(self) -> tuple[np.ndarray, np.ndarray | None]:
+        embedding, head = vocabulary_matrices(self.baseline.model)
+        return embedding, embedding if head is None and not self.recipe.tied else head
+
+    @cached_property
+    def _use(self) -> VocabularyUse:
+        counts = count_tokens(self.text.blocks, self.baseline.model.config.vocab_size)
+        desc = "Calibrating" if self.progress else None
+        return calibrate(self.baseline.model, self.text.sample, counts, self.recipe.seed, self.device, desc)
+
+
+class Compressor(AnyCompressor[int]):
+    """Makes models by factorizing the vocabulary's matrices at ranks; arguments are those of `AnyCompressor`."""
 
     @cached_property
     def shares(self) -> np.ndarray:
@@ -152,52 +301,12 @@ class Compressor:
         """What a model's record calls its `explained_share`, which for PCA alone is one of variance."""
         return _VARIANCE_NAME if self.recipe.method == "pca" else "explained_share"
 
-    def share(self, rank: int) -> float:
-        """Read the `explained_share` of a rank from its folder."""
-        return self._share(read_json(self.folder(rank) / RECORD_NAME))
-
-    def _share(self, record: dict[str, Any]) -> Any:
-        return record.get(self.share_name, record.get(_VARIANCE_NAME))
-
-    @property
-    def label(self) -> str:
-        """What tells this way of compressing from others, as in `tokenwise_refined`."""
-        untied = self.baseline.model.config.tie_word_embeddings and not self.recipe.tied
-        words = [self.recipe.method, "untied" if untied else "", "refined" if self.recipe.refine_steps else ""]
-        return "_".join(filter(None, words))
-
     def folder(self, rank: int) -> Path:
         """Where the model of some rank is kept; for PCA alone, under the protocol's name."""
         return compressed_folder(self.root, rank, self.label, self.recipe.refine_steps > 0)
 
-    def sizes_there(self) -> list[Any]:
-        """List the ranks of all folders that hold what this compressor would make, smallest first.
-
-        A folder whose record cannot be read is none of them.
-        """
-
-        def size_of(path: Path) -> Any:
-            try:
-                size = self._size_in(read_json(path))
-                is_it = size is not None and self.folder(size) == path.parent and not self._difference(size)
-            except UserError:
-                return None
-            return size if is_it else None
-
-        found = map(size_of, self.root.glob(f"gpt_*/{RECORD_NAME}"))
-        return sorted(size for size in found if size is not None)
-
-    def measured(self, text: str) -> dict[Any, tuple[int, float]]:
-        """Read what the ranks that are there were measured to cost on a text, as `note_measurement` has it."""
-        found = {size: noted_measurement(self.folder(size), text) for size in self.sizes_there()}
-        return {size: figures for size, figures in found.items() if figures is not None}
-
     def make(self, rank: int, factors: Factors | None = None) -> tuple[FactorizedGPT2, float]:
         """Factorize, compensate, refine and round as the recipe says, in memory.
-
-        Args:
-            rank: Rank k.
-            factors: Of that rank, where they are at hand.
 
         Returns:
             The compressed model in evaluation mode, and the `explained_share` of its factors.
@@ -224,111 +333,9 @@ class Compressor:
             )
         return in_dtype(model, self.recipe.dtype), factors.explained_share
 
-    def save(self, model: FactorizedGPT2, rank: int, share: float) -> None:
-        """Write a compressed model's folder, whole or not at all, and reload it to see that it is this model.
-
-        Raises:
-            UserError: The model's logits are NaN or infinite.
-            RuntimeError: The reloaded model's logits differ.
-        """
-        with replacing_folder(self.folder(rank), _FILES) as temporary:
-            model.save_pretrained(temporary)
-            verify_copy(model, temporary, name=self.folder(rank))
-            if self.tokenizer is not None:
-                save_tokenizer(self.tokenizer, temporary, model.config.n_positions)
-            kept = {self.share_name: share, "weights_fingerprint": files_fingerprint(weight_files(temporary))}
-            kept |= self._of_all_sizes()
-            write_json(temporary / RECORD_NAME, self._record(rank) | kept)
-        self.saved.append(rank)
-
-    def load_or_make(self, ranks: Sequence[int]) -> Iterator[tuple[int, FactorizedGPT2, float]]:
-        """Load the compressed models of ranks, or make their folders first, with one decomposition for all of them.
-
-        Yields:
-            The rank, the model in evaluation mode, and its `explained_share`.
-
-        Raises:
-            UserError: A rank out of range; a folder or the protocol's factor files hold something else, unless
-                `overwrite`.
-        """
-        for rank in ranks:
-            self.check(rank)
-        missing = sorted(rank for rank in ranks if not self.folder(rank).exists())
-        factors = self._factorize(missing) if missing else {}
-        for rank in ranks:
-            model = self.load(rank)
-            if model is None:
-                model, share = self.make(rank, factors.pop(rank, None))
-                self.save(model, rank, share)
-            else:
-                share = self.share(rank)
-            yield rank, model, share
-
-    def load(self, rank: int) -> FactorizedGPT2 | None:
-        """Load the compressed model of a rank if its folder was made from this baseline in this way.
-
-        Raises:
-            UserError: A rank out of range; the folder holds another compressed model, unless `overwrite`, or none.
-        """
-        self.check(rank)
-        folder = self.folder(rank)
-        if folder.exists() and not folder.is_dir():
-            raise UserError(f"{folder}, where the model of {self.name_of(rank)} belongs, is a file: move it away.")
-        if not (folder.exists() and any(folder.iterdir())):
-            return None
-        if not (folder / RECORD_NAME).exists():
-            raise UserError(f"{folder} holds something else than a compressed model; remove it.")
-        difference, stored = self._difference(rank), read_json(folder / RECORD_NAME)
-        weights = files_fingerprint(weight_files(folder))
-        if not difference and stored.get("weights_fingerprint", weights) != weights:
-            difference = "has other weights than it was made with"
-        if not difference:
-            logger.info("%s was made in this way before and is reused.", folder)
-            unknown = [what for name, what in _WHAT_IS_TAKEN_OVER.items() if name not in stored]
-            if unknown:
-                logger.warning("%s does not say of which %s it was made.", folder, " and ".join(unknown))
-            if self.share_name not in stored:
-                logger.warning(
-                    "%s calls its share %s; it is %s now, and only this release still reads the old name: "
-                    "rename it there, or compress once more with --overwrite.",
-                    *(folder / RECORD_NAME, _VARIANCE_NAME, self.share_name),
-                )
-            return load_compressed(str(folder))
-        if not self.overwrite:
-            raise UserError(f"{folder} {difference}; remove or overwrite it.")
-        return None
-
     def check(self, rank: int) -> None:
         """Refuse a rank that is out of range."""
         check_ranks([rank], self.baseline.model.config)
-
-    def _difference(self, rank: int) -> str:
-        """Say how a folder's model was made otherwise than this compressor would make it; empty if it was not."""
-        record = self.folder(rank) / RECORD_NAME
-        if not record.is_file():
-            return "holds something else than a compressed model"
-        stored, asked = read_json(record), self._record(rank)
-        if stored.get("baseline_fingerprint") != asked["baseline_fingerprint"]:
-            return f"was not made from {self.baseline.name}"
-        makings = (*_WHAT_MAKES_A_MODEL, *self._of_size(rank))
-        changed = sorted(name for name in makings if stored.get(name) != asked[name])
-        changed += [what for name, what in _WHAT_IS_TAKEN_OVER.items() if stored.get(name, asked[name]) != asked[name]]
-        if not changed and not isinstance(self._share(stored), float):
-            changed = [self.share_name]
-        return f"was made with another {', '.join(changed)}" if changed else ""
-
-    def _record(self, rank: int) -> dict[str, Any]:
-        calibration = self.text.record if self.recipe.needs_text else None
-        return asdict(self.recipe) | {
-            "seed": self.recipe.seed if self.recipe.needs_text else None,
-            **self._of_size(rank),
-            "baseline": self.baseline.name,
-            "baseline_fingerprint": self.baseline.fingerprint,
-            "baseline_content": model_content(self.baseline.name),
-            "config_fingerprint": config_fingerprint(self.baseline.model.config),
-            "tokenizer_fingerprint": tokenizer_fingerprint(self.tokenizer),
-            "calibration": calibration,
-        }
 
     def name_of(self, rank: int) -> str:
         """Say in words which model is meant."""
@@ -337,23 +344,12 @@ class Compressor:
     def _of_size(self, rank: int) -> dict[str, Any]:
         return {"n_embd_wte": rank}
 
-    def _size_in(self, record: dict[str, Any]) -> Any:
+    def _size_in(self, record: dict[str, Any]) -> int | None:
         rank = record.get("n_embd_wte")
         return rank if isinstance(rank, int) else None
 
     def _of_all_sizes(self) -> dict[str, Any]:
         return {"spectrum": [round(float(share), 6) for share in self.shares]}
-
-    @cached_property
-    def _matrices(self) -> tuple[np.ndarray, np.ndarray | None]:
-        embedding, head = vocabulary_matrices(self.baseline.model)
-        return embedding, embedding if head is None and not self.recipe.tied else head
-
-    @cached_property
-    def _use(self) -> VocabularyUse:
-        counts = count_tokens(self.text.blocks, self.baseline.model.config.vocab_size)
-        desc = "Calibrating" if self.progress else None
-        return calibrate(self.baseline.model, self.text.sample, counts, self.recipe.seed, self.device, desc)
 
     @cached_property
     def _decomposition(self) -> DataAwareDecomposition:

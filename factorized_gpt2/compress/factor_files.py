@@ -67,18 +67,18 @@ def write_factors(folder: Path, factors: Factors, baseline: Baseline) -> None:
     _scales_path(folder, factors.rank).unlink(missing_ok=True)
     with replacing_file(_wte_path(folder, factors.rank)) as path:
         np.save(path, factors.wte, allow_pickle=False)
-    arrays = {
+    arrays: dict[str, np.ndarray] = {
         "scale_up": factors.scale_up,
         "scale_down": factors.scale_down,
         "mean": factors.mean,
-        "explained_variance_ratio": np.float64(factors.explained_share),
+        "explained_variance_ratio": np.asarray(factors.explained_share, np.float64),
         "baseline_fingerprint": np.array(baseline.fingerprint),
         "wte_fingerprint": np.array(_digest(factors.wte)),
     }
     if factors.lm_head is not None:
         arrays["lm_head"] = factors.lm_head
     with replacing_file(_scales_path(folder, factors.rank)) as path:
-        np.savez(path, **arrays)
+        np.savez(path, **arrays)  # type: ignore[arg-type]  # which it takes none of for `allow_pickle`
 
 
 def read_factors(folder: Path, rank: int, baseline: Baseline, overwrite: bool = False) -> Factors | None:

@@ -146,7 +146,8 @@ def _code(
     scale_steps = (unit * rotation.steps[column]).astype(np.float16)
     row_spread, column_spread = measure_spreads(codes, step_index, parent, share)
     relations = RowRelations(step_index, parent, share, row_spread, column_spread)
-    return CodedTable(codes, relations, float(np.float32(step)), rotation.codes[column], scale_steps, rotation.mean)
+    first_step = float(np.float32(step))
+    return CodedTable.quantized(codes, relations, first_step, rotation.codes[column], scale_steps, rotation.mean)
 
 
 def _digits(wide: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -168,4 +169,4 @@ def _digits(wide: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         components.append(component)
         units.append(np.full(len(component), unit))
         wide, component, unit = carry, component[carried], unit * _DIGIT
-    return tuple(np.concatenate(parts, axis=-1) for parts in (columns, components, units))
+    return np.concatenate(columns, axis=-1), np.concatenate(components), np.concatenate(units)

@@ -6,13 +6,12 @@ import math
 import tempfile
 
 import torch
-from torch.utils.data import Dataset
 from transformers import PrinterCallback, TrainingArguments
 
 from ..common.errors import UserError
 from ..models.sizes import is_vocabulary
 from ..network.modeling_factorized_gpt2 import FactorizedGPT2
-from ..text.blocks import collate_blocks
+from ..text.blocks import Blocks, collate_blocks
 from ..trainer.adapters import set_dropout
 from ..trainer.distillation import Distillation
 from ..trainer.health import TrainingFailure
@@ -30,7 +29,7 @@ _FAR = 0.25  # divergence of a start, in nats a token, from which on it learns a
 def refine(
     model: FactorizedGPT2,
     baseline: FactorizedGPT2,
-    blocks: Dataset,
+    blocks: Blocks,
     steps: int,
     seed: int = 0,
     progress: bool = False,
@@ -109,7 +108,7 @@ def refine(
         logger.warning(
             "Refinement for %d steps led away from the baseline: from %.4f nats a token to %.4f, over %d tokens of "
             "its text. Give it more text, or other steps.",
-            *(steps, divergence, reached, sum(len(row["input_ids"]) for row in measured)),
+            *(steps, divergence, reached, sum(len(row["input_ids"]) for row in iter(measured))),
         )
     refined = copy.deepcopy(model)
     refined.load_state_dict(student.state_dict())
@@ -130,11 +129,11 @@ def check_device(device: torch.device | str) -> None:
 
 
 @torch.no_grad()
-def _divergence(student: FactorizedGPT2, distillation: Distillation, blocks: Dataset) -> float:
+def _divergence(student: FactorizedGPT2, distillation: Distillation, blocks: Blocks) -> float:
     """Measure KL(baseline || student), in nats a token."""
     student.eval()
     nats, tokens = 0.0, 0
-    for row in blocks:
+    for row in iter(blocks):
         batch = {name: value.to(student.device) for name, value in collate_blocks([row]).items()}
         nats += student(batch["input_ids"], row_loss=distillation.row_loss(**batch), use_cache=False).loss.item()
         tokens += batch["labels"].numel() - 1

@@ -5,9 +5,9 @@ The trunk does not change, and of the vocabulary only few numbers do: codes of a
 
 import copy
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Protocol
 
 import numpy as np
 import torch
@@ -26,18 +26,22 @@ _ROWS_AT_ONCE = 512  # of logits, (rows, V)
 Trunk = Callable[[torch.Tensor], torch.Tensor]  # embeddings (B, T, d) to what the head is given, (B, T, d)
 
 
-class TrainableVocabulary(Protocol):
-    """Both uses of a vocabulary, as an `nn.Module` of which parts are trainable."""
+class TrainableVocabulary(nn.Module, ABC):
+    """Both uses of a vocabulary, of which parts are trainable."""
 
+    @abstractmethod
     def embed(self, ids: torch.Tensor) -> torch.Tensor:
         """Look tokens (B, T) up: (B, T, d)."""
 
+    @abstractmethod
     def score(self, states: torch.Tensor) -> torch.Tensor:
         """Compute logits (n, V) of states (n, d)."""
 
+    @abstractmethod
     def parameter_groups(self) -> list[dict]:
         """Return parameters with their largest learning rates, as an optimizer takes them."""
 
+    @abstractmethod
     def round(self) -> None:
         """Round parameters to what is stored of them."""
 
@@ -94,7 +98,7 @@ class Teacher:
 
 
 def refine_vocabulary(
-    vocabulary: nn.Module,
+    vocabulary: TrainableVocabulary,
     trunk: Trunk,
     teacher: Teacher,
     held_out: Teacher,
@@ -105,7 +109,7 @@ def refine_vocabulary(
     """Train a vocabulary in place: Adam, a cosine schedule, no weight decay.
 
     Args:
-        vocabulary: A `TrainableVocabulary`.
+        vocabulary: What to train.
         trunk: Of which no parameter requires a gradient.
         teacher: The text to train on; used more than once if it is too short.
         held_out: Other text, by which is decided whether the result is better than the start.
@@ -145,7 +149,7 @@ def refine_vocabulary(
     return before, after
 
 
-class RefinableTable(nn.Module):
+class RefinableTable(TrainableVocabulary):
     """A coded table whose codes and rotation stay: trainable are gains of rows and of both sides' columns, mean, bias.
 
     A token whose probability is seldom far from zero has gradients below `eps` and hardly moves: Adam alone would
@@ -156,15 +160,22 @@ class RefinableTable(nn.Module):
         dtype: Of the products with codes; half precision holds int8 codes exactly.
     """
 
+    codes: torch.Tensor
+    steps: torch.Tensor
+    rotation: torch.Tensor
+    up_steps: torch.Tensor
+    down_steps: torch.Tensor
+
     def __init__(self, table: CodedTable, dtype: torch.dtype = torch.float32):
         super().__init__()
         self._table = table
-        for name, array in {"codes": table.codes, "steps": table.steps, "rotation": table.scale_codes}.items():
-            self.register_buffer(name, torch.from_numpy(np.ascontiguousarray(array)).float(), persistent=False)
+        fixed = {
+            **{"codes": table.codes, "steps": table.steps, "rotation": table.scale_codes},
+            **{"up_steps": table.scale_steps, "down_steps": table.head_scale_steps},
+        }
+        for name, array in fixed.items():
+            self.register_buffer(name, torch.tensor(array, dtype=torch.float32), persistent=False)
         self.codes = self.codes.to(dtype)
-        columns = (torch.from_numpy(array.astype(np.float32)) for array in (table.scale_steps, table.head_scale_steps))
-        for name, array in zip(("up_steps", "down_steps"), columns, strict=True):
-            self.register_buffer(name, array, persistent=False)
         self.up_gains, self.down_gains = (nn.Parameter(torch.zeros(len(self.up_steps))) for _ in range(2))
         self.gains = nn.Parameter(torch.zeros(len(self.steps)))
         self.mean = nn.Parameter(torch.from_numpy(table.mean.astype(np.float32)))
@@ -223,7 +234,7 @@ def _to_int8(values: np.ndarray) -> np.ndarray:
 
 
 @torch.no_grad()
-def _measure(vocabulary: nn.Module, trunk: Trunk, held_out: Teacher) -> float:
+def _measure(vocabulary: TrainableVocabulary, trunk: Trunk, held_out: Teacher) -> float:
     parts = [held_out[slice(row, row + 1)] for row in range(len(held_out.ids))]
     return sum(part.divergence(vocabulary, trunk) for part in parts) / len(parts)
 

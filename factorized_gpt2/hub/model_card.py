@@ -151,7 +151,7 @@ def model_card(
     """
     measured = measured or history.measurement()
     name, rank = _short(repo_id), config.n_embd_wte if config.is_factorized else None
-    own = Figures(name, rank, *size, measured and measured.eval_loss)
+    own = Figures(name, rank, *size, measured.eval_loss if measured else None)
     where = _where(repo_id, revision)
     remote = (
         "from transformers import AutoModelForCausalLM, AutoTokenizer",
@@ -236,7 +236,7 @@ def _metadata(
     scores: dict[str, Any] = {}
     if measured and math.isfinite(perplexity(measured.eval_loss)):
         text, metrics = measured.text, {"perplexity": perplexity(measured.eval_loss), "loss": measured.eval_loss}
-        data = {
+        data: dict[str, Any] = {
             "task_type": "text-generation",
             "dataset_name": _text_name(text),
             # Of text that is no dataset the Hub takes any name that could be one.

@@ -79,18 +79,15 @@ def to_gpt2(model: FactorizedGPT2) -> GPT2LMHeadModel:
         wte = wte if bias is None else wte + bias
         lm_head = lm_head @ scale_down
     weights = {"transformer.wte.weight": wte, "lm_head.weight": wte if tied else lm_head}
-    for source, target in _trunk_names(config.n_layer):
-        if isinstance(source, str):
-            weights[source] = _oriented(source, _take(state, target))
-        else:
-            parts = [_oriented(source[0], _take(state, name)) for name in target]
-            weights[source[0]] = torch.cat(parts, dim=-1)
+    for source, targets in _trunk_names(config.n_layer):
+        parts = [_oriented(source, _take(state, name)) for name in targets]
+        weights[source] = parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
     _refuse_leftovers(state)
     fields = {name: value for name, value in config.to_dict().items() if name not in _NOT_GPT2}
     fields["tie_word_embeddings"] = tied
     # transformers dropped n_ctx, but what reads older GPT-2s, as llama.cpp's converter does, asks for it.
-    gpt2_config = GPT2Config(**fields, n_ctx=config.n_positions, attn_implementation=config._attn_implementation)
-    return _build(GPT2LMHeadModel, gpt2_config, weights, like=wte, generation_config=model.generation_config)
+    fields |= {"n_ctx": config.n_positions, "attn_implementation": config._attn_implementation}
+    return _build(GPT2LMHeadModel, GPT2Config(**fields), weights, like=wte, generation_config=model.generation_config)
 
 
 def vocabulary_matrices(model: GPT2LMHeadModel | FactorizedGPT2) -> tuple[np.ndarray, np.ndarray | None]:
@@ -140,17 +137,16 @@ def _split_vocabulary(
         raise ValueError(f"The model is factorized already (n_embd_wte={model.config.n_embd_wte}).")
     wte = _take(state, "transformer.wte.weight", (model.config.vocab_size, model.config.n_embd))
     lm_head = _take(state, "lm_head.weight", tuple(wte.shape))
-    trunk = {}
-    for source, target in _trunk_names(model.config.n_layer):
+    trunk: dict[str, torch.Tensor] = {}
+    for source, targets in _trunk_names(model.config.n_layer):
         if isinstance(model, FactorizedGPT2):
-            names = [target] if isinstance(target, str) else target
-            trunk |= {name: _take(state, name) for name in names}
-        elif isinstance(source, str):
-            trunk[target] = _oriented(source, _take(state, source))
+            trunk |= {name: _take(state, name) for name in targets}
+        elif len(targets) == 1:
+            trunk[targets[0]] = _oriented(source, _take(state, source))
         else:
-            fused = _take(state, source[0], _qkv_shape(source[0], model.config.n_embd))
+            fused = _take(state, source, _qkv_shape(source, model.config.n_embd))
             parts = fused.split(model.config.n_embd, dim=-1)
-            trunk |= {name: _oriented(source[0], part) for name, part in zip(target, parts, strict=True)}
+            trunk |= {name: _oriented(source, part) for name, part in zip(targets, parts, strict=True)}
     _refuse_leftovers(state)
     return trunk, wte, None if _is_tied(model, wte, lm_head) else lm_head
 
@@ -163,19 +159,19 @@ def _is_tied(model: GPT2LMHeadModel | FactorizedGPT2, wte: torch.Tensor, lm_head
     return is_shared or lm_head.is_meta or torch.equal(lm_head, wte)
 
 
-def _trunk_names(n_layer: int) -> Iterator[tuple[str | tuple[str], str | list[str]]]:
+def _trunk_names(n_layer: int) -> Iterator[tuple[str, list[str]]]:
     """Pair every weight of a GPT-2 trunk with its name here; the fused q, k, v with three names."""
     for name in ("wpe.weight", "ln_f.weight", "ln_f.bias"):
-        yield f"transformer.{name}", f"transformer.{name}"
+        yield f"transformer.{name}", [f"transformer.{name}"]
     for layer in range(n_layer):
         block = f"transformer.h.{layer}"
         for kind in ("weight", "bias"):
             for norm in ("ln_1", "ln_2"):
-                yield f"{block}.{norm}.{kind}", f"{block}.{norm}.{kind}"
-            yield (f"{block}.attn.c_attn.{kind}",), [f"{block}.attn.{name}.{kind}" for name in _QKV]
-            yield f"{block}.attn.c_proj.{kind}", f"{block}.attn.c_proj.{kind}"
-            yield f"{block}.mlp.c_fc.{kind}", f"{block}.mlp.mlp_up.{kind}"
-            yield f"{block}.mlp.c_proj.{kind}", f"{block}.mlp.mlp_down.{kind}"
+                yield f"{block}.{norm}.{kind}", [f"{block}.{norm}.{kind}"]
+            yield f"{block}.attn.c_attn.{kind}", [f"{block}.attn.{name}.{kind}" for name in _QKV]
+            yield f"{block}.attn.c_proj.{kind}", [f"{block}.attn.c_proj.{kind}"]
+            yield f"{block}.mlp.c_fc.{kind}", [f"{block}.mlp.mlp_up.{kind}"]
+            yield f"{block}.mlp.c_proj.{kind}", [f"{block}.mlp.mlp_down.{kind}"]
 
 
 def _oriented(gpt2_name: str, weight: torch.Tensor) -> torch.Tensor:
@@ -209,8 +205,8 @@ def _factorized_config(config: GPT2Config, factors: Factors | CodedTable | None,
         fields["lm_head_bias"] = bool(factors.bias_codes.any())
     else:
         fields |= {"n_embd_wte": None if factors is None else factors.rank}
-    fields |= {"scale_up_bias": True, "tie_word_embeddings": tied}
-    return FactorizedGPT2Config(**fields, attn_implementation=config._attn_implementation)
+    fields |= {"scale_up_bias": True, "tie_word_embeddings": tied, "attn_implementation": config._attn_implementation}
+    return FactorizedGPT2Config(**fields)
 
 
 def _factor_weights(factors: Factors, wte: torch.Tensor, must_untie: bool) -> dict[str, torch.Tensor]:

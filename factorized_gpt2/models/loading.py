@@ -112,6 +112,7 @@ def load_complete(name_or_path: str) -> GPT2LMHeadModel | FactorizedGPT2:
         UserError: As `load_baseline`, but for what is factorized already.
     """
     config = _load_config(name_or_path)
+    model_class: type[GPT2LMHeadModel | FactorizedGPT2]
     if isinstance(config, FactorizedGPT2Config):
         model_class = FactorizedGPT2
     elif config.model_type == "gpt2":
@@ -132,7 +133,7 @@ def _mend_generation_config(config: GenerationConfig, name_or_path: str) -> None
     try:
         config.validate(strict=True)
     except ValueError:
-        idle = () if config.do_sample else _SAMPLING
+        idle: tuple[str, ...] = () if config.do_sample else _SAMPLING
         idle += () if (config.num_beams or 1) > 1 else _BEAMS
         idle += () if config.return_dict_in_generate else _OUTPUTS
         unused = [name for name in idle if getattr(config, name, None) not in (None, False)]
@@ -196,8 +197,10 @@ def _load(
             f"{name_or_path}: config.json describes at least {least_parameters(config):,} weights, and the files of "
             f"weights have {stored:,} bytes; they do not belong together."
         )
-    load = _load_as_stored if isinstance(config, GPT2Config) else load_weights
-    model, loading = load(model_class, name_or_path, config=config)
+    if isinstance(config, GPT2Config):
+        model, loading = _load_as_stored(model_class, name_or_path, config)
+    else:
+        model, loading = load_weights(model_class, name_or_path, config=config)
     surplus = {name for name in loading["unexpected_keys"] if not _MASK.search(name)}
     beside = {name for name in surplus if plain_name(name).startswith(_HEADS_BESIDE)}
     loading["unexpected_keys"] = surplus - beside
@@ -272,7 +275,7 @@ def _listed(weights: Iterable) -> str:
     return some_names(weight if isinstance(weight, str) else f"{weight[0]} {tuple(weight[1])}" for weight in weights)
 
 
-def load_weights(model_class: type, name_or_path: str, **options: Any) -> tuple[PreTrainedModel, dict[str, Any]]:
+def load_weights(model_class: Any, name_or_path: str, **options: Any) -> tuple[Any, dict[str, Any]]:
     """Load a model by one of transformers' classes; no code of a stranger runs, neither a module nor a pickle.
 
     Args:

@@ -1,6 +1,7 @@
 """A language model as an ONNX graph with its cache, for runtimes without PyTorch."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -83,4 +84,5 @@ def export_onnx(model: PreTrainedModel, path: Path | str) -> None:
 
 
 def _keys_and_values(cache: DynamicCache) -> KeysAndValues:
-    return [(layer.keys, layer.values) for layer in cache.layers]
+    layers: list[Any] = cache.layers  # plain ones, as `export_onnx` asks for
+    return [(layer.keys, layer.values) for layer in layers]

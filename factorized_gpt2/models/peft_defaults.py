@@ -46,7 +46,7 @@ class _WhenImported(MetaPathFinder):
                 execute(module)
                 _TOLD[fullname](module)
 
-            spec.loader.exec_module = execute_and_tell
+            spec.loader.exec_module = execute_and_tell  # type: ignore[method-assign]  # of this one loader
         return spec
 
 

@@ -90,6 +90,8 @@ def old_factors(source: FactorizedGPT2 | Factors) -> dict[str, np.ndarray]:
     if isinstance(source, FactorizedGPT2):
         if not source.config.is_factorized:
             raise UserError("The model is not factorized.")
+        if source.config.is_coded:
+            raise UserError("The model's vocabulary is of integers: `dequantize()` makes floats of it.")
         tied, up = source.config.tie_word_embeddings, source.transformer.scale_up
         wte, scale_up, scale_down = (
             _array(module.weight) for module in (source.transformer.wte, up, source.scale_down)
@@ -127,7 +129,7 @@ def write_old_factors(source: FactorizedGPT2 | Factors, wte_npy: str | Path, sca
     with replacing_file(Path(wte_npy)) as path, path.open("wb") as file:
         np.save(file, wte, allow_pickle=False)
     with replacing_file(Path(scale_npz)) as path, path.open("wb") as file:
-        np.savez(file, **arrays)
+        np.savez(file, **arrays)  # type: ignore[arg-type]  # which it takes none of for `allow_pickle`
     return {
         "import_wte_npy": str(wte_npy),
         "import_scale_matrices_npz": str(scale_npz),

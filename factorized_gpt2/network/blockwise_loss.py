@@ -125,8 +125,6 @@ def sum_cross_entropy(
     if isinstance(head, torch.Tensor):
         hidden, head = _in_autocast_dtype(hidden, head)
     backend = _choose(backend, hidden, head)
-    if backend == "cut_cross_entropy":
-        return _cut_cross_entropy(hidden, head, labels, ignore_index).sum(dtype=torch.float32)
     if isinstance(head, CodedHead) and not has_hooks(head):
         (hidden,) = _in_autocast_dtype(hidden)
         rows, wanted = _rows_at_once(hidden, len(head.codes)), head.wanted_gradients(hidden)
@@ -134,6 +132,8 @@ def sum_cross_entropy(
         return _sum_coded_cross_entropy(hidden, *weights, labels, ignore_index, rows, wanted)[0]
     if isinstance(head, nn.Module):
         return sum_row_loss(hidden, head, partial(cross_entropy_rows, labels=labels, ignore_index=ignore_index))
+    if backend == "cut_cross_entropy":
+        return _cut_cross_entropy(hidden, head, labels, ignore_index).sum(dtype=torch.float32)
     return _sum_cross_entropy(hidden, head, labels, ignore_index, *_wanted(hidden, head), backend == "attention")[0]
 
 
@@ -205,7 +205,8 @@ def _choose(backend: str, hidden: torch.Tensor, head: torch.Tensor | nn.Module) 
     if backend == "auto":
         # A CPU's matrix products outrun its attention in half precision; without gradients half of it is for nothing.
         pays = hidden.is_cuda or hidden.dtype == torch.float32
-        return "attention" if "attention" in usable and pays and _wanted(hidden, head)[0] else "blockwise"
+        is_trained = torch.is_grad_enabled() and hidden.requires_grad
+        return "attention" if "attention" in usable and pays and is_trained else "blockwise"
     if backend not in usable:
         raise ValueError(f"The loss backend {backend} needs {_NEEDS[backend]}.")
     return backend

@@ -22,9 +22,6 @@ BIAS_NAT = 32
 class CodedTable:
     """`(codes * steps) @ scale_up + mean` stands for the embedding, the head meets `scale_down` and `bias`.
 
-    As quantized, `scale_down` is the transpose of `scale_up`, and gains and bias are zero, which takes no bytes;
-    refinement sets them.
-
     Attributes:
         codes: (V, k) int8.
         relations: Steps of rows as indices, and what their coder knows of rows and columns.
@@ -43,16 +40,25 @@ class CodedTable:
     scale_codes: np.ndarray
     scale_steps: np.ndarray
     mean: np.ndarray
-    gains: np.ndarray | None = None
-    bias_codes: np.ndarray | None = None
-    head_scale_steps: np.ndarray | None = None
+    gains: np.ndarray
+    bias_codes: np.ndarray
+    head_scale_steps: np.ndarray
 
-    def __post_init__(self) -> None:
-        zeros = np.zeros(len(self.relations.step_index), np.int8)
-        as_quantized = {"gains": zeros, "bias_codes": zeros, "head_scale_steps": self.scale_steps}
-        for name, values in as_quantized.items():
-            if getattr(self, name) is None:
-                object.__setattr__(self, name, values)
+    @staticmethod
+    def quantized(
+        codes: np.ndarray,
+        relations: RowRelations,
+        first_step: float,
+        scale_codes: np.ndarray,
+        scale_steps: np.ndarray,
+        mean: np.ndarray,
+    ) -> "CodedTable":
+        """Make a table that is not refined.
+
+        `scale_down` is the transpose of `scale_up`, and gains and bias are zero, which takes no bytes.
+        """
+        zeros = np.zeros(len(relations.step_index), np.int8)
+        return CodedTable(codes, relations, first_step, scale_codes, scale_steps, mean, zeros, zeros, scale_steps)
 
     @property
     def steps(self) -> np.ndarray:

@@ -30,7 +30,8 @@ class _Codes(nn.Parameter):
     def requires_grad_(self, requires_grad: bool = True) -> "_Codes":
         if requires_grad:
             raise ValueError(_WAY_OUT)
-        return super().requires_grad_(False)
+        super().requires_grad_(False)
+        return self
 
 
 class _Coded(nn.Module):
@@ -356,8 +357,8 @@ def _table_of(codes: np.ndarray, state: Mapping[str, torch.Tensor], names: Vocab
     parent, width = np.zeros_like(index), state[names.scale_up].shape[0]
     relations = RowRelations(index, parent, parent, *measure_spreads(codes, index, parent, parent))
     scale_codes = np.zeros((codes.shape[1], width), np.int8)
-    nothing = [np.zeros(size, np.float16) for size in (codes.shape[1], width)]
-    return CodedTable(codes, relations, first, scale_codes, *nothing)
+    nothing = (np.zeros(size, np.float16) for size in (codes.shape[1], width))
+    return CodedTable.quantized(codes, relations, first, scale_codes, *nothing)
 
 
 def _as_types(relations: RowRelations, of_parents: type, of_others: type) -> RowRelations:

@@ -6,8 +6,9 @@ from torch import nn
 
 def bare(head: nn.Module | torch.Tensor) -> nn.Module | torch.Tensor:
     """Return a head's matrix (V, k) where that is all there is to it: no bias, no adapter, no hook that acts."""
-    plain = type(head) is nn.Linear and head.bias is None and not has_hooks(head)
-    return head.weight if plain else head
+    if type(head) is nn.Linear and head.bias is None and not has_hooks(head):
+        return head.weight
+    return head
 
 
 def has_hooks(head: nn.Module) -> bool:

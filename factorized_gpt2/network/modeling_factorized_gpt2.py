@@ -8,7 +8,7 @@ import math
 import os
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from safetensors import safe_open
@@ -51,6 +51,11 @@ def scale_init_std(config: FactorizedGPT2Config) -> float:
     return config.embedding_size**-0.5
 
 
+def _start_at(linear: nn.Linear, std: float) -> None:
+    """Say how spread a weight starts, on its own module: for one without weights transformers initializes nothing."""
+    linear.init_std = std  # type: ignore[assignment]  # torch's stub knows tensors and modules as attributes alone
+
+
 class FactorizedGPT2Attention(nn.Module):
     """Causal self-attention with one projection per role, so that adapters can target each."""
 
@@ -67,7 +72,7 @@ class FactorizedGPT2Attention(nn.Module):
         self.k_proj = nn.Linear(config.n_embd, config.n_embd)
         self.v_proj = nn.Linear(config.n_embd, config.n_embd)
         self.c_proj = nn.Linear(config.n_embd, config.n_embd)
-        self.c_proj.init_std = residual_init_std(config)
+        _start_at(self.c_proj, residual_init_std(config))
         self.resid_dropout = nn.Dropout(config.resid_pdrop)
 
     def forward(
@@ -105,7 +110,7 @@ class FactorizedGPT2MLP(nn.Module):
         inner = config.n_inner if config.n_inner is not None else 4 * config.n_embd
         self.mlp_up = nn.Linear(config.n_embd, inner)
         self.mlp_down = nn.Linear(inner, config.n_embd)
-        self.mlp_down.init_std = residual_init_std(config)
+        _start_at(self.mlp_down, residual_init_std(config))
         # One kernel for the function that transformers spells out under the name of gelu_new.
         fused = {"gelu_new": "gelu_pytorch_tanh"}
         self.act = ACT2FN[fused.get(config.activation_function, config.activation_function)]
@@ -133,10 +138,13 @@ class FactorizedGPT2Block(GradientCheckpointingLayer):
 class FactorizedGPT2PreTrainedModel(GPT2PreTrainedModel):
     """Weight initialisation and the loading interface, shared by the trunk and the language model."""
 
+    if TYPE_CHECKING:
+        to = nn.Module.to  # type: ignore[assignment]  # transformers wraps it in a wrong signature
+
     config: FactorizedGPT2Config
     config_class = FactorizedGPT2Config
     _no_split_modules = ["FactorizedGPT2Block"]
-    _keys_to_ignore_on_load_unexpected = None
+    _keys_to_ignore_on_load_unexpected: list[str] | None = None
     _can_record_outputs = {
         "hidden_states": FactorizedGPT2Block,
         "attentions": OutputRecorder(FactorizedGPT2Attention, layer_name=".attn", index=1),
@@ -151,16 +159,17 @@ class FactorizedGPT2PreTrainedModel(GPT2PreTrainedModel):
         super()._init_weights(module)
         if isinstance(module, CodedEmbedding):
             module.start_at_random(self.config.initializer_range)
-        # Set on the weight's own module: for foreign classes without weights of their own, transformers calls nothing.
-        if hasattr(module, "init_std"):
-            init.normal_(module.weight, mean=0.0, std=module.init_std)
+        std = getattr(module, "init_std", None)
+        if std is not None:
+            init.normal_(getattr(module, "weight", None), mean=0.0, std=std)
 
     def save_pretrained(
         self,
         save_directory: str | os.PathLike,
         is_main_process: bool = True,
         state_dict: dict[str, torch.Tensor] | None = None,
-        **kwargs,
+        *args: Any,
+        **kwargs: Any,
     ) -> None:
         """Save as every model of transformers; a vocabulary of integers is stored entropy-coded.
 
@@ -170,13 +179,13 @@ class FactorizedGPT2PreTrainedModel(GPT2PreTrainedModel):
         has_adapters = getattr(self, "_hf_peft_config_loaded", False)  # which are all that is saved then
         if self.config.is_coded and not has_adapters and is_main_process:
             state_dict = self._encoded(self.state_dict() if state_dict is None else state_dict)
-        super().save_pretrained(save_directory, is_main_process, state_dict, **kwargs)
+        super().save_pretrained(save_directory, is_main_process, state_dict, *args, **kwargs)
 
     def _encoded(self, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         names = vocabulary_names("transformer." if "transformer.wte.codes" in state else "")
         if any(tensor.is_meta for tensor in state.values()):
             raise ValueError("Offloaded weights cannot be encoded: load the model without device_map to save it.")
-        return encode_state(state, names, self.get_input_embeddings().stored)
+        return encode_state(state, names, cast(CodedEmbedding, self.get_input_embeddings()).stored)
 
     def _decoded(self, state: dict[str, Any], prefix: str = "") -> dict[str, Any]:
         """Put the network's own tensors in the place of the bytes of its vocabulary, if there are any."""
@@ -194,7 +203,7 @@ class FactorizedGPT2PreTrainedModel(GPT2PreTrainedModel):
         }
         stored = set(state)
         state, table = decode_state(state, names, (config.vocab_size, config.n_embd_wte, config.n_embd))
-        self.get_input_embeddings().stored = without_codes(table)
+        cast(CodedEmbedding, self.get_input_embeddings()).stored = without_codes(table)
         return {name: tensor for name, tensor in state.items() if name in stored or name not in absent}
 
     @staticmethod
@@ -228,7 +237,7 @@ def vocabulary_names(trunk: str, prefix: str = "") -> VocabularyNames:
 
 def _open_files(paths: list[str], opened: ExitStack) -> dict[str, Any]:
     """List the tensors of files, those that are no bytes of a vocabulary without reading them."""
-    state = {}
+    state: dict[str, Any] = {}
     for path in paths:
         if Path(path).suffix != ".safetensors":
             raise ValueError(f"A vocabulary of integers is read from safetensors alone, not from {Path(path).name}.")
@@ -238,7 +247,9 @@ def _open_files(paths: list[str], opened: ExitStack) -> dict[str, Any]:
     return state
 
 
-def _decode_on_the_way(module: nn.Module, state: dict[str, torch.Tensor], prefix: str, *_: Any) -> None:
+def _decode_on_the_way(
+    module: FactorizedGPT2PreTrainedModel, state: dict[str, torch.Tensor], prefix: str, *_: Any
+) -> None:
     """Let `load_state_dict` take what a file holds, as `Trainer` gives it when it goes on from a checkpoint."""
     decoded = module._decoded(state, prefix)
     if decoded is not state:
@@ -263,7 +274,7 @@ class FactorizedGPT2Model(FactorizedGPT2PreTrainedModel):
         self.scale_up = None
         if config.is_factorized:
             self.scale_up = nn.Linear(config.embedding_size, config.n_embd, bias=config.scale_up_bias)
-            self.scale_up.init_std = scale_init_std(config)
+            _start_at(self.scale_up, scale_init_std(config))
         self.wpe = nn.Embedding(config.n_positions, config.n_embd)
         self.drop = nn.Dropout(config.embd_pdrop)
         self.h = nn.ModuleList(FactorizedGPT2Block(config, layer_idx) for layer_idx in range(config.n_layer))
@@ -275,7 +286,7 @@ class FactorizedGPT2Model(FactorizedGPT2PreTrainedModel):
         return self.wte
 
     def set_input_embeddings(self, new_embeddings: nn.Module) -> None:
-        self.wte = new_embeddings
+        self.wte = cast(nn.Embedding, new_embeddings)
 
     def __setattr__(self, name: str, value) -> None:
         """Set an attribute; what is put in the place of `wte` gives its matrix to the head that is tied to it.
@@ -298,7 +309,7 @@ class FactorizedGPT2Model(FactorizedGPT2PreTrainedModel):
 
     @merge_with_config_defaults
     @capture_outputs
-    def forward(
+    def forward(  # type: ignore[misc]  # as transformers declares its own: position_ids is among its kwargs too
         self,
         input_ids: torch.LongTensor | None = None,
         past_key_values: Cache | None = None,
@@ -344,8 +355,8 @@ class FactorizedGPT2Model(FactorizedGPT2PreTrainedModel):
             past_key_values = DynamicCache(config=self.config)
         if position_ids is None:
             past_length = past_key_values.get_seq_length() if past_key_values is not None else 0
-            position_ids = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + past_length
-            position_ids = position_ids.unsqueeze(0)
+            positions = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + past_length
+            position_ids = cast(torch.LongTensor, positions.unsqueeze(0))
 
         hidden_states = self._to_hidden_width(inputs_embeds)
         hidden_states = hidden_states + self.wpe(position_ids).to(hidden_states.device)
@@ -388,7 +399,7 @@ class FactorizedGPT2(FactorizedGPT2PreTrainedModel, GenerationMixin):
         self.transformer = FactorizedGPT2Model(config)
         self.scale_down = nn.Linear(config.n_embd, config.embedding_size, bias=False) if config.is_factorized else None
         if config.is_factorized:
-            self.scale_down.init_std = scale_init_std(config)
+            _start_at(self.scale_down, scale_init_std(config))
         if config.is_coded:
             self._tied_weights_keys = {f"lm_head.{name}": f"transformer.wte.{name}" for name in ("codes", "steps")}
             self.lm_head = CodedHead(config.vocab_size, config.embedding_size, config.lm_head_bias)
@@ -455,7 +466,7 @@ class FactorizedGPT2(FactorizedGPT2PreTrainedModel, GenerationMixin):
             raise ValueError("The vocabulary is of floats already.")
         config, state = copy.deepcopy(self.config), dict(self.state_dict())
         config.vocabulary_dtype = None
-        wte = head = self.transformer.wte.dense()
+        wte = head = cast(CodedEmbedding, self.transformer.wte).dense()
         for name in ("transformer.wte.codes", "transformer.wte.steps", "lm_head.codes", "lm_head.steps"):
             del state[name]
         if config.n_embd_wte >= config.n_embd:
@@ -471,7 +482,7 @@ class FactorizedGPT2(FactorizedGPT2PreTrainedModel, GenerationMixin):
         return model.eval()
 
     @can_return_tuple
-    def forward(
+    def forward(  # type: ignore[misc]  # as transformers declares its own: position_ids is among its kwargs too
         self,
         input_ids: torch.LongTensor | None = None,
         past_key_values: Cache | None = None,

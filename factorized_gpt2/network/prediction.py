@@ -72,7 +72,8 @@ class RowRelations:
 
 def decoding_blocks(step_index: np.ndarray) -> list[np.ndarray]:
     """Cut rows, finest step first, into blocks: some small ones, then of 1,024."""
-    ends, size = [], _FIRST_BLOCK
+    ends: list[int] = []
+    size = _FIRST_BLOCK
     while sum(ends) < len(step_index):
         ends.append(size)
         size = min(2 * size, _BLOCK)

@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..common.errors import blaming, one_line
 from ..common.files import replacing_file
@@ -119,11 +119,15 @@ def plot_training_curves(results: Sequence[Results], path: Path) -> None:
                 rank = row.n_embd_wte
                 color = shades[rank] if rank else "black"
                 marker = _RANK_MARKERS[ranks.index(rank) % len(_RANK_MARKERS)] if rank else "x"
-                tokens = row.tokens_per_step / 1e6
+                tokens = (row.tokens_per_step or 0) / 1e6
                 label = f"k = {rank}" if rank else "not factorized"
                 if row.training_curve:
                     steps, losses = zip(*row.training_curve, strict=True)
-                    thin = {"linewidth": 0.8, "alpha": 0.5, "label": None if row.validation_curve else label}
+                    thin: dict[str, Any] = {
+                        "linewidth": 0.8,
+                        "alpha": 0.5,
+                        "label": None if row.validation_curve else label,
+                    }
                     axes.plot([step * tokens for step in steps], losses, color=color, **thin)
                 if row.validation_curve:
                     steps, losses = zip(*row.validation_curve, strict=True)

@@ -27,7 +27,8 @@ def read_results(root: Path, missing_ok: bool = False) -> list[Results]:
     Raises:
         UserError: There is none, unless `missing_ok`; or one that is no result.
     """
-    results = [Results.read(path.parent) for path in sorted(root.glob(f"*/{RESULTS_NAME}"))]
+    found = (Results.read(path.parent) for path in sorted(root.glob(f"*/{RESULTS_NAME}")))
+    results = [row for row in found if row is not None]  # one that has just been replaced is not there for a moment
     if not results and not missing_ok:
         raise UserError(f"No results under {root}: no run has finished there.")
     order = {family: place for place, family in enumerate(FAMILIES)}  # what a later version adds comes last

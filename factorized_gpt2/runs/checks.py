@@ -1,8 +1,26 @@
 """Settings of a run that contradict or lack each other. Nothing is imported here that computes."""
 
+from typing import Any, Protocol
+
 from ..common.errors import UserError
 from ..settings.text_arguments import DataArguments
-from .fields import AdapterArguments, DistillationArguments, ModelArguments, TrainingFields
+from .fields import AdapterArguments, DistillationArguments, ModelArguments
+
+
+class TrainingSettings(Protocol):
+    """What is looked at here of `RunArguments`, or of what stands in for them where these are not imported."""
+
+    do_train: bool
+    max_steps: int
+    num_train_epochs: float
+    label_smoothing_factor: float
+    loss_backend: str
+    effective_batch_size: int | None
+    metric_for_best_model: str | None
+    greater_is_better: bool | None
+    save_strategy: Any  # a word, or an enumeration that equals it
+    auto_find_batch_size: bool
+    dataloader_num_workers: int
 
 
 def check_together(
@@ -10,13 +28,13 @@ def check_together(
     adapter: AdapterArguments,
     distillation: DistillationArguments,
     data: DataArguments,
-    training: TrainingFields,
+    training: TrainingSettings,
 ) -> None:
     """Check the settings of a run against each other.
 
     Args:
         model, adapter, distillation, data: As they are.
-        training: `RunArguments`, or what stands in for them.
+        training: As they are.
 
     Raises:
         UserError: Naming a setting that contradicts or lacks another, or that these runs cannot honour.
@@ -58,7 +76,7 @@ def check_together(
         raise UserError("No training text: set train_file or dataset_name.")
 
 
-def check_resolved(training: TrainingFields) -> None:
+def check_resolved(training: TrainingSettings) -> None:
     """Refuse what `TrainingArguments` take and these runs cannot do, or would do in silence otherwise than asked.
 
     Args:

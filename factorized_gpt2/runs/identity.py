@@ -81,7 +81,9 @@ def differences(stored: Mapping[str, Any], run: Run, with_dataset: bool = False)
     asked, defaults = _settings(run), default_settings()
     # A setting that came with a later version counts as having had its default.
     differing = {name for name, value in asked.items() if stored.get(name, defaults.get(name)) != value}
-    material, unknown, compared = [], [], set()
+    material: list[str] = []
+    unknown: list[str] = []
+    compared: set[str] = set()
     before, now = stored.get("content"), contents(run, with_dataset)
     for kind, names in _NAMED_BY.items():
         if isinstance(before, dict) and kind in before and kind in now:
@@ -93,9 +95,9 @@ def differences(stored: Mapping[str, Any], run: Run, with_dataset: bool = False)
     if not isinstance(before, dict) and stored.get("start_fingerprint") not in (None, weights_fingerprint(run.start)):
         material.append(_named("start", run))
     material += _batch_differences(stored, run, differing)
-    names = _material(run) - compared
-    material += sorted(differing & names)
-    return Differences(material, sorted(differing - names - set(material)), unknown)
+    counting = _material(run) - compared
+    material += sorted(differing & counting)
+    return Differences(material, sorted(differing - counting - set(material)), unknown)
 
 
 def _settings(run: Run) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 import math
 import os
+from typing import Any
 
 import torch
 from accelerate.utils import TorchDynamoPlugin
@@ -37,10 +38,10 @@ def rehearse(training: RunArguments, model: PreTrainedModel) -> None:
             nn.Identity().compile(backend=training.torch_compile_backend, mode=training.torch_compile_mode)
     if training.gradient_checkpointing:
         with blaming("gradient_checkpointing_kwargs cannot be used", *REFUSED_SETTINGS):
-            options = {"use_reentrant": False} | (training.gradient_checkpointing_kwargs or {})
-            checkpoint(nn.Identity(), torch.zeros(1), **options)
+            chosen: Any = training.gradient_checkpointing_kwargs or {}
+            checkpoint(nn.Identity(), torch.zeros(1), **{"use_reentrant": False} | chosen)
     parameter = nn.Parameter(torch.zeros(1))
-    optimizer = torch.optim.SGD([parameter], lr=training.learning_rate)
+    optimizer: torch.optim.Optimizer = torch.optim.SGD([parameter], lr=training.learning_rate)
     with blaming("optim and optim_args cannot be used", *REFUSED_SETTINGS):
         kind, options = Trainer.get_optimizer_cls_and_kwargs(training, model)
         if isinstance(kind, type) and issubclass(kind, torch.optim.Optimizer) and "params" not in options:
@@ -53,7 +54,8 @@ def _check_sharding(training: RunArguments, model: PreTrainedModel) -> None:
     """See that the blocks that FSDP is to wrap, by the launcher's config or by the settings, are this model's."""
     is_launched = os.environ.get("ACCELERATE_USE_FSDP", "").lower() in YES
     names = os.environ.get("FSDP_TRANSFORMER_CLS_TO_WRAP", "") if is_launched else ""
-    asked = (training.fsdp_config or {}).get("transformer_layer_cls_to_wrap") or []
+    config: Any = training.fsdp_config or {}  # which `TrainingArguments` have read, if it was text
+    asked = config.get("transformer_layer_cls_to_wrap") or []
     asked = [asked] if isinstance(asked, str) else asked
     if not (isinstance(asked, list) and all(isinstance(name, str) for name in asked)):
         raise UserError(f"transformer_layer_cls_to_wrap is {asked!r}, and no name of a class or list of them.")
@@ -68,7 +70,7 @@ def _check_sharding(training: RunArguments, model: PreTrainedModel) -> None:
 def _rehearse_schedule(training: RunArguments, optimizer: torch.optim.Optimizer) -> None:
     steps = max(training.max_steps, 1)
     warmup_steps = training.get_warmup_steps(steps)
-    options = training.lr_scheduler_kwargs
+    options: Any = training.lr_scheduler_kwargs  # as above
     schedule = get_scheduler(training.lr_scheduler_type, optimizer, warmup_steps, steps, options)
     for step in (0, warmup_steps, (warmup_steps + steps) // 2, steps):
         if isinstance(schedule, LambdaLR) and not math.isfinite(factor := schedule.lr_lambdas[0](step)):

@@ -153,5 +153,6 @@ def _is_of(value: Any, kind: Any) -> bool:
         return True
     if isinstance(value, bool) or not isinstance(value, (int, float) if origin is float else origin):
         return isinstance(value, bool) and origin is bool
-    items = value.values() if origin is dict else value if origin is list else ()
-    return all(_is_of(item, inner[-1]) for item in items)
+    if isinstance(value, dict):
+        value = list(value.values())
+    return not isinstance(value, list) or all(_is_of(item, inner[-1]) for item in value)

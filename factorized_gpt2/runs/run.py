@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from torch.utils.data import Dataset, Subset
 from transformers import PreTrainedTokenizerBase, PrinterCallback, set_seed
 
 from ..common.errors import REFUSED_SETTINGS, UserError, blaming
@@ -25,7 +24,7 @@ from ..models.sizes import model_size
 from ..models.verification import probe_logits
 from ..network.attention_loss import LARGEST_WIDTH, attention_runs
 from ..network.modeling_factorized_gpt2 import FactorizedGPT2
-from ..text.blocks import collate_blocks, load_blocks, stream_blocks
+from ..text.blocks import Blocks, collate_blocks, load_blocks, some_of, stream_blocks
 from ..text.loss import perplexity
 from ..text.tokenizers import load_tokenizer
 from ..trainer.adapters import add_lora, lora_targets, merge
@@ -81,25 +80,26 @@ def _run_alone(run: Run, may_sweep: bool = False) -> Results:
     set_seed(run.training.seed)
     with run.training.main_process_first(desc="preparing model and data"):
         tokenizer = load_tokenizer(run.data.tokenizer or run.model.compressed or run.model.baseline)
-        model = build_model(run, tokenizer)
-        asked, run = run, replace(run, data=replace(run.data, block_size=block_size_of(run, model)))
-        rehearse(run.training, model)
+        start = build_model(run, tokenizer)
+        asked, run = run, replace(run, data=replace(run.data, block_size=block_size_of(run, start)))
+        rehearse(run.training, start)
         train_blocks = _training_blocks(run, tokenizer) if run.training.do_train else None
         validation_blocks = _validation_blocks(run, tokenizer)
-        distillation = distillation_of(run, model.config.vocab_size)
-    model.loss_backend = run.training.loss_backend
-    _check_loss_backend(run, model)
-    use_cache = model.config.use_cache  # which Trainer switches off for good
-    spectrum = recorded_spectrum(run.model.compressed or model.name_or_path)
-    rank = model.config.n_embd_wte if model.config.is_factorized else None
-    family = run.family(model.config.is_factorized, compression_record(run.model.compressed).get("method"))
+        distillation = distillation_of(run, start.config.vocab_size)
+    start.loss_backend = run.training.loss_backend
+    _check_loss_backend(run, start)
+    use_cache = start.config.use_cache  # which Trainer switches off for good
+    spectrum = recorded_spectrum(run.model.compressed or start.name_or_path)
+    rank = start.config.n_embd_wte if start.config.is_factorized else None
+    family = run.family(start.config.is_factorized, compression_record(run.model.compressed).get("method"))
     run.training.run_name = run.training.run_name or run_name(family, rank, run.adapter.lora_rank)
+    model: FactorizedGPT2 | PeftModel = start
     if run.adapter.lora_rank:
         lora = run.adapter
-        lora_targets(model, lora.lora_rank, lora.lora_target_modules)  # before anything is written
-        _keep_base(asked, model)
-        model.name_or_path = whole_path(model.name_or_path)
-        model = add_lora(model, lora.lora_rank, lora.lora_alpha, lora.lora_dropout, lora.lora_target_modules)
+        lora_targets(start, lora.lora_rank, lora.lora_target_modules)  # before anything is written
+        _keep_base(asked, start)
+        start.name_or_path = whole_path(start.name_or_path)
+        model = add_lora(start, lora.lora_rank, lora.lora_alpha, lora.lora_dropout, lora.lora_target_modules)
     if run.training.should_save:
         require_space(output_dir, least_bytes(model, run.training), "the run")
     with blaming("The Trainer cannot use these settings", *REFUSED_SETTINGS):
@@ -130,7 +130,7 @@ def _run_alone(run: Run, may_sweep: bool = False) -> Results:
     if isinstance(model, PeftModel):
         if run.training.should_save:
             with replacing_folder(output_dir / ADAPTER_NAME, ("adapter_*",)) as folder:
-                model.save_pretrained(folder)
+                model.save_pretrained(str(folder))
                 complete_adapter(folder, output_dir / ADAPTER_NAME)
         model = merge(model)
     disk_bytes = finish(output_dir, model, tokenizer, probe, expected) if run.training.should_save else None
@@ -230,14 +230,14 @@ def _train(trainer: FactorizedTrainer, output_dir: Path, block_size: int) -> dic
     }
 
 
-def _training_blocks(run: Run, tokenizer: PreTrainedTokenizerBase) -> Dataset:
+def _training_blocks(run: Run, tokenizer: PreTrainedTokenizerBase) -> Any:
     source, block_size = run.data.source("train"), run.data.block_size
     if run.data.streaming:
         return stream_blocks(source, tokenizer, block_size, run.data.shuffle_buffer, run.training.seed)
     return load_blocks(source, tokenizer, block_size, keep_tail=False, num_proc=run.data.preprocessing_num_workers)
 
 
-def _validation_blocks(run: Run, tokenizer: PreTrainedTokenizerBase) -> Dataset:
+def _validation_blocks(run: Run, tokenizer: PreTrainedTokenizerBase) -> Blocks:
     source, block_size, limit = run.data.source("validation"), run.data.block_size, run.data.max_eval_samples
     blocks = load_blocks(source, tokenizer, block_size, keep_tail=True, num_proc=run.data.preprocessing_num_workers)
-    return Subset(blocks, range(min(limit, len(blocks)))) if limit else blocks
+    return some_of(blocks, range(min(limit, len(blocks)))) if limit else blocks

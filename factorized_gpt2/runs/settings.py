@@ -32,7 +32,7 @@ _WANDB_MODES = ("online", "offline", "shared", "disabled", "run", "dryrun")  # t
 
 
 @dataclass
-class RunArguments(TrainingFields, TrainingArguments):
+class RunArguments(TrainingFields, TrainingArguments):  # type: ignore[misc]  # push_to_hub names the repository
     """`TrainingArguments`, and what they leave to the environment."""
 
     def __post_init__(self) -> None:
@@ -91,7 +91,8 @@ class RunArguments(TrainingFields, TrainingArguments):
             UserError: The file of `fsdp_config` cannot be read; it stands there without `fsdp`.
         """
         if str(self.fsdp).lower() in (*YES, *_NO):  # transformers knows the flag without a word and itself True
-            self.fsdp = True if str(self.fsdp).lower() in YES else None
+            # transformers takes True as well as the words that it declares.
+            self.fsdp = True if str(self.fsdp).lower() in YES else None  # type: ignore[assignment]
         if self.fsdp_config and not self.fsdp:
             raise UserError("fsdp_config counts where fsdp is set, and it is not: add --fsdp True, or leave it out.")
         if isinstance(self.fsdp_config, str) and not self.fsdp_config.startswith("{"):
@@ -162,7 +163,9 @@ class Run:
         It does on other machines too: precision and compilation stand as they were asked for.
         """
         asked = {setting_name(word) for word in self.words if word.startswith("--")}
-        defaults = Run(*(part() for part in PARTS), RunArguments()).settings()
+        defaults = Run(
+            ModelArguments(), AdapterArguments(), DistillationArguments(), DataArguments(), RunArguments()
+        ).settings()
         settings = self.settings() | self.training.as_configured
         config = {name: value for name, value in settings.items() if name in asked or value != defaults[name]}
         return config if config.get("report_to", True) else config | {"report_to": ["none"]}
@@ -191,8 +194,9 @@ def parse_run(argv: list[str]) -> Run:
         UserError: An unknown, mistyped or contradictory setting, by name.
     """
     words = read_words(argv)
-    *parts, _ = parser_of(RunArguments).parse(words)
-    run = Run(*parts, words=without_flags(words, {"overwrite", "print_config"}))
+    model, adapter, distillation, data, training, _ = parser_of(RunArguments).parse(words)
+    asked = without_flags(words, {"overwrite", "print_config"})
+    run = Run(model, adapter, distillation, data, training, asked)
     _check(run)
     return run
 

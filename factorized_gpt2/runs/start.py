@@ -9,7 +9,8 @@ from transformers import PreTrainedTokenizerBase
 
 from ..common.errors import UserError
 from ..common.folder_lock import compress_alone
-from ..compress.compressor import Compressor, Recipe
+from ..compress.compressor import Compressor
+from ..compress.recipe import Recipe
 from ..models.loading import check_tokenizer, load_baseline, load_compressed
 from ..models.record import teacher_of
 from ..models.sizes import least_parameters

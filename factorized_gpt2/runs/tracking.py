@@ -33,7 +33,7 @@ def start_tracking(training: RunArguments) -> None:
         mode = "online" if _has_login() else "offline"
     project = os.environ.get("WANDB_PROJECT") or training.project
     wandb.setup(wandb.Settings(quiet=True, show_info=False))  # its warnings and errors stay; where it is, we say
-    init = {"project": project, "name": training.run_name, "dir": _made(training.output_dir)}
+    init: dict[str, Any] = {"project": project, "name": training.run_name, "dir": _made(training.output_dir)}
     # W&B would record the remote's address, in which some people keep a token; `results.json` has the commit.
     init |= {"resume": "auto", "settings": wandb.Settings(quiet=True, show_info=False, disable_git=True)}
     if training.overwrite:
@@ -64,7 +64,7 @@ def _opened(mode: str, init: dict[str, Any]) -> Any:
     import wandb
 
     try:
-        return wandb.init(mode=mode, **init)
+        return wandb.init(**init | {"mode": mode})
     except (wandb.errors.Error, ValueError) as error:
         if mode == "offline":
             raise UserError(f"W&B takes no such run (project, run_name): {first_line(error)}") from error

@@ -44,9 +44,10 @@ def _outline() -> type:
     contents: dict[str, Any] = {"__annotations__": {}}
     for node in classes[_CLASS].body:
         if isinstance(node, ast.AnnAssign):
-            contents["__annotations__"][node.target.id] = _type_of(node.annotation, types)
-            contents[node.target.id] = _field(node.value)
-    outline = dataclass(type(_CLASS, (), contents))
+            name = _name(node.target)
+            contents["__annotations__"][name] = _type_of(node.annotation, types)
+            contents[name] = _field(node.value)
+    outline: type = dataclass(type(_CLASS, (), contents))
     if len(fields(outline)) < 50:
         raise ValueError(f"{_CLASS} has few fields")
     return outline
@@ -56,11 +57,17 @@ def _is_enumeration(node: ast.ClassDef) -> bool:
     return any(isinstance(base, ast.Name) and base.id in ("ExplicitEnum", "Enum") for base in node.bases)
 
 
-def _enumeration(node: ast.ClassDef) -> type:
+def _enumeration(node: ast.ClassDef) -> Any:
     members = [
-        (line.targets[0].id, ast.literal_eval(line.value)) for line in node.body if isinstance(line, ast.Assign)
+        (_name(line.targets[0]), ast.literal_eval(line.value)) for line in node.body if isinstance(line, ast.Assign)
     ]
     return Enum(node.name, members, type=str)
+
+
+def _name(node: ast.expr) -> str:
+    if isinstance(node, ast.Name):
+        return node.id
+    raise ValueError(f"{ast.unparse(node)} is no plain name")
 
 
 def _type_of(node: ast.expr, types: dict[str, type]) -> Any:
@@ -89,11 +96,13 @@ def _field(node: ast.expr | None) -> Any:
     options: dict[str, Any] = {name: ast.literal_eval(keywords[name]) for name in ("init", "repr") if name in keywords}
     if "metadata" in keywords:
         about = keywords["metadata"]
+        if not isinstance(about, ast.Dict):
+            raise ValueError(f"{ast.unparse(about)} is no metadata written out")
         options["metadata"] = {
             ast.literal_eval(key): _said(value) for key, value in zip(about.keys, about.values, strict=True)
         }
     if "default_factory" in keywords:
-        return field(default_factory=_TYPES[keywords["default_factory"].id], **options)
+        return field(default_factory=_TYPES[_name(keywords["default_factory"])], **options)
     try:
         return field(default=ast.literal_eval(keywords["default"]), **options)
     except ValueError:  # computed from what is installed

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from types import MappingProxyType, NoneType
-from typing import Any, get_args, get_type_hints
+from typing import Any, NoReturn, get_args, get_type_hints
 
 from transformers import HfArgumentParser
 
@@ -78,7 +78,7 @@ def load_config(name: str, heirs: tuple[Path, ...] = ()) -> dict[str, Any]:
 _DEBUG_HELP = "Show where an error comes from, with its traceback."
 
 
-_NOTHING = (None, "", False, [], [""])  # ways to leave an option out
+_NOTHING: tuple[Any, ...] = (None, "", False, [], [""])  # ways to leave an option out
 
 
 class ManualParser(HfArgumentParser):
@@ -125,7 +125,7 @@ class ManualParser(HfArgumentParser):
         """Write the page, with the commands' names as this one was called."""
         return as_called(super().format_help())
 
-    def error(self, message: str) -> None:
+    def error(self, message: str) -> NoReturn:
         """Complain of one argument."""
         raise UserError(message)
 
@@ -148,9 +148,9 @@ class ManualParser(HfArgumentParser):
         _, rest = self.parse_known_args(list(words))
         self.refuse_unknown((word.split("=")[0] for word in rest), "argument")
 
-    def parse_known_args(self, args: list[str] | None = None, namespace: Any = None) -> tuple[Any, list[str]]:
+    def parse_known_args(self, args: Iterable[str] | None = None, namespace: Any = None) -> tuple[Any, list[str]]:
         """Parse what is known, and judge every value by its setting's name."""
-        words, nothing = self._without_null(sys.argv[1:] if args is None else args)
+        words, nothing = self._without_null(sys.argv[1:] if args is None else list(args))
         namespace, rest = super().parse_known_args(words, namespace)
         vars(namespace).update(dict.fromkeys(nothing))
         self._refuse(vars(namespace))

@@ -20,7 +20,8 @@ class Range(NamedTuple):
     is_open_below: bool = False
     is_open_above: bool = False
 
-    def __contains__(self, number: float) -> bool:
+    def has(self, number: float) -> bool:
+        """Whether a number is among them."""
         above = number > self.low if self.is_open_below else number >= self.low
         return above and (number < self.high if self.is_open_above else number <= self.high)
 
@@ -92,7 +93,7 @@ def check_values(settings: Mapping[str, Any], limits: Mapping[str, Limit]) -> No
 def _check_number(name: str, number: float, limit: Limit | None) -> None:
     if isinstance(number, float) and not math.isfinite(number):
         raise UserError(f"{name} must be finite, got {number}.")
-    if isinstance(limit, Range) and number not in limit:
+    if isinstance(limit, Range) and not limit.has(number):
         raise UserError(f"{name} must {limit}, got {number}.")
     if abs(number) > (_LARGEST_INT if isinstance(number, int) else _LARGEST_FLOAT):
         raise UserError(f"{name} is larger than any number of its kind that can be computed with: {number}.")

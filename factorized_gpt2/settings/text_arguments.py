@@ -134,17 +134,17 @@ class EvaluationArguments(TextArguments):
         Raises:
             UserError: It does not fit, or neither it nor the positions are known.
         """
-        if positions is None and self.block_size is None:
-            raise UserError(f"{name} does not say how many tokens it reads at once: set block_size.")
         block_size = self.block_size
-        if block_size is None and positions > _MOST_POSITIONS:
-            block_size = _BLOCK_OF_MANY
-            logger.info(
-                "%s has %d positions: it is evaluated in blocks of %d tokens; block_size sets another number.",
-                *(name, positions, block_size),
-            )
-        elif block_size is None:
+        if block_size is None:
+            if positions is None:
+                raise UserError(f"{name} does not say how many tokens it reads at once: set block_size.")
             block_size = positions
+            if positions > _MOST_POSITIONS:
+                block_size = _BLOCK_OF_MANY
+                logger.info(
+                    "%s has %d positions: it is evaluated in blocks of %d tokens; block_size sets another number.",
+                    *(name, positions, block_size),
+                )
         if positions is not None and not 2 <= block_size <= positions:
             raise UserError(f"block_size must lie between 2 and the model's {positions} positions, got {block_size}.")
         return block_size

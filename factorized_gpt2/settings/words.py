@@ -25,7 +25,8 @@ def grouped(words: Iterable[str]) -> Iterator[tuple[str, list[str]]]:
     Yields:
         The setting's name, empty for words before the first flag, and the words.
     """
-    name, group = "", []
+    name = ""
+    group: list[str] = []
     for word in words:
         if word.startswith("--"):
             if group:

@@ -20,7 +20,9 @@ from .tokenizers import end_of_text
 _BATCHES_HELD = 256  # among which windows of like length are put together
 
 
-def rolling_windows(tokens: Sequence[int], prefix: int, size: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+def rolling_windows(
+    tokens: Sequence[int] | np.ndarray, prefix: int, size: int
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Cut a document into windows that predict each of its tokens once.
 
     Each window predicts the next `size` tokens, the first of them from the one token before it, or from `prefix` where
@@ -47,7 +49,7 @@ def rolling_windows(tokens: Sequence[int], prefix: int, size: int) -> Iterator[t
 
 def sum_document_loss(
     model: nn.Module,
-    documents: Iterable[Sequence[int]],
+    documents: Iterable[Sequence[int] | np.ndarray],
     prefix: int,
     size: int,
     batch_size: int,
@@ -141,8 +143,8 @@ def _batches(windows: Iterator[tuple], batch_size: int) -> Iterator[list[tuple]]
 
 def _collate(windows: list[tuple[np.ndarray, np.ndarray]]) -> dict[str, torch.Tensor]:
     """Stack windows, (B, T) int64; padding stands on the right, where a causal model never looks back from."""
-    inputs, labels = ([torch.from_numpy(part) for part in parts] for parts in zip(*windows, strict=True))
-    labels = pad_sequence(labels, batch_first=True, padding_value=IGNORED_LABEL)
+    inputs, targets = ([torch.from_numpy(part) for part in parts] for parts in zip(*windows, strict=True))
+    labels = pad_sequence(targets, batch_first=True, padding_value=IGNORED_LABEL)
     return {
         "input_ids": pad_sequence(inputs, batch_first=True, padding_value=0),
         "labels": labels,  # without them, models compute no loss

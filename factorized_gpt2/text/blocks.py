@@ -6,13 +6,14 @@ Files of token ids need neither, and so `datasets` is imported only where text i
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
 from torch.nn.utils.rnn import pad_sequence
+from torch.utils.data import DataLoader, Subset
 from transformers import PreTrainedTokenizerBase
 
 from ..common.errors import UserError, blaming
@@ -28,6 +29,15 @@ if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
 
 IGNORED_LABEL = -100
+
+
+class Blocks(Protocol):
+    """Blocks of tokens by their numbers: of `datasets`, `TokenBlocks`, some of either, or a list."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> Mapping[str, Any]:
+        """Read a block, `input_ids`."""
 
 
 def load_blocks(
@@ -57,7 +67,8 @@ def load_blocks(
     """
     if source.is_tokenized:
         return load_token_blocks(source.files, vocabulary_size(tokenizer), block_size, keep_tail)
-    settings = {"block_size": block_size, "eos_token_id": end_of_text(tokenizer), "keep_tail": keep_tail}
+    end = end_of_text(tokenizer)
+    settings: dict[str, Any] = {"block_size": block_size, "eos_token_id": end, "keep_tail": keep_tail}
     tokenized = _tokenized(source, tokenizer, num_proc)
     is_empty = not any(len(row) for dataset in tokenized for row in dataset["input_ids"])
     if is_empty or not any(_pack(tokenized, **settings)):
@@ -114,7 +125,7 @@ def token_stream(source: TextSource, tokenizer: PreTrainedTokenizerBase) -> Iter
     return _token_stream(_tokenized(source, tokenizer), end_of_text(tokenizer))
 
 
-def collate_blocks(rows: list[dict]) -> dict[str, torch.Tensor]:
+def collate_blocks(rows: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
     """Stack blocks into `input_ids` and `labels`, (B, T) int64; a shorter block is padded and its padding ignored.
 
     There is no attention mask: padding stands on the right, where a causal model never looks back from.
@@ -124,6 +135,17 @@ def collate_blocks(rows: list[dict]) -> dict[str, torch.Tensor]:
         "input_ids": pad_sequence(blocks, batch_first=True, padding_value=0),
         "labels": pad_sequence(blocks, batch_first=True, padding_value=IGNORED_LABEL),
     }
+
+
+def batches_of(blocks: Blocks, batch_size: int) -> DataLoader:
+    """Read blocks in their order, as `collate_blocks` stacks them."""
+    # torch reads whatever has a length and numbers.
+    return DataLoader(blocks, batch_size=batch_size, collate_fn=collate_blocks)  # type: ignore[arg-type]
+
+
+def some_of(blocks: Blocks, numbers: Sequence[int]) -> Blocks:
+    """Choose blocks by their numbers."""
+    return Subset(blocks, numbers)  # type: ignore[arg-type]  # as in `batches_of`
 
 
 def _block_features(**more: str) -> datasets.Features:

@@ -44,7 +44,8 @@ def pieces_of_documents(parts: Iterable[tuple[str, bool]]) -> Iterator[tuple[str
         The same text in pieces of `LONGEST_PIECE` characters at most, and whether each starts a document. There is
         one piece at least for each document.
     """
-    held, size, starts = [], 0, False
+    held: list[str] = []
+    size, starts = 0, False
     for text, starts_document in parts:
         if starts_document:
             if held:

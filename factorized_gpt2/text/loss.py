@@ -7,10 +7,9 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
-from torch.utils.data import DataLoader, Dataset
 
 from ..common.progress import Progress
-from .blocks import IGNORED_LABEL, collate_blocks
+from .blocks import IGNORED_LABEL, Blocks, batches_of
 
 
 @dataclass(frozen=True)
@@ -38,7 +37,7 @@ def perplexity(loss: float) -> float:
 
 def sum_loss(
     model: nn.Module,
-    blocks: Dataset,
+    blocks: Blocks,
     batch_size: int,
     device: torch.device | str = "cpu",
     context: Callable[[], AbstractContextManager] = nullcontext,
@@ -64,7 +63,7 @@ def sum_loss(
         The sum and its number of tokens.
     """
     counted = len(blocks) if counted is None else counted
-    batches = DataLoader(blocks, batch_size=batch_size, collate_fn=collate_blocks)
+    batches = batches_of(blocks, batch_size)
     bar = Progress(batches, desc=desc, disable=desc is None)
     return sum_batches(model, _counting(bar, counted), device, context)
 

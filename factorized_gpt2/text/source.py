@@ -98,7 +98,7 @@ class TextSource:
         if not self.files:
             if self.dataset_name is None:
                 raise UserError("No text given: name files or a dataset.")
-            return [(self._load_dataset(streaming), every_row)]
+            return [(self._load_dataset(self.dataset_name, streaming), every_row)]
         refuse_pointers(map(Path, self.files))
         loaded = []
         for name in self.files:
@@ -129,8 +129,8 @@ class TextSource:
             if parts:
                 yield "".join(parts)
 
-    def _load_dataset(self, streaming: bool) -> Dataset | IterableDataset:
-        name, column = self.dataset_name, self.text_column
+    def _load_dataset(self, name: str, streaming: bool) -> Dataset | IterableDataset:
+        column = self.text_column
         if any((Path(name) / file).is_file() for file in ("state.json", "dataset_dict.json")):
             raise UserError(
                 f"{name} was written by save_to_disk and is no dataset as on the Hub: write it with to_parquet, and "

@@ -9,9 +9,9 @@ import codecs
 import gzip
 import io
 import lzma
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import BinaryIO, TextIO
+from typing import Any, BinaryIO, TextIO
 
 from ..common.errors import UserError
 from .json_rows import read_json_rows
@@ -21,7 +21,12 @@ _KINDS = {
     **dict.fromkeys((".json", ".jsonl"), "JSON"),
     ".parquet": "parquet",
 }
-_OPENERS = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open, ".zst": lambda path: _open_zstd(path)}
+_OPENERS: dict[str, Callable[[str], Any]] = {  # each to a file of bytes
+    ".gz": gzip.open,
+    ".bz2": bz2.open,
+    ".xz": lzma.open,
+    ".zst": lambda path: _open_zstd(path),
+}
 _UTF_16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 
 
@@ -92,7 +97,8 @@ def _open_text(path: str) -> TextIO:
 
 
 def _open_bytes(path: str) -> BinaryIO:
-    return _OPENERS.get(Path(path).suffix.lower(), lambda path: open(path, "rb"))(path)
+    opener = _OPENERS.get(Path(path).suffix.lower())
+    return open(path, "rb") if opener is None else opener(path)
 
 
 def _open_zstd(path: str) -> BinaryIO:

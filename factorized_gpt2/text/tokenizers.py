@@ -2,6 +2,7 @@
 
 import logging
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError
@@ -41,6 +42,7 @@ def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
     refuse_missing(name_or_path)
     refuse_pointers(Path(name_or_path) / name for name in _POINTED_AT)
     with blaming(culprit, Exception):  # tokenizers has no narrower
+        tokenizer_class: type
         if _has_file(name_or_path, "tokenizer.json"):
             tokenizer_class = PreTrainedTokenizerFast
         elif (Path(name_or_path) / "vocab.json").is_file():
@@ -101,10 +103,10 @@ def _has_file(name_or_path: str, file: str) -> bool:
 def _name_ends(tokenizer: PreTrainedTokenizerBase, vocabulary: dict[str, int], name_or_path: str) -> None:
     """Name the tokens that begin and end a text where the tokenizer's own files do not."""
     unnamed = [role for role in ("bos_token", "eos_token") if getattr(tokenizer, role) is None]
-    config = {}
+    config: dict[str, Any] = {}
     if unnamed and _has_file(name_or_path, "config.json"):
         config, _ = PretrainedConfig.get_config_dict(name_or_path)
-    tokens = {index: token for token, index in vocabulary.items()}
+    tokens: dict[Any, str] = {index: token for token, index in vocabulary.items()}
     for role in unnamed:
         named = config.get(f"{role}_id")
         token = tokens.get(named[0] if isinstance(named, list) and named else named)

@@ -40,7 +40,11 @@ def add_lora(
     """
     targets = lora_targets(model, rank, target_modules)
     config = LoraConfig(
-        task_type=TaskType.CAUSAL_LM, r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=targets
+        task_type=TaskType.CAUSAL_LM,
+        r=rank,
+        lora_alpha=alpha,  # type: ignore[arg-type]  # PEFT divides by it, and takes floats as well as its `int`
+        lora_dropout=dropout,
+        target_modules=targets,
     )
     with warnings.catch_warnings():
         # PEFT cannot know that this head follows wte's adapter, and warns of tied weights.

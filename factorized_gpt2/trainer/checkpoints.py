@@ -8,7 +8,7 @@ from typing import Any
 
 from accelerate.utils import broadcast_object_list
 from torch import nn
-from transformers import Trainer
+from transformers import PreTrainedModel, Trainer
 from transformers.tokenization_utils_base import TOKENIZER_CONFIG_FILE
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import TrainerState
@@ -104,6 +104,7 @@ def last_whole_checkpoint(output_dir: Path) -> Path | None:
 class CheckpointingTrainer(Trainer):
     """`Trainer` whose checkpoints are whole or not there, and which notices those that were damaged since."""
 
+    model: PreTrainedModel  # or an adapter's, which passes on what it is asked for
     _staging: Path | None = None
     _kept: frozenset[Path] = frozenset()
 

@@ -50,7 +50,7 @@ class LogLines(TrainerCallback):
         if not state.is_world_process_zero:
             return
         figures = {name: value for name, value in (logs or {}).items() if name not in ("epoch", "total_flos")}
-        figures = [
+        said = [
             f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}" for name, value in figures.items()
         ]
-        logger.info("step %d of %d: %s", state.global_step, state.max_steps, ", ".join(figures))
+        logger.info("step %d of %d: %s", state.global_step, state.max_steps, ", ".join(said))

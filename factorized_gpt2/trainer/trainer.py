@@ -10,13 +10,15 @@ from typing import Any
 
 import torch
 from accelerate.utils import TorchDynamoPlugin
+from peft import PeftModel
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-from torch.utils.data import DataLoader, Dataset, Subset
+from torch.utils.data import DataLoader, Dataset
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
 from ..common.errors import UserError
-from ..network.modeling_factorized_gpt2 import FactorizedGPT2Block
+from ..network.modeling_factorized_gpt2 import FactorizedGPT2, FactorizedGPT2Block
+from ..text.blocks import some_of
 from ..text.loss import LossSum, perplexity, sum_loss
 from .checkpoints import CheckpointingTrainer
 from .distillation import Distillation
@@ -44,7 +46,7 @@ class FactorizedTrainer(CheckpointingTrainer):
             # DataParallel would split the student's batch, not the teacher's.
             raise UserError("Distillation on several GPUs needs a process for each: accelerate launch.")
         # Sharding replaces a model's parameters for good; this one stays as it was built.
-        self._whole = copy.deepcopy(self.model).cpu() if self.is_fsdp_enabled else None
+        self._whole: Any = copy.deepcopy(self.model).cpu() if self.is_fsdp_enabled else None
         self._compile_blocks()
         self._health = TrainingHealth(self.args.output_dir, self.model.config.vocab_size)
         self.add_callback(self._health)
@@ -74,7 +76,7 @@ class FactorizedTrainer(CheckpointingTrainer):
     def _blocks(self) -> list[FactorizedGPT2Block]:
         return [module for module in self.model.modules() if isinstance(module, FactorizedGPT2Block)]
 
-    def trained_model(self) -> nn.Module:
+    def trained_model(self) -> FactorizedGPT2 | PeftModel:
         """Take the trained model out of what trains it: whole, in float32, on every process. All must call it."""
         if self._whole is None:
             for block in self._blocks():  # whoever uses the model may have other shapes, and compile it for them
@@ -89,7 +91,7 @@ class FactorizedTrainer(CheckpointingTrainer):
         model: nn.Module,
         inputs: dict[str, torch.Tensor],
         return_outputs: bool = False,
-        num_items_in_batch: torch.Tensor | None = None,
+        num_items_in_batch: torch.Tensor | int | None = None,
     ) -> torch.Tensor | tuple[torch.Tensor, Any]:
         """Mix the divergence from the teacher into the loss, each a mean over the tokens of the whole batch."""
         if self.distillation is None:
@@ -101,14 +103,14 @@ class FactorizedTrainer(CheckpointingTrainer):
         loss = outputs["loss"] * processes / num_items_in_batch
         return (loss, outputs) if return_outputs else loss
 
-    def train(self, resume_from_checkpoint: str | None = None, **kwargs: Any) -> TrainOutput:
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
         """Train as `Trainer` does; of a checkpoint, pickles that hold more than plain values are refused.
 
         Raises:
             UserError: The checkpoint is not one that a run has written.
         """
         try:
-            return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+            return super().train(resume_from_checkpoint, *args, **kwargs)
         except (UnpicklingError, RecursionError) as error:
             if resume_from_checkpoint is None:
                 raise
@@ -138,28 +140,34 @@ class FactorizedTrainer(CheckpointingTrainer):
         """Estimate as `Trainer` does, with the parameters counted once and not in every step."""
         return 6 * inputs["input_ids"].numel() * self._parameters_but_embeddings
 
-    def get_eval_dataloader(self, eval_dataset: Dataset | None = None) -> DataLoader:
+    def get_eval_dataloader(self, eval_dataset: str | Dataset | None = None) -> DataLoader:
         """Hand over the blocks as they are: `evaluation_loop` shares and batches them itself.
 
         What an accelerator prepares, a loader for every evaluation, it keeps until the end.
         """
-        return DataLoader(self.eval_dataset if eval_dataset is None else eval_dataset)
+        chosen: Any = self.eval_dataset if eval_dataset is None else eval_dataset
+        return DataLoader(self.eval_dataset[chosen] if isinstance(chosen, str) else chosen)
 
     def evaluation_loop(
-        self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"
+        self,
+        dataloader: DataLoader,
+        description,
+        prediction_loss_only=None,
+        ignore_keys=None,
+        metric_key_prefix="eval",
     ) -> EvalLoopOutput:
         """Sum each process's share of the blocks, then add the shares.
 
         Processes among which the model is sharded compute together, so all shares are made equally long.
         """
         began = time.perf_counter()
-        blocks: Dataset = dataloader.dataset
+        blocks: Any = dataloader.dataset  # as `get_eval_dataloader` handed them over
         rank, world_size = self.args.process_index, self.args.world_size
         own = range(rank, len(blocks), world_size)
         missing = math.ceil(len(blocks) / world_size) - len(own)
         local = sum_loss(
             self.model,
-            Subset(blocks, [*own, *[0] * missing]),
+            some_of(blocks, [*own, *[0] * missing]),
             self.args.eval_batch_size,
             device=self.args.device,
             context=self.compute_loss_context_manager,

@@ -10,7 +10,8 @@ from factorized_gpt2.cli.compress import compress
 from factorized_gpt2.cli.evaluate import evaluate
 from factorized_gpt2.common.errors import UserError
 from factorized_gpt2.compress import refinement
-from factorized_gpt2.compress.compressor import CalibrationText, Compressor, Recipe
+from factorized_gpt2.compress.compressor import Compressor
+from factorized_gpt2.compress.recipe import CalibrationText, Recipe
 from factorized_gpt2.models.conversion import vocabulary_matrices
 from factorized_gpt2.models.loading import Baseline
 from factorized_gpt2.settings.devices import find_device, present_devices
