@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
+from itertools import cycle
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +29,7 @@ from factorized_gpt2.common.errors import UserError, blaming
 from factorized_gpt2.common.files import replacing_file
 from factorized_gpt2.common.progress import Progress
 from factorized_gpt2.compress.calibration import count_tokens, spread_blocks
+from factorized_gpt2.compress.coded import HELD_OUT, INPUT_SIDE, REFINED_BITS
 from factorized_gpt2.compress.data_aware import VocabularyUse, factorize_data_aware
 from factorized_gpt2.compress.quantizer import coding_weights, encode_table
 from factorized_gpt2.compress.vocabulary_refinement import RefinableTable, Teacher, refine_vocabulary
@@ -38,9 +40,7 @@ from factorized_gpt2.text.source import TextSource
 from factorized_gpt2.text.tokenizers import load_tokenizer
 
 _TICKS = (0.5, 1, 2, 4, 8, 16)  # bits a weight
-INPUT_SIDE = 3  # times the head's in the metric of the coded table; docs/coding.md measures others
-HELD_OUT = 16  # one of so many calibration blocks decides whether a refined vocabulary is kept
-REFINED_BITS = 5  # a row: what gains and bias take, kept free when a table that will be refined is coded
+_LEAST_DIVERGENCE = 1e-6  # nats; less is rounding
 
 
 @dataclass
@@ -317,13 +317,12 @@ def read_results(folder: Path, header: dict) -> list[Measurement]:
     if not path.exists():
         return []
     found = json.loads(path.read_text(encoding="utf-8"))
-    rows = [Measurement(**row) for row in found.pop("ways")]
     about = ("model", "texts", "tokens", "calibration_tokens", "refine_steps", "dtype")
     if any(found.get(name) != header[name] for name in about) or not np.allclose(
         found["baseline"], header["baseline"], rtol=1e-4
     ):
         raise UserError(f"{path} holds measurements of something else: choose another --output.")
-    return rows
+    return [Measurement(**row) for row in found["ways"]]
 
 
 def write_results(folder: Path, header: dict, rows: list[Measurement]) -> None:
@@ -335,23 +334,37 @@ def write_results(folder: Path, header: dict, rows: list[Measurement]) -> None:
         path.write_text(
             json.dumps(header | {"ways": [asdict(row) for row in rows]}, indent=1) + "\n", encoding="utf-8"
         )
-    figure, panels = plt.subplots(1, len(header["texts"]), figsize=(5 * len(header["texts"]), 4), squeeze=False)
+    draw(folder / "pretrained.png", header["texts"], rows)
+
+
+def draw(path: Path, texts: list[str], rows: list[Measurement]) -> None:
+    """Draw loss increases, where they are above their standard errors, and below them the divergences."""
+    figure, panels = plt.subplots(2, len(texts), figsize=(5 * len(texts), 8), squeeze=False, sharex=True)
     families = dict.fromkeys(row.family for row in rows)
-    for number, (axes, text) in enumerate(zip(panels[0], header["texts"], strict=True)):
-        for family, marker in zip(families, "o^vs*DPX", strict=False):
-            points = sorted(
-                (row.bits_per_weight, max(row.increase[number], 1e-4)) for row in rows if row.family == family
-            )
+    for number, text in enumerate(texts):
+        for family, marker in zip(families, cycle("o^vs*DPX<>")):
+            own = sorted((row for row in rows if row.family == family), key=lambda row: row.bits_per_weight)
+            losses = [
+                (row.bits_per_weight, row.increase[number])
+                for row in own
+                if row.increase[number] > row.standard_error[number]
+            ]
+            divergences = [(row.bits_per_weight, max(row.divergence[number], _LEAST_DIVERGENCE)) for row in own]
             line = {"linestyle": "none"} if family in ("round to nearest", "gguf") else {}
-            axes.loglog(*zip(*points, strict=True), marker=marker, label=family, markersize=4, **line)
-        axes.xaxis.set_minor_formatter(NullFormatter())
-        axes.set_xticks(_TICKS, labels=[f"{bits:g}" for bits in _TICKS])
-        axes.set_title(text, fontsize=10)
-        axes.set_xlabel("bits a weight, all counted")
-        axes.set_ylabel("loss increase [nats / token]")
+            for axes, points in zip(panels[:, number], (losses, divergences), strict=True):
+                axes.plot(*np.reshape(points, (-1, 2)).T, marker=marker, label=family, markersize=4, **line)
+        for axes, what in zip(panels[:, number], ("loss increase", "divergence from the original"), strict=True):
+            axes.set_xscale("log")
+            axes.set_yscale("log")
+            axes.xaxis.set_minor_formatter(NullFormatter())
+            axes.set_xticks(_TICKS, labels=[f"{bits:g}" for bits in _TICKS])
+            axes.set_ylabel(f"{what} [nats / token]")
+        panels[0][number].set_title(text, fontsize=10)
+        panels[1][number].set_xlabel("bits a weight, all counted")
     panels[0][0].legend(frameon=False, fontsize=8)
     figure.tight_layout()
-    figure.savefig(folder / "pretrained.png", dpi=120)
+    with replacing_file(path) as temporary:
+        figure.savefig(temporary, dpi=120, format="png")
     plt.close(figure)
 
 
