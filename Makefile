@@ -11,7 +11,7 @@ FAST := arguments blockwise_loss calibration classification compress_command com
 	distillation evaluation experiments factorization forward generation modeling peft progress refinement reporting \
 	results run_folder token_file training
 
-.PHONY: demo gpu-bundle test test-oldest soak lint format clean conformance
+.PHONY: demo gpu-bundle test test-slow test-oldest soak lint format clean conformance
 
 demo: $(INSTALLED)  ## train, compress, heal and compare a small GPT-2 on text that every Python carries; threads that wait give way
 	OMP_WAIT_POLICY=PASSIVE $(BIN)/factorized-gpt2-demo --output_dir demo_output
@@ -19,11 +19,14 @@ demo: $(INSTALLED)  ## train, compress, heal and compare a small GPT-2 on text t
 gpu-bundle: $(INSTALLED)  ## what the tests and the benchmark need on a machine with a GPU and no network
 	$(BIN)/python benchmarks/gpu_bundle.py
 
-test: lint  ## lint, format check and every test, offline
-	$(OFFLINE) $(BIN)/pytest -n 2
+test: lint  ## lint, types, format check and tests, offline
+	$(OFFLINE) $(BIN)/pytest -n 2 --dist worksteal --ignore tests/slow
+
+test-slow: $(TOOLS)  ## what is slow by nature: launched processes, benchmarks in small, harnesses, ONNX, the walk-through
+	$(OFFLINE) $(BIN)/pytest -n 2 --dist worksteal tests/slow
 
 test-oldest: .venv-oldest/.installed  ## the fast tests with the oldest libraries that setup.cfg allows
-	$(OFFLINE) $(OLDEST)/pytest -n 2 $(FAST:%=tests/test_%.py)
+	$(OFFLINE) $(OLDEST)/pytest -n 2 $(FAST:%=tests/*/test_%.py)
 
 soak: $(TOOLS)  ## kills, a full disk, bad inputs and load, at full length: half an hour
 	$(OFFLINE) $(BIN)/python soak/kills.py --kills 20

@@ -77,7 +77,7 @@ def make_material(folder: Path) -> None:
         FactorizedGPT2(FactorizedGPT2Config(vocab_size=len(tokenizer), **shape, **ids)).save_pretrained(folder / name)
         tokenizer.save_pretrained(folder / name)
     baseline = load_baseline(str(folder / "baseline"))
-    model, _ = Compressor(baseline, Recipe(), folder / "weights", tokenizer).load_or_make(RANK)
+    ((_, model, _),) = Compressor(baseline, Recipe(), folder / "weights", tokenizer).load_or_make([RANK])
     torch.save({"model": _old_weights(baseline.model), "model_args": _old_options(baseline.model)}, folder / "ckpt.pt")
     model.transformer.scale_up.bias.data.zero_()
     write_old_factors(model, folder / "wte.npy", folder / "scales.npz")

@@ -158,3 +158,44 @@ def corpus(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def tokenizer(corpus):
     return load_tokenizer(str(corpus / "tokenizer"))
+
+
+# A pixel and a drawing of nothing, for tests in which pictures are made but not looked at.
+_PIXEL = bytes.fromhex(
+    "89504e470d0a1a0a0000000d49484452000000010000000108000000003a7e9b550"
+    "000000a4944415478da6360000000020001e527defc0000000049454e44ae426082"
+)
+
+
+@pytest.fixture
+def drawn_pictures() -> None:
+    """Let pictures be drawn, for a test that looks at them."""
+
+
+@pytest.fixture(autouse=True)
+def _quick_pictures(request, monkeypatch) -> None:
+    """Save empty pictures, which takes no second each, where no test looks at them."""
+    looks = "drawn_pictures" in request.fixturenames or request.path.parent.name in ("report", "slow")
+    if looks or find_spec("matplotlib") is None:
+        return
+
+    def save(figure, path, **options) -> None:
+        Path(path).write_bytes(b"<svg/>" if "metadata" in options else _PIXEL)
+
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", save)
+
+
+# Files whose tests take longest begin, so that no worker is left with one of them at the end.
+_LONG = (
+    "test_first_answer",
+    "test_installed",
+    "test_commands",
+    "test_secrets",
+    "test_security",
+    "test_grid",
+    "test_bad_input",
+)
+
+
+def pytest_collection_modifyitems(items: list) -> None:
+    items.sort(key=lambda item: item.path.stem not in _LONG)

@@ -23,6 +23,7 @@ from factorized_gpt2.compress.refinement import refine
 from factorized_gpt2.models.conversion import vocabulary_matrices
 from factorized_gpt2.models.verification import probe_logits
 from factorized_gpt2.network.blockwise_loss import BACKENDS, sum_cross_entropy
+from factorized_gpt2.network.coded_vocabulary import CodedHead
 from factorized_gpt2.runs.fields import LORA_TARGETS
 from factorized_gpt2.runs.settings import parse_run
 from factorized_gpt2.text.blocks import collate_blocks
@@ -364,3 +365,23 @@ def test_a_static_cache_and_compiled_decoding_give_the_same_tokens(device):
         positions = torch.tensor([[position]], device=device)
         outputs = forward(token, past_key_values=cache, use_cache=True, position_ids=positions)
     assert torch.equal(tokens, expected)
+
+
+@on_both
+@DTYPES
+def test_a_coded_head(device, dtype):
+    head = CodedHead(5000, 96)
+    head.start_at_random(0.05)
+    head.to(device, dtype)
+    hidden = torch.randn(300, 96, device=device).to(dtype).requires_grad_()
+    labels = torch.randint(5000, (300,), device=device)
+    steps = head.steps.detach().double().requires_grad_()
+    exact_hidden = hidden.detach().double().requires_grad_()
+    exact = linear(exact_hidden, head.codes.double() * steps[:, None])
+    assert error(head(hidden).detach(), exact.detach()) < CEILING[dtype]
+    found, expected = sum_cross_entropy(hidden, head, labels), cross_entropy(exact, labels, reduction="sum")
+    assert error(found.detach(), expected.detach()) < CEILING[dtype]
+    found.backward()
+    expected.backward()
+    assert error(hidden.grad, exact_hidden.grad) < CEILING[dtype]
+    assert error(head.steps.grad, steps.grad) < CEILING[dtype]

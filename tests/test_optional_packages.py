@@ -2,6 +2,7 @@
 
 import ast
 import json
+import re
 import subprocess
 import sys
 from importlib.metadata import PackageNotFoundError, version
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 
 import factorized_gpt2
+from factorized_gpt2 import FactorizedGPT2, FactorizedGPT2Config
 from factorized_gpt2.common.errors import UserError
 from factorized_gpt2.runs import provenance
 from factorized_gpt2.text.blocks import load_blocks, token_stream
@@ -32,10 +34,12 @@ absent = set({packages})
 
 WHOLE_PATH = """
 import json
+import re
 import sys
 from pathlib import Path
 
 import factorized_gpt2
+from factorized_gpt2 import FactorizedGPT2, FactorizedGPT2Config
 from factorized_gpt2.cli.compress import compress
 from factorized_gpt2.cli.evaluate import evaluate
 from factorized_gpt2.cli.report import report
@@ -139,3 +143,18 @@ def test_versions_are_of_what_is_installed(monkeypatch):
     found = provenance.versions()
     assert "datasets" not in found
     assert found["torch"] == version("torch")
+
+
+@pytest.mark.parametrize("package", ["peft", "sklearn", "accelerate"])
+def test_a_command_that_needs_what_is_not_there_says_which_extra_brings_it(package, tmp_path):
+    code = WITHOUT.format(packages=[package]) + (
+        "from factorized_gpt2.cli.compress import compress\n"
+        "from factorized_gpt2.cli.shell import run_command\n"
+        "sys.exit(run_command(compress, ['--baseline', 'models', '--ranks', '4']))\n"
+    )
+    model = FactorizedGPT2(FactorizedGPT2Config(vocab_size=19, n_positions=8, n_embd=8, n_layer=1, n_head=2))
+    model.save_pretrained(tmp_path / "models")
+    done = python(code, folder=tmp_path)
+    assert done.returncode == 2, done.stderr
+    expected = f"This needs the package {package}.*pip install 'factorized-gpt2\\[compress\\]'"
+    assert re.search(expected, done.stderr.splitlines()[-1]), done.stderr

@@ -3,7 +3,7 @@
 import logging
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -76,15 +76,16 @@ def compress_all(
     measure.take_up(compressor)
 
     rows = [measure.row(BASELINE, None, baseline.model, Path(arguments.baseline))]
-    asked: list[Any] | None = _budgets(arguments, baseline.model.config) if method == CODED else arguments.ranks
-    sizes, chosen = (asked, {}) if asked else _choose(arguments, compressor, measure)
-    missing = [size for size in sizes if not compressor.folder(size).exists()]
-    if missing:
-        compressor.factorize_ahead(missing)
-    for size in sorted(sizes, reverse=True):
-        model, folder = chosen.get(size) or compressor.load_or_make(size)[0], compressor.folder(size)
-        rows.append(measure.row(size, compressor.share(size), model, folder))
-        measure.note(size, folder)
+    sizes: list[Any] | None = _budgets(arguments, baseline.model.config) if method == CODED else arguments.ranks
+    made: Iterable[tuple[Any, FactorizedGPT2, float]]
+    if sizes:
+        made = compressor.load_or_make(sorted(sizes, reverse=True))
+    else:
+        made = [chosen] = _choose(arguments, compressor, measure)
+        sizes = [chosen[0]]
+    for size, model, share in made:
+        rows.append(measure.row(size, share, model, compressor.folder(size)))
+        measure.note(size, compressor.folder(size))
     if blocks is not None:
         print(f"Validation loss in nats a token, over {measure.losses[BASELINE].tokens:,} tokens:")
     print_table(rows)
@@ -122,15 +123,15 @@ def repository_name(name: str, folder: Path, is_one_of_several: bool) -> str:
 
 def _choose(
     arguments: CompressArguments, compressor: AnyCompressor[Any], measure: Measure
-) -> tuple[list[Any], dict[Any, FactorizedGPT2]]:
-    """Find the smallest model that is good enough; return its size, and where it is at hand itself, saved."""
+) -> list[tuple[Any, FactorizedGPT2, float]]:
+    """Find the smallest model that is good enough; return its size, itself and its share, as `load_or_make` does."""
     config, is_coded = compressor.baseline.model.config, measure.method == CODED
     if arguments.explained_variance is not None and isinstance(compressor, Compressor):
         rank = smallest_rank_by_share(compressor.shares.tolist(), arguments.explained_variance)
         if rank >= config.n_embd:
             share, width = arguments.explained_variance, config.n_embd
             raise UserError(f"explained_variance {share} needs the whole width of {width}.")
-        return [rank], {}
+        return list(compressor.load_or_make([rank]))
 
     target = arguments.target_loss_increase
     good_enough: dict[Any, tuple[FactorizedGPT2, float | None]] = {}
@@ -157,11 +158,13 @@ def _choose(
 
     size = sizes[smallest_rank_by_loss(increase_of, len(sizes), target, known, name_of) - 1]
     if size not in good_enough:  # measured by an earlier call
-        return [size], {}
+        return list(compressor.load_or_make([size]))
     model, share = good_enough[size]
-    if share is not None:
+    if share is None:
+        share = compressor.share(size)
+    else:
         compressor.save(model, size, share)
-    return [size], {size: model}
+    return [(size, model, share)]
 
 
 def _file_size(model: FactorizedGPT2, bits_per_weight: float | None, folder: Path) -> int:

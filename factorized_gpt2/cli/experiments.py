@@ -13,8 +13,8 @@ from ..common.files import read_json, replacing_file
 from ..common.fingerprints import weights_fingerprint
 from ..common.run_record import SETTINGS_NAME
 from ..report.reporting import read_results, write_report
+from ..runs.contents import contents_of
 from ..runs.grid import Experiment, Scale, load_grid, select
-from ..runs.identity import contents_of
 from ..runs.results import RESULTS_NAME, Results
 from ..runs.words import check_words, with_present_names
 from ..settings.devices import launched_processes

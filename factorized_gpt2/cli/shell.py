@@ -19,6 +19,12 @@ from ..common.signals import leaving_cleanly
 from ..runs.provenance import versions
 from ..settings.words import take_debug
 
+# Packages that not every installation has, and the extra of this package that brings them.
+_EXTRAS = {
+    **dict.fromkeys(("accelerate", "datasets", "peft", "scipy", "sklearn"), "compress"),
+    "wandb": "train",
+    "matplotlib": "report",
+}
 MESSAGE_LENGTH = 1000  # characters of an error that quotes what was given
 
 
@@ -51,6 +57,15 @@ def run_command(command: Callable[[list[str]], None], argv: list[str] | None = N
         if is_main or debug:
             _tell(own_message(error))
         return 2
+    except ModuleNotFoundError as error:
+        package = _missing_package(error)
+        if package is None or debug:
+            raise
+        _tell(
+            f"This needs the package {package}, which is not installed: "
+            f"pip install 'factorized-gpt2[{_EXTRAS[package]}]'."
+        )
+        return 2
     except OSError as error:
         reason = refusal(error)
         if reason is None or debug:
@@ -61,6 +76,16 @@ def run_command(command: Callable[[list[str]], None], argv: list[str] | None = N
     except KeyboardInterrupt:
         return 130
     return 0
+
+
+def _missing_package(error: BaseException | None) -> str | None:
+    """Find the package of an extra whose absence is behind an error; transformers raises it anew without a name."""
+    while error is not None:
+        name = (getattr(error, "name", None) or "").partition(".")[0]
+        if isinstance(error, ModuleNotFoundError) and name in _EXTRAS:
+            return name
+        error = error.__cause__
+    return None
 
 
 def keep_stdout_for_results() -> None:

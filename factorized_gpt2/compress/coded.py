@@ -12,6 +12,7 @@ import numpy as np
 from ..common.errors import UserError, first_line
 from ..models.conversion import from_gpt2
 from ..models.dtypes import in_dtype
+from ..models.factors import Factors
 from ..network.coded_table import CodedTable
 from ..network.modeling_factorized_gpt2 import FactorizedGPT2
 from .compressor import AnyCompressor
@@ -72,12 +73,10 @@ class CodedCompressor(AnyCompressor[Budget]):
         rank = f"_k{size.rank}" if size.rank else ""
         return self.root / f"gpt_{self.label}_nofinetune_b{size.bits:g}{rank}"
 
-    def factorize_ahead(self, sizes: Sequence[Budget]) -> None:
-        """Check budgets; tables are made one by one."""
-        for size in sizes:
-            self.check(size)
+    def _factorize(self, sizes: Sequence[Budget]) -> dict[Budget, Factors]:
+        return {}  # tables are made one by one
 
-    def make(self, size: Budget) -> tuple[FactorizedGPT2, float]:
+    def make(self, size: Budget, factors: Factors | None = None) -> tuple[FactorizedGPT2, float]:
         """Code the matrix, in memory.
 
         Returns:

@@ -2,7 +2,7 @@
 
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from functools import cached_property
 from pathlib import Path
@@ -137,16 +137,12 @@ class AnyCompressor(ABC, Generic[Size]):
         return {size: figures for size, figures in found.items() if figures is not None}
 
     @abstractmethod
-    def factorize_ahead(self, sizes: Sequence[Size]) -> None:
-        """Do at once what is best done once for all sizes that will be made.
-
-        Raises:
-            UserError: A size out of range.
-        """
-
-    @abstractmethod
-    def make(self, size: Size) -> tuple[FactorizedGPT2, float]:
+    def make(self, size: Size, factors: Factors | None = None) -> tuple[FactorizedGPT2, float]:
         """Make a compressed model, in memory.
+
+        Args:
+            size: Its size.
+            factors: Of that size, where they are at hand.
 
         Returns:
             The model in evaluation mode, and its share.
@@ -169,20 +165,28 @@ class AnyCompressor(ABC, Generic[Size]):
             write_json(temporary / RECORD_NAME, self._record(size) | kept)
         self.saved.append(size)
 
-    def load_or_make(self, size: Size) -> tuple[FactorizedGPT2, Path]:
-        """Load the compressed model of a size, or make its folder first.
+    def load_or_make(self, sizes: Sequence[Size]) -> Iterator[tuple[Size, FactorizedGPT2, float]]:
+        """Load the compressed models of sizes, or make their folders first, with one decomposition for all of them.
 
-        Returns:
-            The model in evaluation mode, and its folder.
+        Yields:
+            The size, the model in evaluation mode, and its share.
 
         Raises:
-            UserError: The folder holds something else, unless `overwrite`.
+            UserError: A size out of range; a folder or the protocol's factor files hold something else, unless
+                `overwrite`.
         """
-        model = self.load(size)
-        if model is None:
-            model, share = self.make(size)
-            self.save(model, size, share)
-        return model, self.folder(size)
+        for size in sizes:
+            self.check(size)
+        missing = sorted(size for size in sizes if not self.folder(size).exists())
+        factors = self._factorize(missing) if missing else {}
+        for size in sizes:
+            model = self.load(size)
+            if model is None:
+                model, share = self.make(size, factors.pop(size, None))
+                self.save(model, size, share)
+            else:
+                share = self.share(size)
+            yield size, model, share
 
     def load(self, size: Size) -> FactorizedGPT2 | None:
         """Load the compressed model of a size if its folder was made from this baseline in this way.
@@ -277,13 +281,13 @@ class AnyCompressor(ABC, Generic[Size]):
         desc = "Calibrating" if self.progress else None
         return calibrate(self.baseline.model, self.text.sample, counts, self.recipe.seed, self.device, desc)
 
+    @abstractmethod
+    def _factorize(self, sizes: Sequence[Size]) -> dict[Size, Factors]:
+        """Factorize at once for all sizes for which that is done once."""
+
 
 class Compressor(AnyCompressor[int]):
     """Makes models by factorizing the vocabulary's matrices at ranks; arguments are those of `AnyCompressor`."""
-
-    def __init__(self, *args: Any, **kwargs: Any):
-        super().__init__(*args, **kwargs)
-        self._ahead: dict[int, Factors] = {}
 
     @cached_property
     def shares(self) -> np.ndarray:
@@ -301,21 +305,17 @@ class Compressor(AnyCompressor[int]):
         """Where the model of some rank is kept; for PCA alone, under the protocol's name."""
         return compressed_folder(self.root, rank, self.label, self.recipe.refine_steps > 0)
 
-    def factorize_ahead(self, ranks: Sequence[int]) -> None:
-        """Factorize at ranks that will be made, with one decomposition.
-
-        Raises:
-            UserError: A rank out of range; the protocol's factor files hold something else, unless `overwrite`.
-        """
-        self._ahead |= self._factorize(ranks)
-
-    def make(self, rank: int) -> tuple[FactorizedGPT2, float]:
+    def make(self, rank: int, factors: Factors | None = None) -> tuple[FactorizedGPT2, float]:
         """Factorize, compensate, refine and round as the recipe says, in memory.
+
+        Args:
+            rank: Rank k.
+            factors: Of that rank, where they are at hand.
 
         Returns:
             The compressed model in evaluation mode, and the `explained_share` of its factors.
         """
-        factors = self._ahead.pop(rank, None) or self._factorize([rank])[rank]
+        factors = factors or self._factorize([rank])[rank]
         model = from_gpt2(self.baseline.model, factors)
         if self.recipe.method == "tokenwise":
             desc = f"Compensating the head at k = {rank}" if self.progress else None

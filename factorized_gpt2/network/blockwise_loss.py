@@ -22,7 +22,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from .attention_loss import attention_runs, sum_by_attention
-from .coded_vocabulary import CodedHead
+from .coded_vocabulary import CodedHead, sum_rows
 from .fused_rows import fused_cross_entropy_rows, fused_rows_run
 from .head import has_hooks
 
@@ -125,6 +125,11 @@ def sum_cross_entropy(
     if isinstance(head, torch.Tensor):
         hidden, head = _in_autocast_dtype(hidden, head)
     backend = _choose(backend, hidden, head)
+    if isinstance(head, CodedHead) and not has_hooks(head):
+        (hidden,) = _in_autocast_dtype(hidden)
+        rows, wanted = _rows_at_once(hidden, len(head.codes)), head.wanted_gradients(hidden)
+        weights = head.codes, head.steps, head.bias
+        return _sum_coded_cross_entropy(hidden, *weights, labels, ignore_index, rows, wanted)[0]
     if isinstance(head, nn.Module):
         return sum_row_loss(hidden, head, partial(cross_entropy_rows, labels=labels, ignore_index=ignore_index))
     if backend == "cut_cross_entropy":
@@ -342,6 +347,47 @@ def _scale_gradients(ctx, upstream, *_):
 
 
 _sum_cross_entropy.register_autograd(_scale_gradients, setup_context=_save_gradients)
+
+
+@torch.library.custom_op(re.sub(r"\W", "_", ascii(__name__)[1:-1]) + "::sum_coded_cross_entropy", mutates_args=())
+def _sum_coded_cross_entropy(
+    hidden: torch.Tensor,
+    codes: torch.Tensor,
+    steps: torch.Tensor,
+    bias: torch.Tensor | None,
+    labels: torch.Tensor,
+    ignore_index: int,
+    rows_at_once: int,
+    wanted: list[bool],
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    row_loss = partial(cross_entropy_rows, labels=labels, ignore_index=ignore_index)
+    return sum_rows(hidden, steps, bias, codes, row_loss, rows_at_once, wanted)
+
+
+@_sum_coded_cross_entropy.register_fake
+def _(hidden, codes, steps, bias, labels, ignore_index, rows_at_once, wanted):
+    weights = zip((hidden, steps, bias), wanted, strict=True)
+    return (
+        hidden.new_empty((), dtype=torch.float32),
+        *(torch.empty_like(of, dtype=torch.float32) if is_wanted else steps.new_empty(0) for of, is_wanted in weights),
+    )
+
+
+def _save_coded_gradients(ctx, inputs, output) -> None:
+    hidden, _, steps, bias, *_, wanted = inputs
+    ctx.dtypes = [of.dtype if is_wanted else None for of, is_wanted in zip((hidden, steps, bias), wanted, strict=True)]
+    ctx.save_for_backward(*output[1:])
+    ctx.mark_non_differentiable(*output[1:])
+
+
+def _scale_coded_gradients(ctx, upstream, *_):
+    if torch.is_grad_enabled():  # as under create_graph
+        raise RuntimeError("The loss without logits can be differentiated once only; pass skip_logits=False.")
+    by_hidden, by_steps, by_bias = _scale_saved(ctx, upstream)
+    return by_hidden, None, by_steps, by_bias, *[None] * 4
+
+
+_sum_coded_cross_entropy.register_autograd(_scale_coded_gradients, setup_context=_save_coded_gradients)
 
 
 class _LinearRowLoss(torch.autograd.Function):

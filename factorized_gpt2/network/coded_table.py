@@ -116,8 +116,12 @@ class CodedTable:
         return struct.pack("<I", zlib.crc32(body)) + body
 
     @staticmethod
-    def from_bytes(data: bytes) -> "CodedTable":
+    def from_bytes(data: bytes, shape: tuple[int, int, int] | None = None) -> "CodedTable":
         """Read what `to_bytes` wrote.
+
+        Args:
+            data: The bytes.
+            shape: V, k and d that it must have; `None`: any. They are compared before memory is taken for them.
 
         Raises:
             ValueError: It is damaged, or something else.
@@ -125,6 +129,8 @@ class CodedTable:
         if len(data) < _HEAD.size or zlib.crc32(memoryview(data)[4:]) != struct.unpack_from("<I", data)[0]:
             raise ValueError("The coded matrix is damaged: its checksum is not that of its bytes.")
         _, size, rank, width, first_step = _HEAD.unpack_from(data)
+        if shape is not None and shape != (size, rank, width):
+            raise ValueError(f"The coded matrix has V, k, d = {(size, rank, width)}, expected {shape}.")
         at = _HEAD.size + 2 * (width + 2 * rank)
         if at > len(data):
             raise ValueError("The coded matrix is damaged: its parts do not add up.")

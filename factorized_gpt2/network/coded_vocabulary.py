@@ -18,13 +18,14 @@ BLOCK_CODES = {"cpu": 2**20}  # that are floats at once: on a CPU they stay in t
 BLOCK_CODES_ELSEWHERE = 2**24
 _LARGEST_STEP_INDEX = 60
 _SPREAD_AT_START = 32  # of the codes of a network that starts at random
-
-
 _WAY_OUT = "int8 codes can be neither adapted nor trained; `dequantize()` of the model makes floats of them."
 
 
 class _Codes(nn.Parameter):
     """Integers that say why they cannot be trained."""
+
+    def __new__(cls, data: torch.Tensor, requires_grad: bool = False) -> "_Codes":
+        return torch.Tensor._make_subclass(cls, data.detach(), requires_grad)
 
     def requires_grad_(self, requires_grad: bool = True) -> "_Codes":
         if requires_grad:
@@ -108,14 +109,14 @@ class CodedHead(_Coded):
         device = hidden.device.type
         if torch.is_autocast_enabled(device):
             hidden = hidden.to(torch.get_autocast_dtype(device))
-        rows, steps = hidden.flatten(0, -2), self.steps.to(hidden.dtype)
+        rows, steps = hidden.reshape(-1, self.codes.shape[1]), self.steps.to(hidden.dtype)
         with torch.autocast(device, enabled=False):
             logits = _TimesCodes.apply(rows, self.codes, False)
             takes_gradient = torch.is_grad_enabled() and (rows.requires_grad or self.steps.requires_grad)
             logits = logits * steps if takes_gradient else logits.mul_(steps)
             if self.bias is not None:
                 logits = logits + self.bias.to(logits.dtype)
-        return logits.unflatten(0, hidden.shape[:-1])
+        return logits.view(*hidden.shape[:-1], len(steps))
 
     def sum_row_loss(self, hidden: torch.Tensor, row_loss: Callable, rows_at_once: int) -> torch.Tensor:
         """Sum a loss of rows of logits, of which no more than some rows are there at once; differentiable once.
@@ -128,15 +129,19 @@ class CodedHead(_Coded):
         Returns:
             Scalar float32.
         """
-        weights = (hidden, self.steps, self.bias)
-        wanted = [weight is not None and torch.is_grad_enabled() and weight.requires_grad for weight in weights]
+        weights, wanted = (hidden, self.steps, self.bias), self.wanted_gradients(hidden)
         return _SumRowLoss.apply(*weights, self.codes, row_loss, rows_at_once, wanted)
+
+    def wanted_gradients(self, hidden: torch.Tensor) -> list[bool]:
+        """Tell of `hidden`, the steps and the bias whether they take gradients."""
+        weights = (hidden, self.steps, self.bias)
+        return [weight is not None and torch.is_grad_enabled() and weight.requires_grad for weight in weights]
 
 
 class _SumRowLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, steps, bias, codes, row_loss, rows_at_once, wanted):
-        total, *gradients = _sum_rows(hidden, steps, bias, codes, row_loss, rows_at_once, wanted)
+        total, *gradients = sum_rows(hidden, steps, bias, codes, row_loss, rows_at_once, wanted)
         ctx.wanted, ctx.dtypes = wanted, [None if weight is None else weight.dtype for weight in (hidden, steps, bias)]
         ctx.save_for_backward(*gradients)
         return total
@@ -151,7 +156,7 @@ class _SumRowLoss(torch.autograd.Function):
 
 
 @torch.no_grad()
-def _sum_rows(
+def sum_rows(
     hidden: torch.Tensor,
     steps: torch.Tensor,
     bias: torch.Tensor | None,
@@ -160,7 +165,11 @@ def _sum_rows(
     rows_at_once: int,
     wanted: list[bool],
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return the sum, and its gradients by `hidden`, `steps` and `bias` where they are wanted, all in float32."""
+    """Sum a loss of rows of a coded head's logits; see `CodedHead.sum_row_loss`.
+
+    Returns:
+        The sum, and its gradients by `hidden`, `steps` and `bias`, all in float32; those not wanted are empty.
+    """
     hidden_wanted, steps_wanted, bias_wanted = wanted
     if hidden.dtype == torch.float16 and hidden.device.type == "cpu":
         hidden = hidden.float()
@@ -169,8 +178,10 @@ def _sum_rows(
     logits = hidden.new_empty(rows_at_once, len(codes), dtype=torch.float32)
     unscaled = torch.empty_like(logits) if steps_wanted else logits
     total = hidden.new_zeros((), dtype=torch.float32)
-    by_hidden = torch.zeros_like(hidden, dtype=torch.float32) if hidden_wanted else total
-    by_steps, by_bias = (torch.zeros_like(steps) if is_wanted else total for is_wanted in (steps_wanted, bias_wanted))
+    by_hidden, by_steps, by_bias = (
+        torch.zeros_like(of, dtype=torch.float32) if is_wanted else steps.new_empty(0)
+        for of, is_wanted in zip((hidden, steps, bias), wanted, strict=True)
+    )
     with torch.autocast(hidden.device.type, enabled=False):
         for start in range(0, len(hidden), rows_at_once):
             rows = slice(start, start + rows_at_once)
@@ -195,7 +206,7 @@ def _sum_rows(
                 of_block *= steps / largest  # so that half precision holds them
                 for part, columns in zip(parts, of_block.split([len(part) for part in parts], dim=1), strict=True):
                     by_hidden[rows] += columns.to(block.dtype) @ part.to(block.dtype)
-    return total, by_hidden * largest if hidden_wanted else by_hidden, by_steps, by_bias
+    return total, by_hidden.mul_(largest), by_steps, by_bias
 
 
 class _TimesCodes(torch.autograd.Function):
@@ -325,10 +336,7 @@ def decode_state(
     Raises:
         ValueError: The bytes are damaged, or of another shape.
     """
-    table = CodedTable.from_bytes(state[names.stream].numpy().tobytes())
-    found = (*table.codes.shape, len(table.mean))
-    if found != shape:
-        raise ValueError(f"The coded vocabulary has V, k, d = {found}, the configuration {shape}.")
+    table = CodedTable.from_bytes(state[names.stream].numpy().tobytes(), shape)
     others = {name: tensor for name, tensor in state.items() if name != names.stream}
     return _tie(table_tensors(table, names) | others, names), table
 

@@ -4,12 +4,11 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from ..common.errors import silenced
-from ..common.fingerprints import files_fingerprint, model_content, tokenizer_content, weights_fingerprint
-from ..models.record import teacher_of
+from ..common.fingerprints import weights_fingerprint
+from .contents import contents_of, teacher_asked
 from .settings import Run, default_settings
 from .training_fields import MATERIAL, MATERIAL_FOR_THE_BEST
 
@@ -56,28 +55,6 @@ def contents(run: Run, with_dataset: bool = False) -> dict[str, str]:
         commit = _dataset_commit(run.data.dataset_name, run.data.dataset_config_name)
         found |= {} if commit is None else {"dataset": commit}
     return found
-
-
-def contents_of(settings: Mapping[str, Any]) -> dict[str, str]:
-    """Identify what a run with these settings would read now, as `contents` does, without a dataset.
-
-    Args:
-        settings: As `Run.settings` has them, or a record of them.
-
-    Raises:
-        UserError: A record of a compressed model cannot be read.
-    """
-    start = settings.get("compressed") or settings.get("baseline")
-    tokenizer = settings.get("tokenizer") or start
-    names = {"start": start, "teacher": _teacher(settings)}
-    found = {kind: model_content(name) for kind, name in names.items() if name}
-    found["tokenizer"] = tokenizer_content(tokenizer) if tokenizer else None
-    found["train_file"] = files_fingerprint(settings.get("train_file") or ()) if settings.get("do_train") else None
-    found["validation_file"] = files_fingerprint(settings.get("validation_file") or ())
-    dataset = Path(settings.get("dataset_name") or "")
-    if settings.get("dataset_name") and dataset.is_dir():
-        found["dataset_files"] = files_fingerprint(sorted(path for path in dataset.rglob("[!.]*") if path.is_file()))
-    return {kind: content for kind, content in found.items() if content is not None}
 
 
 def identity(run: Run) -> dict[str, Any]:
@@ -172,17 +149,11 @@ def _blocks_a_step(run: Run) -> int:
     return training.train_batch_size * training.gradient_accumulation_steps * training.world_size
 
 
-def _teacher(settings: Mapping[str, Any]) -> str | None:
-    if not (settings.get("do_train") and settings.get("distillation_weight")):
-        return None
-    return teacher_of(*(settings.get(name) for name in ("teacher", "baseline", "compressed")))
-
-
 def _named(kind: str, run: Run) -> str:
     data = run.data
     return {
         "start": f"the model in {run.start}",
-        "teacher": f"the teacher in {_teacher(run.settings())}",
+        "teacher": f"the teacher in {teacher_asked(run.settings())}",
         "tokenizer": f"the tokenizer in {data.tokenizer or run.start}",
         "train_file": f"the text of {', '.join(data.train_file or ())}",
         "validation_file": f"the text of {', '.join(data.validation_file or ())}",

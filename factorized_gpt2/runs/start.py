@@ -79,12 +79,12 @@ def _trained_start(run: Run, tokenizer: PreTrainedTokenizerBase) -> FactorizedGP
     elif baseline is not None:
         root = Path(training.output_dir).parent
         compressor = Compressor(baseline, Recipe(), root, tokenizer, overwrite=training.overwrite)
-        model = compressor.load(arguments.n_embd_wte)
+        model, folder = compressor.load(arguments.n_embd_wte), compressor.folder(arguments.n_embd_wte)
         if model is None:
             with compress_alone(root, wait=True):
-                model, folder = compressor.load_or_make(arguments.n_embd_wte)
+                ((_, model, _),) = compressor.load_or_make([arguments.n_embd_wte])
             logger.info("The compressed baseline is beside the run's folder, for other runs to start from: %s", folder)
-        model.name_or_path = str(compressor.folder(arguments.n_embd_wte))
+        model.name_or_path = str(folder)
     return model
 
 

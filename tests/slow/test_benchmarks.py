@@ -27,7 +27,7 @@ from factorized_gpt2.cli.shell import run_command
 from factorized_gpt2.common.errors import UserError
 from factorized_gpt2.text import demo_corpus as corpus_module
 
-CONFIGS = Path(__file__).resolve().parents[1] / "configs"
+CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 SMALL = ["--baseline_steps", "4", "--calibration_tokens", "512", "--eval_tokens", "512"]
 
 

@@ -10,7 +10,7 @@ from factorized_gpt2.cli.compress import compress
 from factorized_gpt2.cli.evaluate import evaluate
 from factorized_gpt2.cli.train import train
 
-PAGE = Path(__file__).resolve().parents[1] / "docs" / "walkthrough.md"
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "walkthrough.md"
 STEPS = re.findall(r"```(python|bash)\n(.*?)```\n\n```text\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
 COMMANDS = {"compress.py": compress, "evaluate_models.py": evaluate, "train_hf.py": train}
 NUMBER = re.compile(r"[-+]?\d[\d,]*(?:\.\d+)?")

@@ -60,7 +60,7 @@ def weights(folder) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("method", ["weighted", "joint", "tokenwise"])
-def test_methods_that_read_text(words, tmp_path, corpus, method):
+def test_methods_that_read_text(words, tmp_path, corpus, method, drawn_pictures):
     compress(words("--ranks", 4, 9, "--method", method))
     folder = tmp_path / f"gpt_{method}_nofinetune_k4"
     written = record(folder)
@@ -147,7 +147,7 @@ def test_the_same_seed_gives_the_same_model(words, tmp_path):
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
-def test_the_rank_for_a_loss(words, tmp_path, capsys):
+def test_the_rank_for_a_loss(words, tmp_path, capsys, drawn_pictures):
     compress(words("--target_loss_increase", 0.3, texts=("evaluation",)))
     out = capsys.readouterr().out
     tried = {int(rank): float(increase) for rank, increase in re.findall(r"^k = (\d+): (\S+) nats", out, re.MULTILINE)}

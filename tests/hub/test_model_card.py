@@ -193,7 +193,7 @@ def test_a_run_knows_what_its_start_was_made_from(tmp_path):
 
 
 def test_the_version_of_transformers_that_a_card_asks_for_is_the_packages():
-    [needed] = re.findall(r"transformers>=([\d.]+)", (Path(__file__).parents[1] / "setup.cfg").read_text())
+    [needed] = re.findall(r"transformers>=([\d.]+)", (Path(__file__).parents[2] / "setup.cfg").read_text())
     assert needed == TRANSFORMERS
     lora = {"r": 2, "lora_alpha": 4, "target_modules": ["wte"]}
     for text in (card(History(RECIPE, None)), adapter_card("me/a-lora", "me/a", lora, History(RECIPE, RESULTS))):

@@ -11,7 +11,7 @@ from factorized_gpt2.cli.demo import demo
 from factorized_gpt2.report.reporting import read_results
 from factorized_gpt2.text.demo_corpus import hold_out, python_documents, write_python_corpus
 
-REPOSITORY = Path(__file__).resolve().parents[1]
+REPOSITORY = Path(__file__).resolve().parents[2]
 
 
 def run(*words, cwd) -> subprocess.CompletedProcess:
@@ -50,7 +50,7 @@ def test_the_demos_corpus_is_real_and_repeatable():
     assert any("lambda" in text for text in documents)
 
 
-def test_the_demo_runs_to_its_end(tmp_path, capsys):
+def test_the_demo_runs_to_its_end(tmp_path, capsys, drawn_pictures):
     write_python_corpus(tmp_path / "demo/corpus", vocab_size=512, every=600)
     demo(["--output_dir", str(tmp_path / "demo"), "--max_steps", "2"])
     printed = capsys.readouterr().out

@@ -24,7 +24,7 @@ from factorized_gpt2.text.loss import perplexity
 from factorized_gpt2.text.source import TextSource
 from factorized_gpt2.trainer.adapters import add_lora, merge
 
-REPOSITORY = Path(__file__).resolve().parents[1]
+REPOSITORY = Path(__file__).resolve().parents[2]
 STOCK = "openai-community/gpt2"
 IDS = torch.tensor([[5, 6, 7, 8, 9, 10]])
 

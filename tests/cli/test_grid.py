@@ -15,8 +15,8 @@ from factorized_gpt2.common.errors import UserError
 from factorized_gpt2.common.fingerprints import weights_fingerprint
 from factorized_gpt2.common.signals import leaving_cleanly
 from factorized_gpt2.report.reporting import read_results
+from factorized_gpt2.runs.contents import contents_of
 from factorized_gpt2.runs.grid import Scale, load_grid, select
-from factorized_gpt2.runs.identity import contents_of
 from factorized_gpt2.runs.results import Results
 from factorized_gpt2.settings.parsing import CONFIG_FOLDERS, load_config
 from factorized_gpt2.settings.words import as_flags

@@ -20,7 +20,7 @@ from factorized_gpt2.runs.run import run_experiment
 from factorized_gpt2.runs.settings import parse_run
 from factorized_gpt2.text.loss import LossSum, sum_loss
 
-REPOSITORY = Path(__file__).resolve().parents[1]
+REPOSITORY = Path(__file__).resolve().parents[2]
 ACCELERATE = REPOSITORY / "configs/accelerate"
 ON_TWO_CPUS = {"use_cpu": True, "mixed_precision": "no", "num_processes": 2}
 

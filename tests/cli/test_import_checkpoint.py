@@ -107,7 +107,7 @@ def test_a_tokenizer_that_is_too_large(tmp_path, corpus, capsys):
 
 def test_the_script(tmp_path):
     torch.save({"model": Hostile(tmp_path / "touched"), "model_args": NANO}, tmp_path / "ckpt.pt")
-    script = Path(__file__).resolve().parents[1] / "import_checkpoint.py"
+    script = Path(__file__).resolve().parents[2] / "import_checkpoint.py"
     words = [sys.executable, script, "--checkpoint", "ckpt.pt", "--output_dir", "model"]
     finished = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert finished.returncode == 2

@@ -1,12 +1,16 @@
 """A vocabulary of integers in the network: what it computes, what is stored of it, what works on it."""
 
+import copy
 import json
+import pickle
 import subprocess
 import sys
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
+from accelerate import init_empty_weights
 from conftest import RANK, VOCAB_SIZE, WIDTH, left_padded, random_ids, tiny_config, tiny_model
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
@@ -115,6 +119,16 @@ def test_numbers_are_those_of_float64(monkeypatch, dtype, tolerance, rows):
         assert (found.double() - expected).abs().max() < tolerance * expected.abs().max()
 
 
+def test_any_number_of_dimensions():
+    head = CodedHead(30, 8)
+    head.start_at_random(0.1)
+    hidden = torch.randn(2, 3, 8)
+    expected = hidden @ head.dense().T
+    torch.testing.assert_close(head(hidden), expected)
+    torch.testing.assert_close(head(hidden[0, 0]), expected[0, 0])
+    assert head(hidden[:0]).shape == (0, 3, 30)
+
+
 def test_no_more_than_a_block_is_there_in_floats(monkeypatch):
     monkeypatch.setitem(coded_vocabulary.BLOCK_CODES, "cpu", 64 * 10)
     head = CodedHead(200, 64)
@@ -173,9 +187,18 @@ def test_a_summed_loss_is_that_of_float64(monkeypatch, dtype, tolerance):
     for mine, theirs in ((hidden, exact_hidden), (head.steps, steps), (head.bias, bias)):
         assert mine.grad.dtype == dtype
         assert (mine.grad.double() - theirs.grad).abs().max() < tolerance * theirs.grad.abs().max()
-    head.requires_grad_(False)
     with torch.no_grad():
         assert blockwise_loss.sum_cross_entropy(hidden, head, labels) == found
+    row_loss = partial(blockwise_loss.cross_entropy_rows, labels=labels)
+    gradients, hidden.grad = hidden.grad, None
+    general = blockwise_loss.sum_row_loss(hidden, head, row_loss)
+    (1.5 * general).backward()
+    assert general == found
+    assert torch.equal(hidden.grad, gradients)
+    head.requires_grad_(False)
+    hidden.grad = None
+    (1.5 * blockwise_loss.sum_cross_entropy(hidden, head, labels)).backward()
+    assert torch.equal(hidden.grad, gradients)
 
 
 def test_a_frozen_head_and_the_attention_backend(coded, ids):
@@ -264,6 +287,25 @@ torch.save(model(torch.tensor({ids.tolist()})).logits, {str(tmp_path / "logits.p
     logits = torch.load(tmp_path / "logits.pt", weights_only=True)
     torch.testing.assert_close(logits, coded(ids).logits)
     assert weight_files(tmp_path / "from_there") == weight_files(saved)
+
+
+def test_copies_are_copies(coded, ids):
+    for copied in (copy.deepcopy(coded), pickle.loads(pickle.dumps(coded))):
+        assert_same(copied, coded)
+        assert copied.lm_head.codes is copied.transformer.wte.codes
+    with init_empty_weights():
+        empty = FactorizedGPT2(coded.config)
+    empty.load_state_dict(coded.state_dict(), assign=True)
+    torch.testing.assert_close(empty(ids).logits, coded(ids).logits)
+
+
+def test_a_disk_holds_a_part(coded, saved, ids, tmp_path):
+    places = dict.fromkeys(("transformer.wte", "lm_head", "transformer.h", "scale_down"), "disk")
+    places |= {f"transformer.{name}": "cpu" for name in ("scale_up", "wpe", "drop", "ln_f")}
+    model = FactorizedGPT2.from_pretrained(saved, device_map=places, offload_folder=tmp_path / "offloaded")
+    torch.testing.assert_close(model(ids).logits, coded(ids).logits)
+    with pytest.raises(ValueError, match="Offloaded weights cannot be encoded"):
+        model.save_pretrained(tmp_path / "again")
 
 
 def test_several_devices_and_shards(coded, saved, ids):
@@ -406,7 +448,7 @@ def test_damaged_bytes_are_one_line(saved, damage, complaint):
 def test_a_table_of_another_shape_or_kind_is_one_line(coded, saved):
     config = json.loads((saved / "config.json").read_text())
     (saved / "config.json").write_text(json.dumps(config | {"n_embd_wte": 7}))
-    with pytest.raises(ValueError, match="The coded vocabulary has V, k, d = "):
+    with pytest.raises(ValueError, match="The coded matrix has V, k, d = "):
         FactorizedGPT2.from_pretrained(saved)
     (saved / "config.json").write_text(json.dumps(config | {"vocabulary_dtype": None, "n_embd_wte": RANK}))
     with pytest.raises(UserError, match=r"do not make its model: missing .*unexpected .*wte\.stream"):

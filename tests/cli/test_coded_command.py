@@ -25,7 +25,7 @@ def record(folder) -> dict:
     return json.loads((folder / "compression.json").read_text())
 
 
-def test_a_grid_of_budgets(words, tmp_path, capsys):  # noqa: F811
+def test_a_grid_of_budgets(words, tmp_path, capsys, drawn_pictures):  # noqa: F811
     asked = words("--bits_per_weight", 4, 8, texts=("calibration", "evaluation"))
     compress(asked)
     rows = [line for line in capsys.readouterr().out.splitlines() if "gpt_" in line]

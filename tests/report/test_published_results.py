@@ -8,7 +8,7 @@ import pytest
 
 from factorized_gpt2.report.reporting import read_results, results_table, write_report
 
-DOCS = Path(__file__).resolve().parents[1] / "docs"
+DOCS = Path(__file__).resolve().parents[2] / "docs"
 GRIDS = sorted(path.parent for path in (DOCS / "results").glob("*/report"))
 
 
