@@ -309,7 +309,7 @@ class FactorizedGPT2Model(FactorizedGPT2PreTrainedModel):
 
     @merge_with_config_defaults
     @capture_outputs
-    def forward(  # type: ignore[misc]  # as transformers declares its own: position_ids is among its kwargs too
+    def forward(
         self,
         input_ids: torch.LongTensor | None = None,
         past_key_values: Cache | None = None,
@@ -482,7 +482,7 @@ class FactorizedGPT2(FactorizedGPT2PreTrainedModel, GenerationMixin):
         return model.eval()
 
     @can_return_tuple
-    def forward(  # type: ignore[misc]  # as transformers declares its own: position_ids is among its kwargs too
+    def forward(
         self,
         input_ids: torch.LongTensor | None = None,
         past_key_values: Cache | None = None,
