@@ -12,6 +12,8 @@ if not runs_a_command():  # which reads its words first, and then imports what i
     register_with_peft()
 
 __all__ = [
+    "FactorizedCausalLM",
+    "FactorizedCausalLMConfig",
     "FactorizedGPT2",
     "FactorizedGPT2Config",
     "FactorizedGPT2ForSequenceClassification",
@@ -22,10 +24,12 @@ __all__ = [
     "export_onnx",
     "factorize",
     "factorize_ranks",
+    "from_causal_lm",
     "from_gpt2",
     "load_baseline",
     "load_compressed",
     "publish",
+    "to_causal_lm",
     "to_gpt2",
     "vocabulary_matrices",
     "write_python_corpus",
@@ -34,6 +38,8 @@ __getattr__ = exporting(
     __name__,
     {
         "network": [
+            "FactorizedCausalLM",
+            "FactorizedCausalLMConfig",
             "FactorizedGPT2",
             "FactorizedGPT2Config",
             "FactorizedGPT2ForSequenceClassification",
@@ -41,6 +47,7 @@ __getattr__ = exporting(
             "FactorizedGPT2PreTrainedModel",
         ],
         "models.conversion": ["from_gpt2", "to_gpt2", "vocabulary_matrices"],
+        "models.decoder_conversion": ["from_causal_lm", "to_causal_lm"],
         "models.factors": ["Factors"],
         "models.loading": ["load_baseline", "load_compressed"],
         "models.onnx_export": ["export_onnx"],

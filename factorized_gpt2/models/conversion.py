@@ -11,7 +11,8 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from ..network.coded_table import CodedTable
 from ..network.coded_vocabulary import table_tensors, without_codes
 from ..network.configuration_factorized_gpt2 import FactorizedGPT2Config
-from ..network.modeling_factorized_gpt2 import FactorizedGPT2, vocabulary_names
+from ..network.modeling_factorized_gpt2 import FactorizedGPT2
+from ..network.stored_vocabulary import vocabulary_names
 from .factors import Factors
 
 _QKV = ("q_proj", "k_proj", "v_proj")
@@ -37,12 +38,12 @@ def from_gpt2(model: GPT2LMHeadModel | FactorizedGPT2, factors: Factors | CodedT
     trunk, wte, lm_head = _split_vocabulary(model)
     tied = lm_head is None and getattr(factors, "lm_head", None) is None
     config = _factorized_config(model.config, factors, tied)
-    if isinstance(factors, CodedTable):
-        vocabulary = _coded_weights(factors, wte, must_untie=lm_head is not None)
-    elif factors is None:
+    if factors is None:
         vocabulary = {"transformer.wte.weight": wte, "lm_head.weight": wte if lm_head is None else lm_head}
     else:
-        vocabulary = _factor_weights(factors, wte, must_untie=lm_head is not None)
+        if isinstance(factors, Factors) and factors.rank >= wte.shape[1]:
+            raise ValueError(f"Factors of rank {factors.rank} do not make a model of width {wte.shape[1]} smaller.")
+        vocabulary = factor_weights(factors, tuple(wte.shape), must_untie=lm_head is not None)
     made = _build(FactorizedGPT2, config, trunk | vocabulary, like=wte, generation_config=model.generation_config)
     if isinstance(factors, CodedTable):
         made.transformer.wte.stored = without_codes(factors)
@@ -209,36 +210,46 @@ def _factorized_config(config: GPT2Config, factors: Factors | CodedTable | None,
     return FactorizedGPT2Config(**fields)
 
 
-def _factor_weights(factors: Factors, wte: torch.Tensor, must_untie: bool) -> dict[str, torch.Tensor]:
-    """Lay factors out as the model stores them: nn.Linear holds the transpose of the matrix that it applies."""
-    vocab_size, n_embd = wte.shape
-    rank = factors.rank
-    if rank >= n_embd:
-        raise ValueError(f"Factors of rank {rank} do not make a model of width {n_embd} smaller.")
+def factor_weights(
+    factors: Factors | CodedTable, shape: tuple[int, int], must_untie: bool, trunk: str = "transformer."
+) -> dict[str, torch.Tensor]:
+    """Lay factors out as models store them: nn.Linear holds the transpose of the matrix that it applies.
+
+    Args:
+        factors: Or a coded table.
+        shape: V and d of the model.
+        must_untie: Whether the model's head has a matrix of its own.
+        trunk: What the names of `wte` and `scale_up` begin with.
+
+    Returns:
+        The weights by their names, those of a tied head included.
+
+    Raises:
+        ValueError: Factors that do not fit the model.
+    """
+    if isinstance(factors, CodedTable):
+        found = (len(factors.codes), len(factors.mean))
+        if found != shape:
+            raise ValueError(f"The coded table stands for a matrix of shape {found}, the model's is {shape}.")
+        if must_untie:
+            raise ValueError("A coded table is for a head that is tied, but the model's is not.")
+        names = vocabulary_names(trunk)
+        tensors = table_tensors(factors, names)
+        return {name: made for name, made in tensors.items() if name != names.bias or factors.bias_codes.any()}
     if must_untie and factors.lm_head is None:
         raise ValueError("The factors are for a head that is tied, but the model's is not.")
+    (vocab_size, width), rank = shape, factors.rank
     matrices = {
-        "transformer.wte.weight": (factors.wte, (vocab_size, rank)),
-        "transformer.scale_up.weight": (factors.scale_up.T, (n_embd, rank)),
-        "transformer.scale_up.bias": (factors.mean, (n_embd,)),
-        "scale_down.weight": (factors.scale_down.T, (rank, n_embd)),
+        f"{trunk}wte.weight": (factors.wte, (vocab_size, rank)),
+        f"{trunk}scale_up.weight": (factors.scale_up.T, (width, rank)),
+        f"{trunk}scale_up.bias": (factors.mean, (width,)),
+        "scale_down.weight": (factors.scale_down.T, (rank, width)),
         "lm_head.weight": (factors.wte if factors.lm_head is None else factors.lm_head.T, (vocab_size, rank)),
     }
     for name, (array, shape) in matrices.items():
         if array.shape != shape:
             raise ValueError(f"The factor for {name!r} has shape {array.shape}, the model needs {shape}.")
     return {name: torch.from_numpy(np.ascontiguousarray(array)) for name, (array, _) in matrices.items()}
-
-
-def _coded_weights(table: CodedTable, wte: torch.Tensor, must_untie: bool) -> dict[str, torch.Tensor]:
-    shape = (len(table.codes), len(table.mean))
-    if shape != tuple(wte.shape):
-        raise ValueError(f"The coded table stands for a matrix of shape {shape}, the model's is {tuple(wte.shape)}.")
-    if must_untie:
-        raise ValueError("A coded table is for a head that is tied, but the model's is not.")
-    names = vocabulary_names("transformer.")
-    tensors = table_tensors(table, names)
-    return tensors if table.bias_codes.any() else {name: made for name, made in tensors.items() if name != names.bias}
 
 
 def _build(model_class, config, weights, like: torch.Tensor, generation_config):

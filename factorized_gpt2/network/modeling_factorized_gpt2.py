@@ -5,13 +5,9 @@ Shapes in comments: B batch, T tokens, V vocabulary, d `n_embd`, k `n_embd_wte`,
 
 import copy
 import math
-import os
-from contextlib import ExitStack
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, cast
 
 import torch
-from safetensors import safe_open
 from torch import nn
 from transformers import GenerationMixin, GPT2PreTrainedModel
 from transformers import initialization as init
@@ -29,16 +25,10 @@ from transformers.utils.generic import maybe_autocast, merge_with_config_default
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .blockwise_loss import RowLoss, causal_lm_loss, sum_row_loss
-from .coded_vocabulary import (
-    CodedEmbedding,
-    CodedHead,
-    VocabularyNames,
-    decode_state,
-    encode_state,
-    without_codes,
-)
+from .coded_vocabulary import CodedEmbedding, CodedHead
 from .configuration_factorized_gpt2 import FactorizedGPT2Config
-from .head import bare
+from .head import FactorizedHead, bare, share_matrix
+from .stored_vocabulary import StoresVocabulary
 
 
 def residual_init_std(config: FactorizedGPT2Config) -> float:
@@ -135,7 +125,7 @@ class FactorizedGPT2Block(GradientCheckpointingLayer):
         return hidden_states + self.mlp(self.ln_2(hidden_states))
 
 
-class FactorizedGPT2PreTrainedModel(GPT2PreTrainedModel):
+class FactorizedGPT2PreTrainedModel(StoresVocabulary, GPT2PreTrainedModel):
     """Weight initialisation and the loading interface, shared by the trunk and the language model."""
 
     if TYPE_CHECKING:
@@ -150,10 +140,6 @@ class FactorizedGPT2PreTrainedModel(GPT2PreTrainedModel):
         "attentions": OutputRecorder(FactorizedGPT2Attention, layer_name=".attn", index=1),
     }
 
-    def __init__(self, config: FactorizedGPT2Config, *args, **kwargs):
-        super().__init__(config, *args, **kwargs)
-        self.register_load_state_dict_pre_hook(_decode_on_the_way)
-
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
@@ -163,98 +149,8 @@ class FactorizedGPT2PreTrainedModel(GPT2PreTrainedModel):
         if std is not None:
             init.normal_(getattr(module, "weight", None), mean=0.0, std=std)
 
-    def save_pretrained(
-        self,
-        save_directory: str | os.PathLike,
-        is_main_process: bool = True,
-        state_dict: dict[str, torch.Tensor] | None = None,
-        *args: Any,
-        **kwargs: Any,
-    ) -> None:
-        """Save as every model of transformers; a vocabulary of integers is stored entropy-coded.
-
-        Raises:
-            ValueError: Integers that are not in memory, but offloaded.
-        """
-        has_adapters = getattr(self, "_hf_peft_config_loaded", False)  # which are all that is saved then
-        if self.config.is_coded and not has_adapters and is_main_process:
-            state_dict = self._encoded(self.state_dict() if state_dict is None else state_dict)
-        super().save_pretrained(save_directory, is_main_process, state_dict, *args, **kwargs)
-
-    def _encoded(self, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        names = vocabulary_names("transformer." if "transformer.wte.codes" in state else "")
-        if any(tensor.is_meta for tensor in state.values()):
-            raise ValueError("Offloaded weights cannot be encoded: load the model without device_map to save it.")
-        return encode_state(state, names, cast(CodedEmbedding, self.get_input_embeddings()).stored)
-
-    def _decoded(self, state: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-        """Put the network's own tensors in the place of the bytes of its vocabulary, if there are any."""
-        trunks = (trunk for trunk in ("transformer.", "") if f"{prefix}{trunk}wte.{_STREAM}" in state)
-        trunk = next(trunks, None)
-        if trunk is None:
-            return state
-        names, config = vocabulary_names(trunk, prefix), self.config
-        if not config.is_coded:
-            raise ValueError("The file holds a vocabulary of integers, but the configuration says floats.")
-        absent = {
-            *(() if hasattr(self, "lm_head") else names.tied),
-            *((names.scale_down,) if getattr(self, "scale_down", None) is None else ()),
-            *(() if hasattr(self, "lm_head") and config.lm_head_bias else (names.bias,)),
-        }
-        stored = set(state)
-        state, table = decode_state(state, names, (config.vocab_size, config.n_embd_wte, config.n_embd))
-        cast(CodedEmbedding, self.get_input_embeddings()).stored = without_codes(table)
-        return {name: tensor for name, tensor in state.items() if name in stored or name not in absent}
-
-    @staticmethod
-    def _load_pretrained_model(model, state_dict, checkpoint_files, load_config, *args, **kwargs):
-        """Load as every model of transformers, whose loading has no other place for what is in no tensor's layout."""
-        load = GPT2PreTrainedModel._load_pretrained_model
-        with ExitStack() as files:
-            if model.config.is_coded:
-                if state_dict is None:
-                    state_dict = _open_files(checkpoint_files, files)
-                state_dict = model._decoded(state_dict)
-            return load(model, state_dict, checkpoint_files, load_config, *args, **kwargs)
-
-
-_STREAM = "stream"
-
-
-def vocabulary_names(trunk: str, prefix: str = "") -> VocabularyNames:
-    """Name the tensors of a coded vocabulary in a state whose trunk's names, and all names, begin so."""
-    return VocabularyNames(
-        codes=f"{prefix}{trunk}wte.codes",
-        steps=f"{prefix}{trunk}wte.steps",
-        scale_up=f"{prefix}{trunk}scale_up.weight",
-        mean=f"{prefix}{trunk}scale_up.bias",
-        scale_down=f"{prefix}scale_down.weight",
-        bias=f"{prefix}lm_head.bias",
-        tied=(f"{prefix}lm_head.codes", f"{prefix}lm_head.steps"),
-        stream=f"{prefix}{trunk}wte.{_STREAM}",
-    )
-
-
-def _open_files(paths: list[str], opened: ExitStack) -> dict[str, Any]:
-    """List the tensors of files, those that are no bytes of a vocabulary without reading them."""
-    state: dict[str, Any] = {}
-    for path in paths:
-        if Path(path).suffix != ".safetensors":
-            raise ValueError(f"A vocabulary of integers is read from safetensors alone, not from {Path(path).name}.")
-        file = opened.enter_context(safe_open(path, framework="pt"))
-        is_stream = {name: name.endswith(f"wte.{_STREAM}") for name in file.keys()}  # noqa: SIM118
-        state |= {name: file.get_tensor(name) if is_stream[name] else file.get_slice(name) for name in is_stream}
-    return state
-
-
-def _decode_on_the_way(
-    module: FactorizedGPT2PreTrainedModel, state: dict[str, torch.Tensor], prefix: str, *_: Any
-) -> None:
-    """Let `load_state_dict` take what a file holds, as `Trainer` gives it when it goes on from a checkpoint."""
-    decoded = module._decoded(state, prefix)
-    if decoded is not state:
-        state.clear()
-        state.update(decoded)
+    def _vocabulary_shape(self) -> tuple[int, int, int]:
+        return self.config.vocab_size, self.config.embedding_size, self.config.n_embd
 
 
 class FactorizedGPT2Model(FactorizedGPT2PreTrainedModel):
@@ -298,11 +194,7 @@ class FactorizedGPT2Model(FactorizedGPT2PreTrainedModel):
         if name != "wte" or not self.config.tie_word_embeddings or not isinstance(value, nn.Embedding):
             return
         for head in self.tied_heads:
-            # Different shapes mean a resizing under way, which ties the head itself; copies of the model for several
-            # devices (`nn.DataParallel`) are put together of modules that have no parameters.
-            weight = value._parameters.get("weight")
-            if isinstance(head, nn.Linear) and weight is not None and weight.shape == head.weight.shape:
-                head.weight = weight
+            share_matrix(value, head)
 
     def _to_hidden_width(self, embeds: torch.Tensor) -> torch.Tensor:
         return embeds if self.scale_up is None else self.scale_up(embeds)  # [B, T, k] -> [B, T, d]
@@ -380,7 +272,7 @@ class FactorizedGPT2Model(FactorizedGPT2PreTrainedModel):
         )
 
 
-class FactorizedGPT2(FactorizedGPT2PreTrainedModel, GenerationMixin):
+class FactorizedGPT2(FactorizedHead, FactorizedGPT2PreTrainedModel, GenerationMixin):
     """Causal language model: the trunk, then `scale_down` (d, k) and `lm_head` (k, V).
 
     As in GPT-2 the head shares its matrix with `wte` (`tie_word_embeddings`, the default). The tie holds for adapters
@@ -411,41 +303,6 @@ class FactorizedGPT2(FactorizedGPT2PreTrainedModel, GenerationMixin):
         """Tie the head to `wte` where the config says so, and to what is put in the place of `wte` from then on."""
         super().tie_weights(*args, **kwargs)
         self.transformer.tied_heads = (self.lm_head,)
-
-    def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """Map final hidden states to logits: `lm_head(scale_down(hidden_states))`.
-
-        Args:
-            hidden_states: (..., d) floats, after the final LayerNorm.
-
-        Returns:
-            (..., V) logits.
-
-        Raises:
-            ValueError: An adapter on a head that is tied to `wte`.
-        """
-        hidden_states, head = self.to_head_width(hidden_states), self.head_or_matrix()
-        return head(hidden_states) if isinstance(head, nn.Module) else nn.functional.linear(hidden_states, head)
-
-    def to_head_width(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return hidden_states if self.scale_down is None else self.scale_down(hidden_states)  # [..., d] -> [..., k]
-
-    def head_or_matrix(self) -> nn.Module | torch.Tensor:
-        """Return what maps (..., k) to logits: a module, or where `wte` is adapted and the head follows it, (V, k)."""
-        if not self.config.tie_word_embeddings:
-            return self.lm_head
-        adapter = getattr(self.lm_head, "token_adapter", self.lm_head)  # of trained tokens
-        own = any(hasattr(adapter, name) for name in ("base_layer", "modules_to_save"))
-        if own and not getattr(adapter, "tied_adapter", None):
-            raise ValueError(
-                "lm_head is tied to wte and cannot carry an adapter of its own: target wte (the head follows it), or "
-                "untie the head first (tie_word_embeddings=False)."
-            )
-        wte = self.transformer.wte
-        if isinstance(wte, nn.Embedding | CodedEmbedding):
-            return self.lm_head
-        # In one row: hooks on an embedding, such as NEFTune's, count on a batch.
-        return wte(torch.arange(self.config.vocab_size, device=self.lm_head.weight.device)[None])[0]
 
     @torch.no_grad()
     def dequantize(self, dtype: torch.dtype | None = None) -> "FactorizedGPT2":
