@@ -73,8 +73,6 @@ def _check_codes(arguments: CompressArguments) -> None:
         raise UserError(f"Method {CODED} needs one of {', '.join(choices)}.")
     if arguments.method not in ("pca", CODED):  # the first is the default
         raise UserError(f"bits_per_weight and vocabulary_mb are for method {CODED}, not for {arguments.method}.")
-    if arguments.refine:
-        raise UserError(f"refine trains floats; of method {CODED} there are none.")
     if not arguments.tie_word_embeddings:
         raise UserError(f"Method {CODED} codes one matrix for both sides: leave tie_word_embeddings as it is.")
     if arguments.ranks and arguments.target_loss_increase is not None:

@@ -53,7 +53,11 @@ class CompressArguments:
         },
     )
     refine: Annotated[int, NOT_NEGATIVE] = field(
-        default=0, metadata={"help": "Steps of training wte, scale_up and scale_down to match the baseline."}
+        default=0,
+        metadata={
+            "help": "Steps of training wte, scale_up and scale_down to match the baseline; of method coded, steps of "
+            "rows and columns, mean and a bias of the head."
+        },
     )
     tie_word_embeddings: bool = field(
         default=True,

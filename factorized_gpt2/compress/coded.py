@@ -1,5 +1,7 @@
 """A trained baseline to models whose vocabulary is of integers, at a budget of bytes."""
 
+import copy
+import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from ..common.errors import UserError, first_line
 from ..models.conversion import from_gpt2
@@ -15,14 +18,20 @@ from ..models.dtypes import in_dtype
 from ..models.factors import Factors
 from ..network.coded_table import CodedTable
 from ..network.modeling_factorized_gpt2 import FactorizedGPT2
+from .calibration import spread_blocks
 from .compressor import AnyCompressor
 from .methods import CODED
 from .quantizer import coding_weights, encode_table
 from .ranks import check_ranks
+from .vocabulary_refinement import TOKENS_PER_STEP, RefinableTable, Teacher, refine_vocabulary
 
 INPUT_SIDE = 3  # times the head's in the metric; docs/coding.md measures others
 SEARCHED = tuple(float(f"{0.5 * 2 ** (step / 8):.3f}") for step in range(33))  # bits a weight, from 0.5 to 8
 _MOST_BITS = 16
+REFINED_BITS = 5  # a row: what its gain and bias take
+HELD_OUT = 16  # one of so many blocks decides whether what was refined is kept
+
+logger = logging.getLogger(__name__)
 
 
 class BudgetTooSmall(UserError):
@@ -71,13 +80,14 @@ class CodedCompressor(AnyCompressor[Budget]):
 
     def folder(self, size: Budget) -> Path:
         rank = f"_k{size.rank}" if size.rank else ""
-        return self.root / f"gpt_{self.label}_nofinetune_b{size.bits:g}{rank}"
+        refined = "" if self.recipe.refine_steps else "_nofinetune"
+        return self.root / f"gpt_{self.label}{refined}_b{size.bits:g}{rank}"
 
     def _factorize(self, sizes: Sequence[Budget]) -> dict[Budget, Factors]:
         return {}  # tables are made one by one
 
     def make(self, size: Budget, factors: Factors | None = None) -> tuple[FactorizedGPT2, float]:
-        """Code the matrix, in memory.
+        """Code the matrix, and refine what is beside its codes if the recipe says so, in memory.
 
         Returns:
             The compressed model in evaluation mode, and the bits a weight that its table takes.
@@ -87,10 +97,17 @@ class CodedCompressor(AnyCompressor[Budget]):
             BudgetTooSmall: One that holds no table.
         """
         self.check(size)
-        try:
-            table = self._encode(size)
-        except ValueError as error:
-            raise BudgetTooSmall(f"A vocabulary of {size} cannot be made: {first_line(error)}") from error
+        refines, width = bool(self.recipe.refine_steps), self.baseline.model.config.n_embd
+        room = REFINED_BITS / width if refines else 0.0  # in the budget, for what refinement adds
+        while True:
+            try:
+                table = self._encode(size, size.bits - room)
+            except ValueError as error:
+                raise BudgetTooSmall(f"A vocabulary of {size} cannot be made: {first_line(error)}") from error
+            table = self._refined(table) if refines else table
+            if table.bits_per_weight <= size.bits:
+                break
+            room += 1.1 * (table.bits_per_weight - size.bits)
         return in_dtype(from_gpt2(self.baseline.model, table), self.recipe.dtype), table.bits_per_weight
 
     def check(self, size: Budget) -> None:
@@ -99,15 +116,37 @@ class CodedCompressor(AnyCompressor[Budget]):
         if size.rank is not None:
             check_ranks([size.rank], self.baseline.model.config)
 
-    def _encode(self, size: Budget) -> CodedTable:
+    def _encode(self, size: Budget, bits: float) -> CodedTable:
         embedding, _ = self._matrices
-        bits = size.bits
         if size.rank is not None:  # beyond a byte for each of its codes, a low rank is as exact as it gets
             bits = min(bits, 8 * size.rank / embedding.shape[1])
         table = encode_table(embedding, self._metric, self._row_weights, bits, rank=size.rank)
         if not table.codes.shape[1]:
             raise ValueError("all codes would be 0.")
         return table
+
+    def _refined(self, table: CodedTable) -> CodedTable:
+        tokens = TOKENS_PER_STEP * self.recipe.refine_steps
+        blocks = spread_blocks(self.text.blocks, tokens + tokens // HELD_OUT)
+        if len(blocks) < 2:
+            raise UserError(f"{self.text.name} has one block of text; refinement needs one more, to be judged by.")
+        ids = torch.stack([torch.as_tensor(row["input_ids"], dtype=torch.int64) for row in iter(blocks)]).to(
+            self.device
+        )
+        trunk = copy.deepcopy(self.baseline.model.transformer).float().to(self.device).requires_grad_(False)
+
+        def hidden(embeds: torch.Tensor) -> torch.Tensor:
+            return trunk(inputs_embeds=embeds, use_cache=False).last_hidden_state
+
+        weight = torch.from_numpy(self._matrices[0]).to(self.device)
+        text = Teacher.read(hidden, weight, ids, "Reading what is to be matched" if self.progress else None)
+        is_held_out = torch.arange(len(ids)) % HELD_OUT == min(HELD_OUT, len(ids)) - 1
+        vocabulary, steps, seed = RefinableTable(table).to(self.device), self.recipe.refine_steps, self.recipe.seed
+        before, after = refine_vocabulary(
+            vocabulary, hidden, text[~is_held_out], text[is_held_out], steps, seed, self.progress
+        )
+        logger.info("Refinement: the divergence from the baseline falls from %.3g to %.3g nats.", before, after)
+        return vocabulary.table()
 
     def name_of(self, size: Budget) -> str:
         return str(size)

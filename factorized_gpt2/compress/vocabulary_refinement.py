@@ -206,23 +206,26 @@ class RefinableTable(TrainableVocabulary):
     def round(self) -> None:
         """Round parameters to what is stored of them."""
         table = self.table()
-        self.gains.copy_(torch.from_numpy(np.log(table.steps)) - self.steps.log())
+        device = self.gains.device
+        columns = (table.scale_steps, table.head_scale_steps)
+        up, down = (torch.from_numpy(array.astype(np.float32)).to(device) for array in columns)
+        self.gains.copy_(torch.from_numpy(np.log(table.steps)).to(device) - self.steps.log())
         self.bias.copy_(torch.from_numpy(table.bias))
         self.mean.copy_(torch.from_numpy(table.mean.astype(np.float32)))
-        self.up_gains.copy_(torch.from_numpy(table.scale_steps.astype(np.float32)) / self.up_steps).log_()
-        self.down_gains.copy_(torch.from_numpy(table.head_scale_steps.astype(np.float32)) / self.down_steps).log_()
+        self.up_gains.copy_(up / self.up_steps).log_()
+        self.down_gains.copy_(down / self.down_steps).log_()
 
     @torch.no_grad()
     def table(self) -> CodedTable:
         """Return the coded table that results."""
-        octaves = self.gains.numpy() / math.log(2) + self._table.gains / GAIN_OCTAVE
+        octaves = self.gains.cpu().numpy() / math.log(2) + self._table.gains / GAIN_OCTAVE
         return replace(
             self._table,
             gains=_to_int8(GAIN_OCTAVE * octaves),
-            bias_codes=_to_int8(BIAS_NAT * self.bias.numpy()),
-            mean=self.mean.numpy().astype(np.float16),
-            scale_steps=(self.up_steps * self.up_gains.exp()).numpy().astype(np.float16),
-            head_scale_steps=(self.down_steps * self.down_gains.exp()).numpy().astype(np.float16),
+            bias_codes=_to_int8(BIAS_NAT * self.bias.cpu().numpy()),
+            mean=self.mean.cpu().numpy().astype(np.float16),
+            scale_steps=(self.up_steps * self.up_gains.exp()).cpu().numpy().astype(np.float16),
+            head_scale_steps=(self.down_steps * self.down_gains.exp()).cpu().numpy().astype(np.float16),
         )
 
 

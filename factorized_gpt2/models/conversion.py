@@ -202,6 +202,7 @@ def _factorized_config(config: GPT2Config, factors: Factors | CodedTable | None,
     fields = {name: value for name, value in config.to_dict().items() if name not in _NOT_GPT2}
     if isinstance(factors, CodedTable):
         fields |= {"n_embd_wte": factors.codes.shape[1], "vocabulary_dtype": "int8"}
+        fields["lm_head_bias"] = bool(factors.bias_codes.any())
     else:
         fields |= {"n_embd_wte": None if factors is None else factors.rank}
     fields |= {"scale_up_bias": True, "tie_word_embeddings": tied, "attn_implementation": config._attn_implementation}
@@ -235,7 +236,9 @@ def _coded_weights(table: CodedTable, wte: torch.Tensor, must_untie: bool) -> di
         raise ValueError(f"The coded table stands for a matrix of shape {shape}, the model's is {tuple(wte.shape)}.")
     if must_untie:
         raise ValueError("A coded table is for a head that is tied, but the model's is not.")
-    return table_tensors(table, vocabulary_names("transformer."))
+    names = vocabulary_names("transformer.")
+    tensors = table_tensors(table, names)
+    return tensors if table.bias_codes.any() else {name: made for name, made in tensors.items() if name != names.bias}
 
 
 def _build(model_class, config, weights, like: torch.Tensor, generation_config):

@@ -255,6 +255,7 @@ class VocabularyNames:
         scale_up: (d, k), of a linear layer.
         mean: (d,), its bias.
         scale_down: (k, d), of a linear layer.
+        bias: (V,), of the head; a network may have none.
         tied: Names under which codes and steps occur once more, in this order.
         stream: The file's name for the bytes, uint8.
     """
@@ -264,6 +265,7 @@ class VocabularyNames:
     scale_up: str
     mean: str
     scale_down: str
+    bias: str
     tied: tuple[str, str]
     stream: str
 
@@ -285,6 +287,7 @@ def _side_tensors(table: CodedTable, names: VocabularyNames) -> dict[str, torch.
         names.scale_up: table.scale_up.T,
         names.mean: table.mean,
         names.scale_down: table.scale_down.T,
+        names.bias: table.bias,
     }
     return {name: torch.from_numpy(np.array(array, np.float32, order="C")) for name, array in arrays.items()}
 

@@ -199,6 +199,7 @@ class FactorizedGPT2PreTrainedModel(GPT2PreTrainedModel):
         absent = {
             *(() if hasattr(self, "lm_head") else names.tied),
             *((names.scale_down,) if getattr(self, "scale_down", None) is None else ()),
+            *(() if hasattr(self, "lm_head") and config.lm_head_bias else (names.bias,)),
         }
         stored = set(state)
         state, table = decode_state(state, names, (config.vocab_size, config.n_embd_wte, config.n_embd))
@@ -228,6 +229,7 @@ def vocabulary_names(trunk: str, prefix: str = "") -> VocabularyNames:
         scale_up=f"{prefix}{trunk}scale_up.weight",
         mean=f"{prefix}{trunk}scale_up.bias",
         scale_down=f"{prefix}scale_down.weight",
+        bias=f"{prefix}lm_head.bias",
         tied=(f"{prefix}lm_head.codes", f"{prefix}lm_head.steps"),
         stream=f"{prefix}{trunk}wte.{_STREAM}",
     )

@@ -1,6 +1,7 @@
 """`compress.py` at budgets of bytes: models whose vocabulary is of integers, their folders, tables and refusals."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -79,13 +80,31 @@ def test_a_loss_in_the_place_of_a_budget(words, tmp_path, capsys):  # noqa: F811
     assert all(increase > 0.05 for increase in smaller)
 
 
+def test_refinement_keeps_to_the_budget_and_brings_the_model_nearer(words, tmp_path, capsys, caplog):  # noqa: F811
+    caplog.set_level("INFO", "factorized_gpt2")
+    compress(words("--bits_per_weight", 2, "--refine", 30))
+    folder = tmp_path / "gpt_coded_refined_b2"
+    written, model = record(folder), FactorizedGPT2.from_pretrained(folder)
+    assert written["refine_steps"] == 30
+    assert written["stored_bits_per_weight"] <= 2
+    before, after = map(float, re.search(r"falls from (\S+) to (\S+) nats", caplog.text).groups())
+    assert after < before
+    assert model.config.lm_head_bias
+    assert model.lm_head.bias.abs().max() > 0
+    again = tmp_path / "again"
+    model.save_pretrained(again)
+    assert (again / "model.safetensors").read_bytes() == (folder / "model.safetensors").read_bytes()
+    ids = torch.arange(2, 12)[None]
+    floats = model.dequantize()
+    assert torch.allclose(floats(ids).logits, model(ids).logits, atol=1e-4)
+
+
 @pytest.mark.parametrize(
     ("rest", "complaint"),
     [
         (("--bits_per_weight", 2, "--vocabulary_mb", 1), "needs one of bits_per_weight, vocabulary_mb"),
         (("--method", "coded"), "needs one of bits_per_weight"),
         (("--bits_per_weight", 2, "--method", "joint"), "are for method coded, not for joint"),
-        (("--bits_per_weight", 2, "--refine", 5), "refine trains floats"),
         (("--bits_per_weight", 2, "--tie_word_embeddings", "false"), "codes one matrix for both sides"),
         (("--bits_per_weight", 2, 2), "a budget is given twice in 2.0 2.0"),
         (("--bits_per_weight", 99), "99 bits a weight are out of range"),
@@ -148,6 +167,19 @@ def test_the_card_says_what_it_is(words, tmp_path):  # noqa: F811
     card = str(model_card("me/small", config, (1, 2), History.read(folder)))
     assert "A GPT-2 with a vocabulary of integers" in card
     assert "by rounding its vocabulary to integers by what the loss feels of it" in card
+
+
+def test_refinement_keeps_to_the_budget_and_helps(words, tmp_path, capsys):  # noqa: F811
+    losses = []
+    for steps in (0, 30):
+        compress(words("--bits_per_weight", 4, "--refine", steps, texts=("calibration", "evaluation")))
+        losses.append(float(capsys.readouterr().out.splitlines()[-1].split()[-4]))
+    folder = tmp_path / "gpt_coded_refined_b4"
+    written = record(folder)
+    assert written["refine_steps"] == 30
+    assert written["stored_bits_per_weight"] <= 4
+    assert losses[1] < losses[0] + 0.02
+    assert FactorizedGPT2.from_pretrained(folder).config.lm_head_bias
 
 
 def test_budgets_need_text(words):  # noqa: F811

@@ -5,6 +5,7 @@ import json
 import pickle
 import subprocess
 import sys
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -250,6 +251,28 @@ def test_what_was_trained_is_stored_beside_the_bytes(coded, tmp_path):
     assert {"transformer.wte.steps", "scale_down.weight", STREAM} < stored.keys()
     assert "transformer.scale_up.weight" not in stored
     assert_same(FactorizedGPT2.from_pretrained(tmp_path / "trained"), coded)
+
+
+def test_a_refined_table_comes_back(baseline, ids, tmp_path):
+    """One whose head has a bias and steps and scales of its own."""
+    table, generator = coded_table(baseline, 7.5), np.random.default_rng(0)
+    table = replace(
+        table,
+        gains=generator.integers(-9, 9, VOCAB_SIZE).astype(np.int8),
+        bias_codes=generator.integers(-40, 40, VOCAB_SIZE).astype(np.int8),
+        head_scale_steps=(table.scale_steps * generator.uniform(0.9, 1.1, len(table.scale_steps))).astype(np.float16),
+    )
+    model = from_gpt2(baseline, table)
+    plain = baseline.transformer(inputs_embeds=torch.from_numpy(table.dense())[ids]).last_hidden_state
+    expected = plain @ torch.from_numpy(table.dense_head()).T + torch.from_numpy(table.bias)
+    torch.testing.assert_close(model(ids).logits, expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(model.dequantize()(ids).logits, expected, rtol=1e-4, atol=1e-4)
+    model.save_pretrained(tmp_path)
+    stored = load_file(tmp_path / "model.safetensors")
+    assert stored[STREAM].numpy().tobytes() == table.to_bytes()
+    assert not [name for name in stored if "lm_head" in name or "scale" in name]
+    assert_same(FactorizedGPT2.from_pretrained(tmp_path), model)
+    AutoModel.from_pretrained(tmp_path)
 
 
 def test_a_network_from_nowhere_is_stored_too(tmp_path, ids):
