@@ -263,7 +263,14 @@ def test_what_is_published(published, hub, run):
     assert published["compressed"] == f"{hub.url}/me/compressed"
     code = {"attention_loss.py", "blockwise_loss.py", "classification_factorized_gpt2.py", "fused_rows.py", "head.py"}
     code |= {"configuration_factorized_gpt2.py", "modeling_factorized_gpt2.py"}
-    code |= {"coded_table.py", "coded_vocabulary.py", "frequencies.py", "prediction.py", "rans.py", "stored_vocabulary.py"}
+    code |= {
+        "coded_table.py",
+        "coded_vocabulary.py",
+        "frequencies.py",
+        "prediction.py",
+        "rans.py",
+        "stored_vocabulary.py",
+    }
     assert {path.name for path in code_files()} == code
     always = {".gitattributes", "README.md", "config.json", "generation_config.json", "model.safetensors"}
     always |= code | {"tokenizer.json", "tokenizer_config.json"}

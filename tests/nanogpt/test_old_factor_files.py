@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from conftest import RANK, VOCAB_SIZE, WIDTH, tiny_model
+from conftest import RANK, VOCAB_SIZE, WIDTH, tiny_config, tiny_model
 from old_networks import DESCENDANT, NANO, OldNet, assert_same_logits, checkpoint, one_line
 from torch import nn
 
@@ -156,6 +156,7 @@ def test_factors_of_a_decomposition_go_back():
     ("source", "message"),
     [
         (lambda: tiny_model(n_embd_wte=None), "not factorized"),
+        (lambda: FactorizedGPT2(tiny_config(vocabulary_dtype="int8")), "of integers"),
         (lambda: tiny_model(tie_word_embeddings=False), "lm_head"),
         (lambda: factorize(np.eye(9), 3, np.eye(9)), "lm_head"),
     ],

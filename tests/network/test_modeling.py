@@ -244,3 +244,8 @@ def test_getters_change_nothing(model):
 def test_the_variants_are_three_different_networks(ids):
     sizes = {tiny_model(**variant).num_parameters() for variant in VARIANTS.values()}
     assert len(sizes) == 3
+
+
+def test_saving_takes_what_transformers_takes_in_its_order(model, tmp_path):
+    model.save_pretrained(tmp_path, True, None, False, "10KB")
+    assert len(list(tmp_path.glob("model-*.safetensors"))) > 1

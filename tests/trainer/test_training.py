@@ -5,10 +5,11 @@ import warnings
 import pytest
 import torch
 from conftest import VOCAB_SIZE, checkpoint_activations, random_ids, tiny_config, tiny_model
-from transformers import Trainer
+from transformers import Trainer, TrainingArguments
 from transformers.utils import logging
 
 from factorized_gpt2 import FactorizedGPT2
+from factorized_gpt2.text.loss import sum_loss
 from factorized_gpt2.trainer.trainer import FactorizedTrainer
 
 
@@ -209,3 +210,14 @@ def test_a_checkpoint_without_tied_weights_lacks_nothing(monkeypatch):
         kept = {name: value for name, value in trainer.model.state_dict().items() if name != "lm_head.weight"}
         trainer._issue_warnings_after_load(trainer.model.load_state_dict(kept, strict=False))
     assert told == [[], ["lm_head.weight"]]
+
+
+def test_evaluation_texts_by_name(tmp_path):
+    texts = {
+        name: [{"input_ids": row} for row in random_ids(3, 12, seed).numpy()] for seed, name in enumerate(("a", "b"))
+    }
+    args = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to="none", disable_tqdm=True)
+    model = tiny_model()
+    metrics = FactorizedTrainer(model=model, args=args, eval_dataset=texts).evaluate()
+    for name, blocks in texts.items():
+        assert metrics[f"eval_{name}_loss"] == pytest.approx(sum_loss(model, blocks, 2).loss, rel=1e-6)
