@@ -355,7 +355,8 @@ def draw(path: Path, texts: list[str], rows: list[Measurement]) -> None:
                 axes.plot(*np.reshape(points, (-1, 2)).T, marker=marker, label=family, markersize=4, **line)
         for axes, what in zip(panels[:, number], ("loss increase", "divergence from the original"), strict=True):
             axes.set_xscale("log")
-            axes.set_yscale("log")
+            if any(len(line.get_ydata()) for line in axes.get_lines()):  # on which a logarithmic scale insists
+                axes.set_yscale("log")
             axes.xaxis.set_minor_formatter(NullFormatter())
             axes.set_xticks(_TICKS, labels=[f"{bits:g}" for bits in _TICKS])
             axes.set_ylabel(f"{what} [nats / token]")
