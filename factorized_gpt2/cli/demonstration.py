@@ -24,6 +24,7 @@ from .compress import compress
 PROMPT = "Return a list of"
 VOCAB_SIZE = 4096
 REFINE_STEPS = 20
+BITS = ("1", "2", "4")
 HELD_OUT = 24  # each so-many-th document, which is 28,000 tokens
 
 
@@ -42,8 +43,9 @@ def demonstrate(root: Path, max_steps: int | None) -> None:
     models, corpus = root / "model_weights", root / "corpus"
     experiments = load_grid("demo/experiments.json", root=models)
     ranks = [str(experiment.compressed_rank) for experiment in select(experiments, ["pca_lora_*"])[1:]]
-    words = [f"--baseline={models / 'gpt_baseline'}", f"--output_dir={models}", "--ranks", *ranks]
+    words = [f"--baseline={models / 'gpt_baseline'}", f"--output_dir={models}"]
     words += [f"--eval_file={corpus / 'validation.jsonl'}", "--eval_batch_size=16"]
+    at_ranks = ["--ranks", *ranks]
     learning = ["--method=tokenwise", f"--calibration_file={corpus / 'train.jsonl'}"]
     refine_steps = REFINE_STEPS if max_steps is None else min(REFINE_STEPS, max_steps)
 
@@ -56,11 +58,13 @@ def demonstrate(root: Path, max_steps: int | None) -> None:
     stages.begin("Training the baseline")
     run("baseline")
     stages.begin("Compressing it by PCA, without training")
-    compress(words)
+    compress([*words, *at_ranks])
     stages.begin("Compressing it token by token, to the same size")
-    compress([*words, *learning])
+    compress([*words, *at_ranks, *learning])
     stages.begin(f"Refining that for {refine_steps} steps")
-    compress([*words, *learning, f"--refine={refine_steps}"])
+    compress([*words, *at_ranks, *learning, f"--refine={refine_steps}"])
+    stages.begin("Coding it as integers, in few bits a weight")
+    compress([*words, learning[1], "--bits_per_weight", *BITS])
     stages.begin("Recording the compressed models")
     run("pca_nofinetune_*")
     stages.begin("Healing them with LoRA")
@@ -82,7 +86,7 @@ def demonstrate(root: Path, max_steps: int | None) -> None:
 
 
 # Seconds of each stage, and of the steps that `_seconds_of_steps` times, on two quiet cores of an AMD EPYC.
-_STAGES = (6, 24, 8, 12, 24, 5, 24, 60)
+_STAGES = (6, 24, 8, 12, 24, 8, 5, 24, 60)
 _STEPS_TOOK = 0.3
 
 
