@@ -57,7 +57,7 @@ def test_every_method_that_knows_gpt2_knows_this_model(config, adapted, variant)
 def test_either_may_be_imported_first(order):
     words = [sys.executable, "-c", f"import sys; {order}; {SHOW}"]
     finished = subprocess.run(words, capture_output=True, text=True, timeout=300)
-    assert finished.stdout == "['q_proj', 'k_proj', 'v_proj']\nfactorized_gpt2.adapter_base\n", finished.stderr
+    assert finished.stdout == "['q_proj', 'k_proj', 'v_proj']\nfactorized_gpt2.models.adapter_base\n", finished.stderr
 
 
 def test_a_users_own_choice_stays(monkeypatch):
