@@ -11,8 +11,10 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
+import transformers
 from accelerate import init_empty_weights
 from conftest import RANK, VOCAB_SIZE, WIDTH, left_padded, random_ids, tiny_config, tiny_model
+from packaging.version import Version
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import (
@@ -322,6 +324,9 @@ def test_copies_are_copies(coded, ids):
     torch.testing.assert_close(empty(ids).logits, coded(ids).logits)
 
 
+@pytest.mark.skipif(
+    Version(transformers.__version__) < Version("5.23"), reason="5.10 compares tied tensors that it has put on disk"
+)
 def test_a_disk_holds_a_part(coded, saved, ids, tmp_path):
     places = dict.fromkeys(("transformer.wte", "lm_head", "transformer.h", "scale_down"), "disk")
     places |= {f"transformer.{name}": "cpu" for name in ("scale_up", "wpe", "drop", "ln_f")}
