@@ -80,11 +80,7 @@ class StoresVocabulary:
             if model.config.is_coded:
                 if state_dict is None:
                     state_dict = _open_files(checkpoint_files, files)
-                tied = vocabulary_names(
-                    ""
-                ).tied  # which older versions compare, also where there is nothing to compare
-                decoded = model._decoded(state_dict).items()
-                state_dict = {name: tensor for name, tensor in decoded if name not in tied}
+                state_dict = model._decoded(state_dict)
             return load(model, state_dict, checkpoint_files, load_config, *args, **kwargs)
 
 
