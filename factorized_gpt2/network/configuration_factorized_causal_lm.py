@@ -1,6 +1,6 @@
 """Configuration of any causal decoder whose token embedding and head are factorized."""
 
-from typing import Any
+from typing import Any, cast
 
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig
@@ -54,7 +54,7 @@ class FactorizedCausalLMConfig(PreTrainedConfig):
 
     def get_text_config(self, *_: Any, **__: Any) -> PreTrainedConfig:
         """Return the configuration of the decoder, which caches and the vocabulary's size are made by."""
-        return self.base_config
+        return cast(PreTrainedConfig, self.base_config)
 
     @property
     def is_coded(self) -> bool:

@@ -1,5 +1,7 @@
 """Where a decoder of transformers has its token embedding and its head, and what stands there in their place."""
 
+from typing import Any
+
 import torch
 from torch import nn
 from transformers import PreTrainedModel
@@ -10,7 +12,7 @@ class Slot(nn.Module):
 
     def __init__(self, owner: PreTrainedModel):
         super().__init__()
-        self.owner = (owner,)  # in a tuple it is no module of this one
+        self.owner: tuple[Any] = (owner,)  # in a tuple it is no module of this one
 
 
 class EmbeddingSlot(Slot):

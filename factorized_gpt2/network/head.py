@@ -1,9 +1,18 @@
 """The head of a language model."""
 
+from typing import TYPE_CHECKING, Any
+
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from .coded_vocabulary import CodedEmbedding
+
+# What derives from `FactorizedHead` is such a model.
+if TYPE_CHECKING:
+    _Model = PreTrainedModel
+else:
+    _Model = object
 
 
 def bare(head: nn.Module | torch.Tensor) -> nn.Module | torch.Tensor:
@@ -28,11 +37,14 @@ def share_matrix(embedding: nn.Embedding, head: nn.Module) -> None:
         head.weight = weight
 
 
-class FactorizedHead:
+class FactorizedHead(_Model):
     """What a language model with `scale_down` (d, k), or without, and `lm_head` (k, V) computes with them.
 
     The tie of the head to the embedding holds for adapters too, which act on both.
     """
+
+    scale_down: nn.Linear | None
+    lm_head: Any  # linear, coded, or with an adapter around it
 
     def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Map final hidden states to logits: `lm_head(scale_down(hidden_states))`.

@@ -6,7 +6,7 @@ comments: B batch, T tokens, V vocabulary, d width of the embedding, k `n_embd_w
 
 import copy
 import inspect
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import nn
@@ -40,13 +40,17 @@ class FactorizedCausalLM(FactorizedHead, StoresVocabulary, PreTrainedModel, Gene
     _supports_sdpa = _supports_flash_attn = _supports_flex_attn = _supports_attention_backend = True  # `model` decides
     _tied_weights_keys = {"lm_head.weight": "wte.weight"}
 
+    if TYPE_CHECKING:
+        to = nn.Module.to  # type: ignore[assignment]  # transformers wraps it in a wrong signature
+
     loss_backend = "blockwise"  # of `blockwise_loss.sum_cross_entropy`
 
     def __init__(self, config: FactorizedCausalLMConfig):
         super().__init__(config)
         self.loss_type = "ForCausalLM"
-        config.base_config.tie_word_embeddings = False  # it has nothing to tie
-        self.model = AutoModelForCausalLM.from_config(config.base_config)
+        base = config.get_text_config()
+        base.tie_word_embeddings = False  # it has nothing to tie
+        self.model = AutoModelForCausalLM.from_config(base)
         self.model.loss_type = getattr(self.model, "loss_type", None) or "ForCausalLM"
         embedding, _, self.embed_scale = vocabulary_of(self.model)
         (vocab_size, width), rank = embedding.weight.shape, config.n_embd_wte
@@ -73,8 +77,9 @@ class FactorizedCausalLM(FactorizedHead, StoresVocabulary, PreTrainedModel, Gene
         elif isinstance(module, nn.Embedding | nn.Linear):
             scales = module in (self.scale_up, self.scale_down)
             init.normal_(module.weight, mean=0.0, std=self.config.n_embd_wte**-0.5 if scales else std)
-            if getattr(module, "bias", None) is not None:
-                init.zeros_(module.bias)
+            bias = getattr(module, "bias", None)
+            if bias is not None:
+                init.zeros_(bias)
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Set an attribute; what is put in the place of `wte`, as PEFT does, gives its matrix to a tied head."""
@@ -84,13 +89,14 @@ class FactorizedCausalLM(FactorizedHead, StoresVocabulary, PreTrainedModel, Gene
             share_matrix(value, head)
 
     def _vocabulary_shape(self) -> tuple[int, int, int]:
-        return *self.wte.codes.shape, len(self.scale_up.bias)
+        vocab_size, rank = self.wte.codes.shape
+        return vocab_size, rank, self.scale_up.out_features
 
     def get_input_embeddings(self) -> nn.Module:
         return self.wte
 
     def set_input_embeddings(self, value: nn.Module) -> None:
-        self.wte = value
+        self.wte = cast(nn.Embedding, value)
 
     def get_output_embeddings(self) -> nn.Module:
         return self.lm_head
@@ -100,7 +106,7 @@ class FactorizedCausalLM(FactorizedHead, StoresVocabulary, PreTrainedModel, Gene
 
     def get_decoder(self) -> nn.Module:
         """Return what makes final hidden states (B, T, d) of token ids (B, T), or of `inputs_embeds` of width d."""
-        return self.model.get_decoder()
+        return cast(PreTrainedModel, self.model).get_decoder()
 
     def to_hidden_width(self, embeds: torch.Tensor) -> torch.Tensor:
         """Lead (..., k) from `wte` to what the decoder takes for embeddings, (..., d)."""
@@ -172,13 +178,17 @@ class FactorizedCausalLM(FactorizedHead, StoresVocabulary, PreTrainedModel, Gene
         if inputs_embeds is not None:
             inputs_embeds = self.to_hidden_width(inputs_embeds)
         use_cache = getattr(self.config, "use_cache", None) if use_cache is None else use_cache
-        named = {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids}
+        named: dict[str, Any] = {
+            "input_ids": input_ids,
+            "attention_mask": attention_mask,
+            "position_ids": position_ids,
+        }
         named |= {"past_key_values": past_key_values, "inputs_embeds": inputs_embeds, "use_cache": use_cache}
         named |= {"logits_to_keep": logits_to_keep, "return_dict": True}
         kwargs |= {name: value for name, value in named.items() if value is not None}
         if skip_logits is None:
             own_loss = self.model.loss_function is not ForCausalLMLoss or getattr(
-                self.config, "output_router_logits", 0
+                self.config, "output_router_logits", False
             )
             skip_logits = self.training and labels is not None and self.loss_backend != "logits" and not own_loss
         if row_loss is None and not skip_logits:

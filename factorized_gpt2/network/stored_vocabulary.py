@@ -3,19 +3,24 @@
 import os
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from safetensors import safe_open
-from torch import nn
 from transformers import PreTrainedModel
 
-from .coded_vocabulary import VocabularyNames, decode_state, encode_state, without_codes
+from .coded_vocabulary import CodedEmbedding, VocabularyNames, decode_state, encode_state, without_codes
 
 _STREAM = "stream"
 
+# What derives from `StoresVocabulary` is such a model.
+if TYPE_CHECKING:
+    _Model = PreTrainedModel
+else:
+    _Model = object
 
-class StoresVocabulary:
+
+class StoresVocabulary(_Model):
     """For models of transformers that have `wte` and `scale_up`, or whose part `transformer` has them.
 
     What derives from it names this class before `PreTrainedModel`.
@@ -51,7 +56,7 @@ class StoresVocabulary:
         names = vocabulary_names("transformer." if "transformer.wte.codes" in state else "")
         if any(tensor.is_meta for tensor in state.values()):
             raise ValueError("Offloaded weights cannot be encoded: load the model without device_map to save it.")
-        return encode_state(state, names, self.get_input_embeddings().stored)
+        return encode_state(state, names, cast(CodedEmbedding, self.get_input_embeddings()).stored)
 
     def _decoded(self, state: dict[str, Any], prefix: str = "") -> dict[str, Any]:
         """Put the network's own tensors in the place of the bytes of its vocabulary, if there are any."""
@@ -69,7 +74,7 @@ class StoresVocabulary:
         }
         stored = set(state)
         state, table = decode_state(state, names, self._vocabulary_shape())
-        self.get_input_embeddings().stored = without_codes(table)
+        cast(CodedEmbedding, self.get_input_embeddings()).stored = without_codes(table)
         return {name: tensor for name, tensor in state.items() if name in stored or name not in absent}
 
     @staticmethod
@@ -100,7 +105,7 @@ def vocabulary_names(trunk: str, prefix: str = "") -> VocabularyNames:
 
 def _open_files(paths: list[str], opened: ExitStack) -> dict[str, Any]:
     """List the tensors of files, those that are no bytes of a vocabulary without reading them."""
-    state = {}
+    state: dict[str, Any] = {}
     for path in paths:
         if Path(path).suffix != ".safetensors":
             raise ValueError(f"A vocabulary of integers is read from safetensors alone, not from {Path(path).name}.")
@@ -110,7 +115,7 @@ def _open_files(paths: list[str], opened: ExitStack) -> dict[str, Any]:
     return state
 
 
-def _decode_on_the_way(module: nn.Module, state: dict[str, torch.Tensor], prefix: str, *_: Any) -> None:
+def _decode_on_the_way(module: StoresVocabulary, state: dict[str, torch.Tensor], prefix: str, *_: Any) -> None:
     """Let `load_state_dict` take what a file holds, as `Trainer` gives it when it goes on from a checkpoint."""
     decoded = module._decoded(state, prefix)
     if decoded is not state:
