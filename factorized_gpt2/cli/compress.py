@@ -1,4 +1,4 @@
-"""`compress.py`: a trained GPT-2 to smaller ones, by factorizing its vocabulary."""
+"""`compress.py`: a trained GPT-2, or another decoder, to smaller ones, by factorizing its vocabulary."""
 
 import sys
 from pathlib import Path
@@ -22,7 +22,7 @@ def compress(argv: list[str]) -> None:
             *(PublishArguments, JsonArguments),
         ),
         prog="compress.py",
-        description="Factorize the token embedding and head of a trained GPT-2.",
+        description="Factorize the token embedding and head of a trained GPT-2 or another decoder.",
         usage="%(prog)s --baseline FOLDER (--ranks K [K ...] | --bits_per_weight B [B ...]) [option ...]",
         examples=(
             "compress.py --baseline openai-community/gpt2 --ranks 64 128",

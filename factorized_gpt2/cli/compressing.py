@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import PretrainedConfig, PreTrainedModel
 from transformers.utils import is_matplotlib_available
 
 from ..common.errors import UserError
@@ -18,9 +19,9 @@ from ..compress.methods import CODED
 from ..compress.ranks import check_ranks, is_good_enough, largest_rank, smallest_rank_by_loss, smallest_rank_by_share
 from ..compress.recipe import CalibrationText, Recipe
 from ..hub.repository import check_access, publish
+from ..models.foreign_models import positions_of
 from ..models.loading import check_tokenizer, load_baseline
-from ..models.sizes import model_size, stored_bytes
-from ..network.configuration_factorized_gpt2 import FactorizedGPT2Config
+from ..models.sizes import model_size, stored_bytes, vocabulary_width
 from ..network.modeling_factorized_gpt2 import FactorizedGPT2
 from ..report.plots import plot_loss_against_bytes, plot_spectrum
 from ..settings.devices import DtypeArguments
@@ -48,6 +49,8 @@ def compress_all(
     if publishing.push_to_hub:
         check_access(None, publishing.push_to_hub)
     baseline = load_baseline(arguments.baseline)
+    if arguments.refine and not isinstance(baseline.model, FactorizedGPT2):
+        raise UserError(f"refine is for GPT-2 alone so far; {arguments.baseline} is another decoder.")
     if arguments.ranks:
         check_ranks(arguments.ranks, baseline.model.config)
     method = CODED if arguments.makes_codes else arguments.method
@@ -60,7 +63,7 @@ def compress_all(
         check_tokenizer(baseline.model, tokenizer)
     else:
         logger.warning("%s has no tokenizer, so what is made of it has none.", arguments.baseline)
-    block_size = evaluation.block_size_for(baseline.model.config.n_positions)
+    block_size = evaluation.block_size_for(positions_of(baseline.model.config))
     text = None
     source = calibration.source(evaluation) if recipe.needs_text else None
     if source is not None:
@@ -77,7 +80,7 @@ def compress_all(
 
     rows = [measure.row(BASELINE, None, baseline.model, Path(arguments.baseline))]
     sizes: list[Any] | None = _budgets(arguments, baseline.model.config) if method == CODED else arguments.ranks
-    made: Iterable[tuple[Any, FactorizedGPT2, float]]
+    made: Iterable[tuple[Any, PreTrainedModel, float]]
     if sizes:
         made = compressor.load_or_make(sorted(sizes, reverse=True))
     else:
@@ -107,9 +110,9 @@ def compress_all(
         print(f"Published: {publish(folder, name, private=private, measured=measured)}")
 
 
-def _budgets(arguments: CompressArguments, config: FactorizedGPT2Config) -> list[Budget]:
+def _budgets(arguments: CompressArguments, config: PretrainedConfig) -> list[Budget]:
     """List the budgets that are asked for, each with every largest rank."""
-    ranks, weights = arguments.ranks or [None], config.vocab_size * config.n_embd
+    ranks, weights = arguments.ranks or [None], config.vocab_size * vocabulary_width(config)
     if arguments.bits_per_weight:
         return [Budget(bits, rank) for bits in arguments.bits_per_weight for rank in ranks]
     return [Budget.of_megabytes(size, weights, rank) for size in arguments.vocabulary_mb or () for rank in ranks]
@@ -123,18 +126,18 @@ def repository_name(name: str, folder: Path, is_one_of_several: bool) -> str:
 
 def _choose(
     arguments: CompressArguments, compressor: AnyCompressor[Any], measure: Measure
-) -> Iterable[tuple[Any, FactorizedGPT2, float]]:
+) -> Iterable[tuple[Any, PreTrainedModel, float]]:
     """Find the smallest model that is good enough; return its size, itself and its share, as `load_or_make` does."""
     config, is_coded = compressor.baseline.model.config, measure.method == CODED
     if arguments.explained_variance is not None and isinstance(compressor, Compressor):
         rank = smallest_rank_by_share(compressor.shares.tolist(), arguments.explained_variance)
-        if rank >= config.n_embd:
-            share, width = arguments.explained_variance, config.n_embd
+        if rank >= vocabulary_width(config):
+            share, width = arguments.explained_variance, vocabulary_width(config)
             raise UserError(f"explained_variance {share} needs the whole width of {width}.")
         return compressor.load_or_make([rank])
 
     target = arguments.target_loss_increase
-    good_enough: dict[Any, tuple[FactorizedGPT2, float | None]] = {}
+    good_enough: dict[Any, tuple[PreTrainedModel, float | None]] = {}
     sizes: Sequence[Any] = [Budget(bits) for bits in SEARCHED] if is_coded else range(1, largest_rank(config) + 1)
     known = {sizes.index(size) + 1: increase for size, (_, increase) in measure.points.items() if size in sizes}
 
@@ -167,12 +170,12 @@ def _choose(
     return [(size, model, share)]
 
 
-def _file_size(model: FactorizedGPT2, bits_per_weight: float | None, folder: Path) -> int:
+def _file_size(model: PreTrainedModel, bits_per_weight: float | None, folder: Path) -> int:
     """Tell how many bytes a model of coded vocabulary has in its file; nearly so where there is none yet."""
     if bits_per_weight is None:
         return stored_bytes(folder)
-    size, config = model_size(model), model.config
-    return size.bytes - size.vocabulary_bytes + round(bits_per_weight * config.vocab_size * config.n_embd / 8)
+    size, weights = model_size(model), model.config.vocab_size * vocabulary_width(model.config)
+    return size.bytes - size.vocabulary_bytes + round(bits_per_weight * weights / 8)
 
 
 def _plot(compressor: AnyCompressor[Any], measure: Measure) -> None:

@@ -48,10 +48,9 @@ def evaluate(argv: list[str]) -> None:
         raise UserError("bits_per_byte needs text, and eval_file holds token ids.")
     # What follows takes seconds to import.
     from ..models.dtypes import dtype_name, in_dtype
-    from ..models.foreign_models import LossOfLogits, positions_of
+    from ..models.foreign_models import LossOfLogits, measurable, positions_of
     from ..models.loading import check_tokenizer, load_causal_lm
     from ..models.sizes import model_size
-    from ..network.modeling_factorized_gpt2 import FactorizedGPT2
     from ..runs.results import megabytes
     from ..text.bits_per_byte import measure_bits_per_byte
     from ..text.blocks import load_blocks
@@ -65,16 +64,16 @@ def evaluate(argv: list[str]) -> None:
         tokenizer = load_tokenizer(arguments.tokenizer or name)
         check_tokenizer(model, tokenizer)
         block_size = evaluation.block_size_for(positions_of(model.config), name)
-        measurable = model if isinstance(model, FactorizedGPT2) else LossOfLogits(model)
-        if isinstance(measurable, LossOfLogits):
-            measurable.check(block_size, name)
+        network = measurable(model)
+        if isinstance(network, LossOfLogits):
+            network.check(block_size, name)
         blocks = load_blocks(evaluation.source(), tokenizer, block_size, keep_tail=True)
-        measured = sum_loss(measurable, blocks, evaluation.eval_batch_size, device, desc=f"Evaluating {name}")
+        measured = sum_loss(network, blocks, evaluation.eval_batch_size, device, desc=f"Evaluating {name}")
         row = {"loss": f"{measured.loss:.4f}", "perplexity": f"{perplexity(measured.loss):.2f}"}
         result = {"model": name, "loss": measured.loss, "perplexity": perplexity(measured.loss)}
         if arguments.bits_per_byte:
             text = (evaluation.source(), tokenizer, block_size, evaluation.eval_batch_size)
-            bits = measure_bits_per_byte(measurable, *text, device, desc=f"Evaluating {name}, documents")
+            bits = measure_bits_per_byte(network, *text, device, desc=f"Evaluating {name}, documents")
             row["bits per byte"] = f"{bits:.4f}"
             result["bits_per_byte"] = bits
         size = model_size(model)

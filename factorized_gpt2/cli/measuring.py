@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
+from transformers import PreTrainedModel
 
 from ..common.fingerprints import tokens_fingerprint
 from ..compress.coded import Budget
@@ -13,9 +15,9 @@ from ..compress.compressor import AnyCompressor
 from ..compress.methods import CODED
 from ..hub.model_card import Figures, Measurement
 from ..models.dtypes import dtype_name
+from ..models.foreign_models import measurable
 from ..models.record import note_measurement
 from ..models.sizes import model_size, stored_bytes
-from ..network.modeling_factorized_gpt2 import FactorizedGPT2
 from ..runs.results import megabytes
 from ..text.blocks import Blocks
 from ..text.loss import LossSum, perplexity, sum_loss
@@ -42,7 +44,7 @@ class Measure:
     """
 
     def __init__(
-        self, baseline: FactorizedGPT2, method: str, blocks: Blocks | None, batch_size: int, device: torch.device
+        self, baseline: PreTrainedModel, method: str, blocks: Blocks | None, batch_size: int, device: torch.device
     ):
         self.baseline_size, self.method = model_size(baseline), method
         self.blocks, self.batch_size, self.device = blocks, batch_size, device
@@ -52,7 +54,7 @@ class Measure:
         self.points: dict[Size, tuple[int, float]] = {}  # bytes and loss increase of each, earlier calls' too
         self.results: list[dict[str, Any]] = []  # the rows of the table, for programs to read
 
-    def loss(self, size: Size, model: FactorizedGPT2, stored: int | None = None) -> float:
+    def loss(self, size: Size, model: PreTrainedModel, stored: int | None = None) -> float:
         """Measure a model's loss, once for every size.
 
         Args:
@@ -64,8 +66,8 @@ class Measure:
             The loss, in nats a token.
         """
         if size not in self.losses:
-            model, desc = model.to(self.device), f"Evaluating {size_name(size)}"
-            self.losses[size] = sum_loss(model, self.blocks, self.batch_size, self.device, desc=desc)
+            model, desc = nn.Module.to(model, self.device), f"Evaluating {size_name(size)}"
+            self.losses[size] = sum_loss(measurable(model), self.blocks, self.batch_size, self.device, desc=desc)
         if size != BASELINE:
             self.points[size] = model_size(model).bytes if stored is None else stored, self.increase(size)
         return self.losses[size].loss
@@ -90,7 +92,7 @@ class Measure:
         baseline = Figures("baseline", None, of.parameters, of.bytes, self.losses[BASELINE].loss)
         return Measurement(self.losses[size].loss, text, baseline)
 
-    def row(self, size: Size, share: float | None, model: FactorizedGPT2, folder: Path) -> dict[str, Any]:
+    def row(self, size: Size, share: float | None, model: PreTrainedModel, folder: Path) -> dict[str, Any]:
         """Lay out a row of the table.
 
         Args:

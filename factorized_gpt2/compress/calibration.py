@@ -5,10 +5,13 @@ import copy
 import numpy as np
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from ..common.errors import UserError
 from ..common.progress import Progress
-from ..network.modeling_factorized_gpt2 import FactorizedGPT2, FactorizedGPT2Model
+from ..network.decoder_slots import vocabulary_of
+from ..network.modeling_factorized_causal_lm import FactorizedCausalLM
+from ..network.modeling_factorized_gpt2 import FactorizedGPT2
 from ..text.blocks import IGNORED_LABEL, Blocks, batches_of, collate_blocks, some_of
 from .data_aware import VocabularyUse
 from .row_fit import Side
@@ -34,7 +37,7 @@ def count_tokens(blocks: Blocks, vocab_size: int) -> np.ndarray:
 
 
 def calibrate(
-    model: FactorizedGPT2,
+    model: FactorizedGPT2 | PreTrainedModel,
     blocks: Blocks,
     token_counts: np.ndarray,
     seed: int = 0,
@@ -46,11 +49,12 @@ def calibrate(
     At every position a next token is drawn from the model's own distribution, and the gradient of the summed negative
     log-likelihood of the draws taken with respect to the token embeddings: its second moment is the Fisher
     information, which is the curvature of KL(baseline || changed model) where nothing is changed yet. A text's real
-    tokens would not do: their gradients also hold what the model fits badly. In float32, a block at a time, with no
-    more than `_ROWS_AT_ONCE` rows of logits; what is kept takes 8 d + 104 bytes a token.
+    tokens would not do: their gradients also hold what the model fits badly. In float32, a block at a time; what is
+    kept takes 8 d + 104 bytes a token. Of a GPT-2 there are no more than `_ROWS_AT_ONCE` rows of logits at once, of
+    other decoders, which may do more to them than their head does, those of a block and their gradients.
 
     Args:
-        model: Unfactorized.
+        model: Unfactorized, a GPT-2 or another decoder.
         blocks: Rows of `input_ids`.
         token_counts: (V,) int64, of these blocks or of all the text.
         seed: Of the draws.
@@ -63,22 +67,19 @@ def calibrate(
     Raises:
         UserError: The baseline computes NaN or infinity on the text.
     """
-    trunk, head = _float32_parts(model, device)
+    model = _in_float32(model, device)
+    head = model.get_output_embeddings().weight.detach()
     generator = torch.Generator(device).manual_seed(seed)
     kept: dict[str, list[torch.Tensor]] = {name: [] for name in ("ids", "hidden", "gradients", "draws", "variances")}
     head_use = torch.zeros(len(head), dtype=torch.float64)
     for row in Progress(blocks, desc=desc, disable=desc is None):
         ids = collate_blocks([row])["input_ids"].to(device)
-        embedded = trunk.wte(ids).detach().requires_grad_(True)
-        hidden = trunk(inputs_embeds=embedded, use_cache=False).last_hidden_state[0]  # [T, d]
-        if not torch.isfinite(hidden).all():
-            raise UserError(
-                "The baseline computes NaN or infinity on the calibration text: its weights are too large."
-            )
-        draws, variances, upstream, heard = _draw(hidden.detach(), head, generator)
+        if isinstance(model, FactorizedGPT2):
+            hidden, gradients, draws, variances, heard = _read_gpt2(model, ids, generator)
+        else:
+            hidden, gradients, draws, variances, heard = _read_decoder(model, ids, generator)
         head_use += heard.cpu()
-        (gradients,) = torch.autograd.grad(hidden, embedded, upstream)
-        values = (ids[0], hidden.detach(), gradients[0], draws, variances)
+        values = (ids[0], hidden, gradients, draws, variances)
         for kind, value in zip(kept.values(), values, strict=True):
             kind.append(value.cpu())
     whole = {kind: torch.cat(parts).numpy() for kind, parts in kept.items()}
@@ -94,7 +95,7 @@ def calibrate(
 
 @torch.no_grad()
 def compensated_head(
-    compressed: FactorizedGPT2,
+    compressed: FactorizedGPT2 | FactorizedCausalLM,
     scale_down: np.ndarray,
     blocks: Blocks,
     hidden_states: np.ndarray,
@@ -117,14 +118,14 @@ def compensated_head(
     Returns:
         The new `scale_down`, (d, k) float32.
     """
-    trunk, _ = _float32_parts(compressed, device)
+    trunk = _in_float32(compressed, device).get_decoder()
     width = hidden_states.shape[1]
     summed_on = "cpu" if torch.device(device).type == "mps" else device  # MPS has no float64
     own, cross = (torch.zeros(width, width, dtype=torch.float64, device=summed_on) for _ in range(2))
     done = 0
     for row in Progress(blocks, desc=desc, disable=desc is None):
         ids = collate_blocks([row])["input_ids"].to(device)
-        seen = trunk(ids, use_cache=False).last_hidden_state[0].to(summed_on).double()
+        seen = trunk(input_ids=ids, use_cache=False).last_hidden_state[0].to(summed_on).double()
         true = torch.from_numpy(hidden_states[done : done + len(seen)]).to(summed_on, torch.float64)
         done += len(seen)
         own += seen.T @ seen
@@ -138,30 +139,73 @@ def compensated_head(
 _COMPENSATION_RIDGE = 1e-3
 
 
+Read = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
+"""Of a block: hidden states (T, d), gradients of embeddings (T, d), draws and their variances, what the head hears."""
+
+
+def _read_gpt2(model: FactorizedGPT2, ids: torch.Tensor, generator: torch.Generator) -> Read:
+    """Read a block (1, T), with some rows of logits at a time."""
+    head, parts = model.lm_head.weight.detach(), []
+    embedded = model.transformer.wte(ids).detach().requires_grad_(True)
+    hidden = model.transformer(inputs_embeds=embedded, use_cache=False).last_hidden_state[0]  # [T, d]
+    _check_finite(hidden)
+    for rows in hidden.detach().split(_ROWS_AT_ONCE):
+        *drawn, by_logits, heard = _draw(nn.functional.linear(rows, head), generator)
+        parts.append((*drawn, by_logits @ head, heard.sum(0)))
+    draws, variances, upstream = (torch.cat(each) for each in list(zip(*parts, strict=True))[:3])
+    (gradients,) = torch.autograd.grad(hidden, embedded, upstream)
+    return hidden.detach(), gradients[0], draws, variances, sum(part[3] for part in parts)
+
+
+def _read_decoder(model: PreTrainedModel, ids: torch.Tensor, generator: torch.Generator) -> Read:
+    """Read a block (1, T) with any decoder, whatever it does to embeddings and logits beside its two matrices."""
+    embedding, head, scale = vocabulary_of(model)
+    states: list[torch.Tensor] = []
+    watch = head.register_forward_hook(lambda _, inputs, output: states.extend((inputs[0], output)))
+    embedded = embedding(ids).detach().requires_grad_(True)
+    try:
+        logits = model(inputs_embeds=embedded, use_cache=False).logits
+    finally:
+        watch.remove()
+    hidden, products = states
+    _check_finite(hidden)
+    # How far a logit moves with what the head computes of it: 1, unless the decoder scales or caps its logits.
+    slopes = torch.ones_like(products)
+    if logits is not products:
+        (slopes,) = torch.autograd.grad(logits.sum(), products, retain_graph=True)
+    pairs = zip(*(each.detach()[0].split(_ROWS_AT_ONCE) for each in (logits, slopes)), strict=True)
+    drawn = [(*_draw(rows, generator), of_rows.square()) for rows, of_rows in pairs]
+    draws, upstream = (torch.cat([each[place] for each in drawn]) for place in (0, 2))
+    (gradients,) = torch.autograd.grad(logits, embedded, upstream[None])
+    variances = torch.cat([variance * squares.gather(1, tokens) for tokens, variance, _, _, squares in drawn])
+    heard = sum((each[3] * each[4]).sum(0) for each in drawn)
+    return hidden.detach()[0], scale * gradients[0], draws, variances, heard
+
+
+def _check_finite(hidden: torch.Tensor) -> None:
+    if not torch.isfinite(hidden).all():
+        raise UserError("The baseline computes NaN or infinity on the calibration text: its weights are too large.")
+
+
 def _draw(
-    hidden: torch.Tensor, head: torch.Tensor, generator: torch.Generator
+    logits: torch.Tensor, generator: torch.Generator
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Draw next tokens for hidden states (T, d).
+    """Draw next tokens by logits (T, V).
 
     Returns:
         The tokens (T, DRAWS) and 1 - p of each: drawn with probability p, they add up to weights p (1 - p); the
-        gradient of the first draws' negative log-likelihood with respect to `hidden`, (T, d); and the sums of
-        p (1 - p), (V,).
+        gradient of the first draws' negative log-likelihood with respect to the logits, (T, V); and p (1 - p) of all
+        tokens, (T, V).
     """
-    draws, variances, gradients = [], [], []
-    heard = torch.zeros(len(head), device=head.device)
-    for rows in hidden.split(_ROWS_AT_ONCE):
-        probabilities = nn.functional.linear(rows, head).softmax(-1)
-        drawn = torch.multinomial(probabilities, DRAWS, replacement=True, generator=generator)
-        variances.append(1 - probabilities.gather(1, drawn))
-        gradients.append(probabilities @ head - head[drawn[:, 0]])
-        heard += (probabilities - probabilities.square()).sum(0)
-        draws.append(drawn)
-    return torch.cat(draws), torch.cat(variances), torch.cat(gradients), heard
+    probabilities = logits.softmax(-1)
+    drawn = torch.multinomial(probabilities, DRAWS, replacement=True, generator=generator)
+    variances, heard = 1 - probabilities.gather(1, drawn), probabilities - probabilities.square()
+    first = drawn[:, :1]
+    return drawn, variances, probabilities.scatter_add_(1, first, -torch.ones_like(first, dtype=logits.dtype)), heard
 
 
-def _float32_parts(model: FactorizedGPT2, device: torch.device | str) -> tuple[FactorizedGPT2Model, torch.Tensor]:
-    """Return trunk and head matrix, in float32 on a device and without dropout; copies, unless they are so already."""
+def _in_float32(model: PreTrainedModel, device: torch.device | str) -> PreTrainedModel:
+    """Return a model in float32 on a device and without dropout; a copy, unless it is so already."""
     if model.dtype != torch.float32 or model.device.type != torch.device(device).type or model.training:
-        model = copy.deepcopy(model).to(device, torch.float32).eval()
-    return model.transformer, model.lm_head.weight.detach()
+        model = nn.Module.to(copy.deepcopy(model), device, torch.float32).eval()
+    return model

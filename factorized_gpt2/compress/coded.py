@@ -6,15 +6,17 @@ import math
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
+from transformers import PreTrainedModel
 
 from ..common.errors import UserError, first_line
-from ..models.conversion import from_gpt2
+from ..models.decoder_conversion import with_factors
 from ..models.dtypes import in_dtype
 from ..models.factors import Factors
+from ..models.sizes import vocabulary_width
 from ..network.coded_table import CodedTable
 from ..network.modeling_factorized_gpt2 import FactorizedGPT2
 from .calibration import spread_blocks
@@ -82,7 +84,7 @@ class CodedCompressor(AnyCompressor[Budget]):
         refined = "" if self.recipe.refine_steps else "_nofinetune"
         return self.root / f"gpt_{self.label}{refined}_b{size.bits:g}{rank}"
 
-    def make(self, size: Budget, factors: Factors | None = None) -> tuple[FactorizedGPT2, float]:
+    def make(self, size: Budget, factors: Factors | None = None) -> tuple[PreTrainedModel, float]:
         """Code the matrix, and refine what is beside its codes if the recipe says so, in memory.
 
         Returns:
@@ -93,7 +95,7 @@ class CodedCompressor(AnyCompressor[Budget]):
             BudgetTooSmall: One that holds no table.
         """
         self.check(size)
-        refines, width = bool(self.recipe.refine_steps), self.baseline.model.config.n_embd
+        refines, width = bool(self.recipe.refine_steps), vocabulary_width(self.baseline.model.config)
         room = REFINED_BITS / width if refines else 0.0  # in the budget, for what refinement adds
         while True:
             try:
@@ -104,7 +106,7 @@ class CodedCompressor(AnyCompressor[Budget]):
             if table.bits_per_weight <= size.bits:
                 break
             room += 1.1 * (table.bits_per_weight - size.bits)
-        return in_dtype(from_gpt2(self.baseline.model, table), self.recipe.dtype), table.bits_per_weight
+        return in_dtype(with_factors(self.baseline.model, table), self.recipe.dtype), table.bits_per_weight
 
     def check(self, size: Budget) -> None:
         if not 0 < size.bits <= _MOST_BITS:
@@ -129,7 +131,8 @@ class CodedCompressor(AnyCompressor[Budget]):
         ids = torch.stack(
             [torch.as_tensor(blocks[number]["input_ids"], dtype=torch.int64) for number in range(len(blocks))]
         ).to(self.device)
-        trunk = copy.deepcopy(self.baseline.model.transformer).float().to(self.device).requires_grad_(False)
+        baseline = cast(FactorizedGPT2, self.baseline.model)
+        trunk = copy.deepcopy(baseline.transformer).float().to(self.device).requires_grad_(False)
 
         def hidden(embeds: torch.Tensor) -> torch.Tensor:
             return trunk(inputs_embeds=embeds, use_cache=False).last_hidden_state

@@ -6,11 +6,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, Generic, Protocol, TypeVar, cast
 
 import numpy as np
 import torch
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..common.errors import UserError
 from ..common.files import read_json, replacing_folder, write_json
@@ -21,12 +21,14 @@ from ..common.fingerprints import (
     tokenizer_fingerprint,
 )
 from ..common.weight_files import MODEL_FILES, weight_files
-from ..models.conversion import from_gpt2, vocabulary_matrices
+from ..models.decoder_conversion import vocabulary_matrices_of, with_factors
 from ..models.dtypes import dtype_name, in_dtype
 from ..models.factors import Factors
+from ..models.foreign_models import positions_of
 from ..models.loading import Baseline, load_compressed
 from ..models.record import RECORD_NAME, compressed_folder, noted_measurement
 from ..models.verification import verify_copy
+from ..network.modeling_factorized_causal_lm import FactorizedCausalLM
 from ..network.modeling_factorized_gpt2 import FactorizedGPT2
 from ..text.tokenizer_files import save_tokenizer
 from .calibration import calibrate, compensated_head, count_tokens
@@ -137,7 +139,7 @@ class AnyCompressor(ABC, Generic[Size]):
         return {size: figures for size, figures in found.items() if figures is not None}
 
     @abstractmethod
-    def make(self, size: Size, factors: Factors | None = None) -> tuple[FactorizedGPT2, float]:
+    def make(self, size: Size, factors: Factors | None = None) -> tuple[PreTrainedModel, float]:
         """Make a compressed model, in memory.
 
         Args:
@@ -148,7 +150,7 @@ class AnyCompressor(ABC, Generic[Size]):
             The model in evaluation mode, and its share.
         """
 
-    def save(self, model: FactorizedGPT2, size: Size, share: float) -> None:
+    def save(self, model: PreTrainedModel, size: Size, share: float) -> None:
         """Write a compressed model's folder, whole or not at all, and reload it to see that it is this model.
 
         Raises:
@@ -159,13 +161,13 @@ class AnyCompressor(ABC, Generic[Size]):
             model.save_pretrained(temporary)
             verify_copy(model, temporary, name=self.folder(size))
             if self.tokenizer is not None:
-                save_tokenizer(self.tokenizer, temporary, model.config.n_positions)
+                save_tokenizer(self.tokenizer, temporary, positions_of(model.config))
             kept = {self.share_name: share, "weights_fingerprint": files_fingerprint(weight_files(temporary))}
             kept |= self._of_all_sizes()
             write_json(temporary / RECORD_NAME, self._record(size) | kept)
         self.saved.append(size)
 
-    def load_or_make(self, sizes: Sequence[Size]) -> Iterator[tuple[Size, FactorizedGPT2, float]]:
+    def load_or_make(self, sizes: Sequence[Size]) -> Iterator[tuple[Size, PreTrainedModel, float]]:
         """Load the compressed models of sizes, or make their folders first, with one decomposition for all of them.
 
         Yields:
@@ -192,7 +194,7 @@ class AnyCompressor(ABC, Generic[Size]):
         """Compute the factors of all sizes that will be made, where one decomposition serves them all."""
         return {}
 
-    def load(self, size: Size) -> FactorizedGPT2 | None:
+    def load(self, size: Size) -> PreTrainedModel | None:
         """Load the compressed model of a size if its folder was made from this baseline in this way.
 
         Raises:
@@ -276,7 +278,7 @@ class AnyCompressor(ABC, Generic[Size]):
 
     @cached_property
     def _matrices(self) -> tuple[np.ndarray, np.ndarray | None]:
-        embedding, head = vocabulary_matrices(self.baseline.model)
+        embedding, head = vocabulary_matrices_of(self.baseline.model)
         return embedding, embedding if head is None and not self.recipe.tied else head
 
     @cached_property
@@ -305,14 +307,14 @@ class Compressor(AnyCompressor[int]):
         """Where the model of some rank is kept; for PCA alone, under the protocol's name."""
         return compressed_folder(self.root, rank, self.label, self.recipe.refine_steps > 0)
 
-    def make(self, rank: int, factors: Factors | None = None) -> tuple[FactorizedGPT2, float]:
+    def make(self, rank: int, factors: Factors | None = None) -> tuple[PreTrainedModel, float]:
         """Factorize, compensate, refine and round as the recipe says, in memory.
 
         Returns:
             The compressed model in evaluation mode, and the `explained_share` of its factors.
         """
         factors = factors or self._factorize([rank])[rank]
-        model = from_gpt2(self.baseline.model, factors)
+        model: FactorizedGPT2 | FactorizedCausalLM = with_factors(self.baseline.model, factors)
         if self.recipe.method == "tokenwise":
             desc = f"Compensating the head at k = {rank}" if self.progress else None
             hidden_states = self._use.output_side.vectors
@@ -320,11 +322,11 @@ class Compressor(AnyCompressor[int]):
                 model, factors.scale_down, self.text.sample, hidden_states, self.device, desc
             )
             factors = replace(factors, scale_down=scale_down)
-            model = from_gpt2(self.baseline.model, factors)
+            model = with_factors(self.baseline.model, factors)
         if self.recipe.refine_steps:
             model = refine(
-                model,
-                self.baseline.model,
+                cast(FactorizedGPT2, model),
+                cast(FactorizedGPT2, self.baseline.model),
                 self.text.blocks,
                 self.recipe.refine_steps,
                 self.recipe.seed,

@@ -14,9 +14,10 @@ import numpy as np
 from ..common.errors import UserError, is_defect
 from ..common.files import replacing_file
 from ..common.lfs_pointers import refuse_pointers
-from ..models.conversion import vocabulary_matrices
+from ..models.decoder_conversion import vocabulary_matrices_of
 from ..models.factors import Factors
 from ..models.loading import Baseline
+from ..models.sizes import vocabulary_width
 from .pca import factorize_ranks
 
 logger = logging.getLogger(__name__)
@@ -51,7 +52,7 @@ def pca_factors(baseline: Baseline, ranks: Sequence[int], root: Path, overwrite:
             factors[rank] = stored
     missing = [rank for rank in ranks if rank not in factors]
     if missing:
-        embedding, head = vocabulary_matrices(baseline.model)
+        embedding, head = vocabulary_matrices_of(baseline.model)
         made = factorize_ranks(embedding, missing, head)
         for rank in missing:
             write_factors(folder, made[rank], baseline)
@@ -124,7 +125,7 @@ def _digest(array: np.ndarray) -> str:
 
 
 def _check_fit(factors: Factors, rank: int, baseline: Baseline) -> None:
-    vocab_size, width = baseline.model.config.vocab_size, baseline.model.config.n_embd
+    vocab_size, width = baseline.model.config.vocab_size, vocabulary_width(baseline.model.config)
     shapes = {"wte": (vocab_size, rank), "scale_up": (rank, width), "scale_down": (width, rank), "mean": (width,)}
     if not baseline.model.config.tie_word_embeddings:
         shapes["lm_head"] = (rank, vocab_size)

@@ -4,17 +4,18 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import numpy as np
-from transformers import GPT2Config
+from transformers import PretrainedConfig
 
 from ..common.errors import UserError
+from ..models.sizes import vocabulary_width
 
 
-def largest_rank(config: GPT2Config) -> int:
+def largest_rank(config: PretrainedConfig) -> int:
     """Say which rank a baseline's vocabulary can have at most: below its width, so that the model becomes smaller."""
-    return min(config.n_embd - 1, config.vocab_size)
+    return min(vocabulary_width(config) - 1, config.vocab_size)
 
 
-def check_ranks(ranks: Iterable[int], config: GPT2Config) -> None:
+def check_ranks(ranks: Iterable[int], config: PretrainedConfig) -> None:
     """Refuse ranks that make a baseline no smaller, or none at all.
 
     Args:
@@ -27,8 +28,8 @@ def check_ranks(ranks: Iterable[int], config: GPT2Config) -> None:
     for rank in ranks:
         if not 1 <= rank <= largest_rank(config):
             raise UserError(
-                f"Rank {rank} is out of range: the baseline is {config.n_embd} wide and has {config.vocab_size} "
-                f"tokens, so a rank lies between 1 and {largest_rank(config)}."
+                f"Rank {rank} is out of range: the baseline is {vocabulary_width(config)} wide and has "
+                f"{config.vocab_size} tokens, so a rank lies between 1 and {largest_rank(config)}."
             )
 
 

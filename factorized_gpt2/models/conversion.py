@@ -43,7 +43,7 @@ def from_gpt2(model: GPT2LMHeadModel | FactorizedGPT2, factors: Factors | CodedT
     else:
         if isinstance(factors, Factors) and factors.rank >= wte.shape[1]:
             raise ValueError(f"Factors of rank {factors.rank} do not make a model of width {wte.shape[1]} smaller.")
-        vocabulary = factor_weights(factors, tuple(wte.shape), must_untie=lm_head is not None)
+        vocabulary = factor_weights(factors, (len(wte), wte.shape[1]), must_untie=lm_head is not None)
     made = _build(FactorizedGPT2, config, trunk | vocabulary, like=wte, generation_config=model.generation_config)
     if isinstance(factors, CodedTable):
         made.transformer.wte.stored = without_codes(factors)
@@ -111,7 +111,11 @@ def fingerprint(model: GPT2LMHeadModel | FactorizedGPT2) -> str:
         SHA-256 over names, dtypes, shapes and bytes of the weights, as 64 hexadecimal digits.
     """
     trunk, wte, lm_head = _split_vocabulary(model)
-    weights = trunk | {"wte": wte} | ({} if lm_head is None else {"lm_head": lm_head})
+    return digest_of(trunk | {"wte": wte} | ({} if lm_head is None else {"lm_head": lm_head}))
+
+
+def digest_of(weights: dict[str, torch.Tensor]) -> str:
+    """Compute SHA-256 over names, dtypes, shapes and bytes of weights, as 64 hexadecimal digits."""
     digest = hashlib.sha256()
     for name in sorted(weights):
         weight = weights[name].detach().cpu().contiguous()
@@ -246,9 +250,9 @@ def factor_weights(
         "scale_down.weight": (factors.scale_down.T, (rank, width)),
         "lm_head.weight": (factors.wte if factors.lm_head is None else factors.lm_head.T, (vocab_size, rank)),
     }
-    for name, (array, shape) in matrices.items():
-        if array.shape != shape:
-            raise ValueError(f"The factor for {name!r} has shape {array.shape}, the model needs {shape}.")
+    for name, (array, needed) in matrices.items():
+        if array.shape != needed:
+            raise ValueError(f"The factor for {name!r} has shape {array.shape}, the model needs {needed}.")
     return {name: torch.from_numpy(np.ascontiguousarray(array)) for name, (array, _) in matrices.items()}
 
 

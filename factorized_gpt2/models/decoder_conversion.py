@@ -1,19 +1,28 @@
 """Any causal decoder's weights to factorized weights and back. Pure: models in, models out."""
 
 import copy
+from typing import Any, cast
 
 import numpy as np
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, GPT2LMHeadModel, PreTrainedModel
 
 from ..network.coded_table import CodedTable
-from ..network.coded_vocabulary import without_codes
+from ..network.coded_vocabulary import CodedEmbedding, without_codes
 from ..network.configuration_factorized_causal_lm import FactorizedCausalLMConfig
 from ..network.decoder_slots import vocabulary_of
 from ..network.modeling_factorized_causal_lm import FactorizedCausalLM
-from .conversion import factor_weights
+from ..network.modeling_factorized_gpt2 import FactorizedGPT2
+from .conversion import factor_weights, from_gpt2, vocabulary_matrices
 from .factors import Factors
+
+
+def with_factors(model: PreTrainedModel, factors: Factors | CodedTable) -> FactorizedGPT2 | FactorizedCausalLM:
+    """Factorize a baseline: a GPT-2 as `from_gpt2` does, any other decoder as `from_causal_lm` does."""
+    if isinstance(model, GPT2LMHeadModel | FactorizedGPT2):
+        return from_gpt2(model, factors)
+    return from_causal_lm(model, factors)
 
 
 def from_causal_lm(model: PreTrainedModel, factors: Factors | CodedTable) -> FactorizedCausalLM:
@@ -32,23 +41,24 @@ def from_causal_lm(model: PreTrainedModel, factors: Factors | CodedTable) -> Fac
     """
     embedding, head, _ = vocabulary_of(model)
     tied = is_tied(embedding, head)
-    weights = factor_weights(factors, tuple(embedding.weight.shape), must_untie=not tied, trunk="")
+    shape = embedding.num_embeddings, embedding.embedding_dim
+    weights = factor_weights(factors, shape, must_untie=not tied, trunk="")
     replaced = {id(parameter) for part in (embedding, head) for parameter in part.parameters()}
     state = model.state_dict(keep_vars=True)
     decoder = {f"model.{name}": weight for name, weight in state.items() if id(weight) not in replaced}
-    is_coded = isinstance(factors, CodedTable)
+    table = factors if isinstance(factors, CodedTable) else None
     config = FactorizedCausalLMConfig(
         base_config=copy.deepcopy(model.config),
-        n_embd_wte=factors.codes.shape[1] if is_coded else factors.rank,
-        vocabulary_dtype="int8" if is_coded else None,
+        n_embd_wte=factors.codes.shape[1] if isinstance(factors, CodedTable) else factors.rank,
+        vocabulary_dtype=None if table is None else "int8",
         lm_head_bias=head.bias is not None,
         tie_word_embeddings=tied and getattr(factors, "lm_head", None) is None,
     )
     if head.bias is not None:
         weights["lm_head.bias"] = head.bias.detach()
-    made = _load(FactorizedCausalLM, config, decoder | weights, model)
-    if is_coded:
-        made.wte.stored = without_codes(factors)
+    made = cast(FactorizedCausalLM, _load(FactorizedCausalLM, config, decoder | weights, model))
+    if table is not None:
+        cast(CodedEmbedding, made.wte).stored = without_codes(table)
     return made
 
 
@@ -85,7 +95,7 @@ def to_causal_lm(model: FactorizedCausalLM) -> PreTrainedModel:
 
 
 def vocabulary_matrices_of(model: PreTrainedModel) -> tuple[np.ndarray, np.ndarray | None]:
-    """Read the matrices that a factorization replaces in any causal decoder.
+    """Read the matrices that a factorization replaces in a baseline, a GPT-2 or any other causal decoder.
 
     Returns:
         The token embedding (V, d) float32, and the head's own (V, d) float32, or `None` when it is tied.
@@ -93,6 +103,8 @@ def vocabulary_matrices_of(model: PreTrainedModel) -> tuple[np.ndarray, np.ndarr
     Raises:
         ValueError: A model of another kind.
     """
+    if isinstance(model, FactorizedGPT2):
+        return vocabulary_matrices(model)
     embedding, head, _ = vocabulary_of(model)
     wte, own = (part.weight.detach().float().cpu().numpy() for part in (embedding, head))
     return wte, None if is_tied(embedding, head) else own
@@ -103,7 +115,7 @@ def is_tied(embedding: nn.Embedding, head: nn.Linear) -> bool:
     return head.weight is embedding.weight or torch.equal(head.weight, embedding.weight)
 
 
-def _load(model_class: type, config, weights: dict[str, torch.Tensor], like: PreTrainedModel) -> PreTrainedModel:
+def _load(model_class: Any, config, weights: dict[str, torch.Tensor], like: PreTrainedModel) -> PreTrainedModel:
     """Make a model of copies of exactly these weights, as transformers loads one."""
     copies = {name: weight.detach().cpu().clone() for name, weight in weights.items()}
     model, loading = model_class.from_pretrained(

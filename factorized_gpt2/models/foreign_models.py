@@ -8,6 +8,8 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutput
 
 from ..common.errors import UserError, first_line
+from ..network.modeling_factorized_causal_lm import FactorizedCausalLM
+from ..network.modeling_factorized_gpt2 import FactorizedGPT2
 from ..text.blocks import IGNORED_LABEL
 
 _LENGTHS = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "seq_length", "context_length")
@@ -20,6 +22,11 @@ def positions_of(config: PretrainedConfig) -> int | None:
     """Return how many tokens a model reads at once, as its configuration says; `None` where it says nothing."""
     lengths = (getattr(config.get_text_config(), name, None) for name in _LENGTHS)
     return next((length for length in lengths if isinstance(length, int) and length > 0), None)
+
+
+def measurable(model: PreTrainedModel) -> nn.Module:
+    """Return what `sum_loss` takes for a model: one of this package itself, any other as its logits."""
+    return model if isinstance(model, FactorizedGPT2 | FactorizedCausalLM) else LossOfLogits(model)
 
 
 class LossOfLogits(nn.Module):

@@ -27,10 +27,14 @@ from ..common.errors import UNREADABLE, UserError, blaming, silenced
 from ..common.lfs_pointers import refuse_pointers
 from ..common.model_places import refuse_missing
 from ..common.weight_files import weight_files
+from ..network.configuration_factorized_causal_lm import FactorizedCausalLMConfig
 from ..network.configuration_factorized_gpt2 import FactorizedGPT2Config
+from ..network.decoder_slots import is_encoder, vocabulary_of
+from ..network.modeling_factorized_causal_lm import FactorizedCausalLM
 from ..network.modeling_factorized_gpt2 import FactorizedGPT2
 from ..text.tokenizers import vocabulary_size
-from .conversion import fingerprint, from_gpt2
+from .conversion import digest_of, fingerprint, from_gpt2
+from .decoder_conversion import is_tied
 from .sizes import least_parameters
 from .weight_names import plain_name, some_names, wrapped_name
 
@@ -44,12 +48,12 @@ class Baseline:
     """A trained model whose vocabulary can be factorized.
 
     Attributes:
-        model: Unfactorized, in evaluation mode.
+        model: Unfactorized, in evaluation mode; any decoder but a GPT-2 as transformers has it.
         name: The folder or Hub id it was loaded from.
         fingerprint: SHA-256 of its weights.
     """
 
-    model: FactorizedGPT2
+    model: FactorizedGPT2 | PreTrainedModel
     name: str
     fingerprint: str
 
@@ -76,33 +80,38 @@ def check_tokenizer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) 
 
 
 def load_baseline(name_or_path: str) -> Baseline:
-    """Load a stock GPT-2, or an unfactorized model of this package.
+    """Load a stock GPT-2, an unfactorized model of this package, or any other decoder with one embedding and head.
 
     Raises:
         UserError: It cannot be found or read, is of another architecture or factorized already, or has weights that
             are missing, misshapen, not accounted for, or NaN or infinite; the message names them.
     """
     model = load_complete(name_or_path)
-    if isinstance(model, FactorizedGPT2) and model.config.is_factorized:
+    if getattr(model.config, "is_factorized", False):
         raise UserError(f"{name_or_path} is factorized already (n_embd_wte={model.config.n_embd_wte}).")
+    if not isinstance(model, GPT2LMHeadModel | FactorizedGPT2):
+        with blaming(f"{name_or_path} cannot be factorized", ValueError):
+            embedding, head, _ = vocabulary_of(model)
+        model.config.tie_word_embeddings = is_tied(embedding, head)
+        return Baseline(model.eval(), name_or_path, digest_of(model.state_dict()))
     with blaming(f"The weights of {name_or_path} cannot be read", ValueError):
         converted = from_gpt2(model)
     return Baseline(converted, name_or_path, fingerprint(converted))
 
 
-def load_compressed(name_or_path: str) -> FactorizedGPT2:
+def load_compressed(name_or_path: str) -> FactorizedGPT2 | FactorizedCausalLM:
     """Load a factorized model, such as `compress.py` makes, in evaluation mode.
 
     Raises:
         UserError: As `load_baseline`, but for a model that is not factorized.
     """
     model = load_complete(name_or_path)
-    if not (isinstance(model, FactorizedGPT2) and model.config.is_factorized):
+    if not getattr(model.config, "is_factorized", False):
         raise UserError(f"{name_or_path} is not factorized; compress.py makes it so.")
     return model.eval()
 
 
-def load_complete(name_or_path: str) -> GPT2LMHeadModel | FactorizedGPT2:
+def load_complete(name_or_path: str) -> PreTrainedModel:
     """Load a model with every weight accounted for and finite.
 
     Returns:
@@ -112,14 +121,22 @@ def load_complete(name_or_path: str) -> GPT2LMHeadModel | FactorizedGPT2:
         UserError: As `load_baseline`, but for what is factorized already.
     """
     config = _load_config(name_or_path)
-    model_class: type[GPT2LMHeadModel | FactorizedGPT2]
+    model_class: type
     if isinstance(config, FactorizedGPT2Config):
         model_class = FactorizedGPT2
+    elif isinstance(config, FactorizedCausalLMConfig):
+        model_class = FactorizedCausalLM
     elif config.model_type == "gpt2":
         model_class = GPT2LMHeadModel
+    elif config.is_encoder_decoder or is_encoder(config) or type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise UserError(
+            f"{name_or_path} is a {config.model_type!r} model; a baseline is a GPT-2 or another causal decoder with "
+            "one token embedding and one linear head."
+        )
     else:
-        raise UserError(f"{name_or_path} is a {config.model_type!r} model; the baseline must be a GPT-2.")
-    model = _load(model_class, config, name_or_path, ("missing_keys", "mismatched_keys", "unexpected_keys"))
+        model_class = AutoModelForCausalLM
+    refused = ("missing_keys", "mismatched_keys", "unexpected_keys")
+    model = _load(model_class, config, name_or_path, refused[:2] if model_class is AutoModelForCausalLM else refused)
     _mend_generation_config(model.generation_config, name_or_path)
     return model
 

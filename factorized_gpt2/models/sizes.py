@@ -3,8 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from torch import nn
-from transformers import GPT2Config
+from transformers import GPT2Config, PretrainedConfig, PreTrainedModel
 
 
 @dataclass(frozen=True)
@@ -32,10 +31,17 @@ def is_vocabulary(name: str) -> bool:
     return name.removeprefix("transformer.").startswith(_VOCABULARY_MODULES)
 
 
-def model_size(model: nn.Module) -> ModelSize:
+def vocabulary_width(config: PretrainedConfig) -> int:
+    """Say how wide a decoder's token embedding is, before a factorization."""
+    return getattr(config, "word_embed_proj_dim", None) or config.hidden_size
+
+
+def model_size(model: PreTrainedModel) -> ModelSize:
     """Count a model's parameters and bytes, and the vocabulary's share of them."""
     named = list(model.named_parameters())
-    vocabulary = [weight for name, weight in named if is_vocabulary(name)]
+    ends = filter(None, (model.get_input_embeddings(), model.get_output_embeddings()))
+    of_ends = {id(weight) for end in ends for weight in end.parameters()}
+    vocabulary = [weight for name, weight in named if id(weight) in of_ends or is_vocabulary(name)]
     weights = [weight for _, weight in named]
     return ModelSize(
         parameters=sum(weight.numel() for weight in weights),

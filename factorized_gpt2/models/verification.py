@@ -5,9 +5,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from ..common.errors import UserError
-from ..network.modeling_factorized_gpt2 import FactorizedGPT2
+from .foreign_models import positions_of
 
 PROBE_TOKENS = 64
 TOLERANCE = 1e-4  # largest difference of a logit, relative to the largest where that exceeds 1
@@ -57,7 +59,7 @@ def verify_saved(folder: Path, probe: torch.Tensor, expected: torch.Tensor, devi
     """
     if not torch.isfinite(expected).all():
         raise UserError(f"The model for {name} computes NaN or infinity and is not kept: see what it was made from.")
-    reloaded = FactorizedGPT2.from_pretrained(folder).to(device)
+    reloaded = nn.Module.to(AutoModelForCausalLM.from_pretrained(folder), device)
     difference = (probe_logits(reloaded, probe) - expected).abs().max().item()
     if not difference <= TOLERANCE * max(1.0, expected.abs().max().item()):
         raise RuntimeError(
@@ -67,7 +69,7 @@ def verify_saved(folder: Path, probe: torch.Tensor, expected: torch.Tensor, devi
     return difference
 
 
-def verify_copy(model: FactorizedGPT2, folder: Path, name: Path) -> None:
+def verify_copy(model: PreTrainedModel, folder: Path, name: Path) -> None:
     """Reload a model that was just saved as it is in memory, and compare the two on tokens of the whole vocabulary.
 
     Args:
@@ -80,6 +82,6 @@ def verify_copy(model: FactorizedGPT2, folder: Path, name: Path) -> None:
         RuntimeError: The reloaded model's logits differ.
     """
     vocab_size = model.config.vocab_size
-    length = min(PROBE_TOKENS, model.config.n_positions, vocab_size)
+    length = min(PROBE_TOKENS, positions_of(model.config) or PROBE_TOKENS, vocab_size)
     probe = torch.linspace(0, vocab_size - 1, length).long()[None]
     verify_saved(folder, probe, probe_logits(model, probe), model.device, name)

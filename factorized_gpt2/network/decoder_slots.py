@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 
 class Slot(nn.Module):
@@ -51,6 +51,11 @@ class HeadSlot(Slot):
         return self.owner[0].scale_down.weight
 
 
+def is_encoder(config: PretrainedConfig) -> bool:
+    """Tell whether a configuration is of a network that is a decoder only where it says so, and it does not."""
+    return hasattr(config, "add_cross_attention") and getattr(config, "is_decoder", True) is False
+
+
 def vocabulary_of(model: PreTrainedModel) -> tuple[nn.Embedding, nn.Linear, float]:
     """Find what a factorization replaces in a causal language model.
 
@@ -64,7 +69,7 @@ def vocabulary_of(model: PreTrainedModel) -> tuple[nn.Embedding, nn.Linear, floa
     needed = "supported are causal decoders with one token embedding and one linear head."
     if hasattr(config, "n_embd_wte"):
         raise ValueError(f"{name} is a model of this package already; {needed}")
-    if hasattr(config, "add_cross_attention") and getattr(config, "is_decoder", True) is False:
+    if is_encoder(config):
         raise ValueError(f"{name} is an encoder, unless its config says is_decoder; {needed}")
     if config.is_encoder_decoder or config.get_text_config(decoder=True) is not config:
         raise ValueError(f"{name} is made of more than a decoder of text; {needed}")

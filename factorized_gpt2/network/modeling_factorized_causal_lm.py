@@ -89,7 +89,7 @@ class FactorizedCausalLM(FactorizedHead, StoresVocabulary, PreTrainedModel, Gene
             share_matrix(value, head)
 
     def _vocabulary_shape(self) -> tuple[int, int, int]:
-        vocab_size, rank = self.wte.codes.shape
+        vocab_size, rank = cast(CodedEmbedding, self.wte).codes.shape
         return vocab_size, rank, self.scale_up.out_features
 
     def get_input_embeddings(self) -> nn.Module:
@@ -133,7 +133,7 @@ class FactorizedCausalLM(FactorizedHead, StoresVocabulary, PreTrainedModel, Gene
         state = {
             name: tensor for name, tensor in model.state_dict().items() if not name.endswith((".codes", ".steps"))
         }
-        state["wte.weight"] = state["lm_head.weight"] = self.wte.dense()
+        state["wte.weight"] = state["lm_head.weight"] = cast(CodedEmbedding, self.wte).dense()
         made = type(self).from_pretrained(None, config=config, state_dict=state, dtype=dtype or self.dtype)
         made.generation_config = copy.deepcopy(self.generation_config)
         return made.to(self.device).eval()

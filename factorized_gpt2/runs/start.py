@@ -5,7 +5,7 @@ from pathlib import Path
 
 import psutil
 from huggingface_hub.errors import StrictDataclassError
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..common.errors import UserError
 from ..common.folder_lock import compress_alone
@@ -60,10 +60,20 @@ def block_size_of(run: Run, model: FactorizedGPT2) -> int:
     return run.data.block_size or model.config.n_positions
 
 
+def _gpt2(model: PreTrainedModel, name: str) -> FactorizedGPT2:
+    if not isinstance(model, FactorizedGPT2):
+        raise UserError(
+            f"{name} is a {model.config.model_type!r} model: runs train GPT-2s alone so far; compress.py and "
+            "evaluate_models.py take other decoders."
+        )
+    return model
+
+
 def _trained_start(run: Run, tokenizer: PreTrainedTokenizerBase) -> FactorizedGPT2:
     arguments, training = run.model, run.training
     baseline = None if arguments.compressed else load_baseline(arguments.baseline)
-    model = baseline.model if baseline else load_compressed(arguments.compressed)
+    loaded = baseline.model if baseline else load_compressed(arguments.compressed)
+    model = _gpt2(loaded, baseline.name if baseline else arguments.compressed)
     check_tokenizer(model, tokenizer)
     if block_size_of(run, model) > model.config.n_positions:
         raise UserError(
@@ -79,11 +89,12 @@ def _trained_start(run: Run, tokenizer: PreTrainedTokenizerBase) -> FactorizedGP
     elif baseline is not None:
         root = Path(training.output_dir).parent
         compressor = Compressor(baseline, Recipe(), root, tokenizer, overwrite=training.overwrite)
-        model, folder = compressor.load(arguments.n_embd_wte), compressor.folder(arguments.n_embd_wte)
-        if model is None:
+        made, folder = compressor.load(arguments.n_embd_wte), compressor.folder(arguments.n_embd_wte)
+        if made is None:
             with compress_alone(root, wait=True):
-                ((_, model, _),) = compressor.load_or_make([arguments.n_embd_wte])
+                ((_, made, _),) = compressor.load_or_make([arguments.n_embd_wte])
             logger.info("The compressed baseline is beside the run's folder, for other runs to start from: %s", folder)
+        model = _gpt2(made, str(folder))
         model.name_or_path = str(folder)
     return model
 
@@ -128,9 +139,9 @@ def distillation_of(run: Run, vocab_size: int) -> Distillation | None:
     if name is None:
         raise UserError(f"{run.model.compressed} does not say what it was compressed from: name a teacher.")
     teacher = load_baseline(name)
-    config = teacher.model.config
+    config = _gpt2(teacher.model, name).config
     if config.vocab_size != vocab_size:
         raise UserError(f"The teacher {teacher.name} has {config.vocab_size} tokens, the model {vocab_size}.")
     if config.n_positions < run.data.block_size:
         raise UserError(f"block_size {run.data.block_size} exceeds the {config.n_positions} positions of the teacher.")
-    return Distillation(teacher.model, asked.distillation_weight, asked.distillation_temperature)
+    return Distillation(_gpt2(teacher.model, name), asked.distillation_weight, asked.distillation_temperature)

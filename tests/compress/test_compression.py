@@ -300,7 +300,10 @@ def _break(folder, stock_folder, kind: str) -> None:
         ("NaN", "'transformer.h.1.mlp.mlp_up.weight'.*NaN|'transformer.h.1.mlp.c_fc.weight'.*NaN"),
         ("truncated", "cannot be read"),
         ("layers", "missing.*transformer.h.2"),
-        ("architecture", "is a 'bert' model; the baseline must be a GPT-2"),
+        (
+            "architecture",
+            "is a 'bert' model; a baseline is a GPT-2 or another causal decoder",
+        ),
         ("factorized", "is factorized already"),
         ("no config", "No model can be loaded"),
     ],
