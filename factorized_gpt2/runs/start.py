@@ -63,8 +63,8 @@ def block_size_of(run: Run, model: FactorizedGPT2) -> int:
 def _gpt2(model: PreTrainedModel, name: str) -> FactorizedGPT2:
     if not isinstance(model, FactorizedGPT2):
         raise UserError(
-            f"{name} is a {model.config.model_type!r} model: runs train GPT-2s alone so far; compress.py and "
-            "evaluate_models.py take other decoders."
+            f"{name} is a {type(model).__name__}; train_hf.py trains GPT-2s, and a factorized decoder of another kind "
+            "is trained by transformers' Trainer, with or without PEFT."
         )
     return model
 
