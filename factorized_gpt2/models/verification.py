@@ -59,7 +59,7 @@ def verify_saved(folder: Path, probe: torch.Tensor, expected: torch.Tensor, devi
     """
     if not torch.isfinite(expected).all():
         raise UserError(f"The model for {name} computes NaN or infinity and is not kept: see what it was made from.")
-    reloaded = nn.Module.to(AutoModelForCausalLM.from_pretrained(folder), device)
+    reloaded = nn.Module.to(AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=False), device)
     difference = (probe_logits(reloaded, probe) - expected).abs().max().item()
     if not difference <= TOLERANCE * max(1.0, expected.abs().max().item()):
         raise RuntimeError(
