@@ -49,8 +49,8 @@ def compress_all(
     if publishing.push_to_hub:
         check_access(None, publishing.push_to_hub)
     baseline = load_baseline(arguments.baseline)
-    if arguments.refine and not isinstance(baseline.model, FactorizedGPT2):
-        raise UserError(f"refine is for GPT-2 alone so far; {arguments.baseline} is another decoder.")
+    if publishing.push_to_hub and not isinstance(baseline.model, FactorizedGPT2):
+        raise UserError(f"push_to_hub is for GPT-2 alone so far; {arguments.baseline} is another decoder.")
     if arguments.ranks:
         check_ranks(arguments.ranks, baseline.model.config)
     method = CODED if arguments.makes_codes else arguments.method

@@ -83,6 +83,8 @@ class AnyCompressor(ABC, Generic[Size]):
             what = f"method {recipe.method}" if recipe.method != "pca" else "refinement"
             raise UserError(f"{what} learns from text: set calibration_file or dataset_name.")
         if recipe.refine_steps:
+            if not isinstance(baseline.model, FactorizedGPT2):
+                raise UserError(f"refine is for GPT-2 alone so far; {baseline.name} is another decoder.")
             check_device(device)
         self.baseline, self.root, self.tokenizer, self.text = baseline, root, tokenizer, text
         self.recipe = replace(

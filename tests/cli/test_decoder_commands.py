@@ -138,6 +138,13 @@ def test_what_cannot_be_factorized_is_named(tmp_path):
     assert "\n" not in str(caught.value)
 
 
+def test_what_cannot_be_published_is_not_made_first(folders, tmp_path, monkeypatch):
+    monkeypatch.setattr("factorized_gpt2.cli.compressing.check_access", lambda *_: None)
+    with pytest.raises(UserError, match="push_to_hub is for GPT-2 alone"):
+        compress(words(folders / "llama", tmp_path, "--ranks", 8, "--push_to_hub", "me/small"))
+    assert not list(tmp_path.glob("gpt_*"))
+
+
 def test_runs_are_for_gpt2(folders, corpus, tmp_path):
     texts = ("--train_file", corpus / "train.jsonl", "--validation_file", corpus / "validation.jsonl")
     asked = ("--baseline", folders / "llama", "--output_dir", tmp_path / "run", "--do_train", *texts, "--max_steps", 1)
