@@ -33,6 +33,13 @@ class GpuArguments:
         default_factory=lambda: ["loss", "training", "decoding", "experiments"],
         metadata={"help": "In this order: loss, training, decoding, experiments."},
     )
+    steps: int | None = field(
+        default=None,
+        metadata={
+            "help": "Of the experiments from scratch; of LoRA half. None: as many as there is time for."
+        },
+    )
+    learning_rate: float = field(default=1.0, metadata={"help": "Factor on the experiments' learning rates."})
     device: str = field(default="cuda", metadata={"help": "Where to run.", "choices": ["cuda", "cpu"]})
     small: bool = field(default=False, metadata={"help": "Two narrow layers and few rows, to rehearse."})
 
@@ -69,7 +76,8 @@ def main(argv: list[str]) -> None:
         raise UserError(f"seconds must be positive, got {arguments.seconds}.")
     if arguments.device == "cuda" and not torch.cuda.is_available():
         raise UserError("There is no CUDA here, and nothing was measured; --device cpu --small True rehearses it.")
-    plan = Plan(SMALL if arguments.small else FULL, arguments.device, Path(arguments.bundle))
+    sizes = SMALL if arguments.small else FULL
+    plan = Plan(sizes, arguments.device, Path(arguments.bundle), arguments.steps, arguments.learning_rate)
     origin = machine("accelerate", "peft", device=arguments.device)
     bench_run = BenchRun(Path(arguments.output_dir), arguments.seconds, origin)
     parts = [PARTS[name] for name in arguments.parts]

@@ -67,11 +67,15 @@ class Plan:
         sizes: Of the problems.
         device: "cuda" or "cpu".
         bundle: Folder with the text of the experiments.
+        steps: Of the experiments that train from scratch; `None`: as many as there is time for.
+        learning_rate: Factor on theirs.
     """
 
     sizes: Sizes
     device: str
     bundle: Path
+    steps: int | None = None
+    learning_rate: float = 1.0
 
     @property
     def is_small(self) -> bool:

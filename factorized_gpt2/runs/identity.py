@@ -51,7 +51,7 @@ def contents(run: Run, with_dataset: bool = False) -> dict[str, str]:
         with_dataset: Whether to ask for the commit of a dataset on the Hub, which takes a connection.
     """
     found = contents_of(run.settings())
-    if with_dataset and run.data.dataset_name and "dataset_files" not in found:
+    if with_dataset and _reads_dataset(run) and "dataset_files" not in found:
         commit = _dataset_commit(run.data.dataset_name, run.data.dataset_config_name)
         found |= {} if commit is None else {"dataset": commit}
     return found
@@ -160,6 +160,12 @@ def _named(kind: str, run: Run) -> str:
         "dataset": f"the dataset {data.dataset_name}",
         "dataset_files": f"the files of the dataset {data.dataset_name}",
     }[kind]
+
+
+def _reads_dataset(run: Run) -> bool:
+    """Whether a dataset gives a split: files of one's own stand in its place."""
+    has_files = run.data.validation_file and (run.data.train_file or not run.training.do_train)
+    return bool(run.data.dataset_name) and not has_files
 
 
 def _dataset_commit(name: str, config: str | None) -> str | None:

@@ -304,6 +304,13 @@ def test_a_dataset_that_changed_on_the_hub_is_seen_before_the_run_goes_on(folder
         mark(run)
 
 
+def test_a_dataset_that_files_replace_is_not_asked_for(folder, monkeypatch):
+    asked = []
+    monkeypatch.setattr("datasets.load_dataset_builder", lambda *args: asked.append(args))
+    mark(parse(folder, dataset_name="me/text"))  # beside the files of both splits
+    assert not asked
+
+
 def test_a_start_on_the_hub_is_known_by_its_commit(folder, monkeypatch):
     commit = "a" * 40
     cached = lambda name, file: f"/cache/models--{name}/snapshots/{commit}/{file}"  # noqa: E731
