@@ -170,6 +170,7 @@ def _flags(plan: Plan, bundle: Path) -> list[str]:
         "load_best_model_at_end": False,
         "report_to": "none",
         "disable_tqdm": True,
+        "per_device_train_batch_size": 16,  # of no accumulation: the host, not the GPU, is what four blocks wait for
         "torch_compile_backend": plan.compiler,
     }
     if plan.device == "cpu":
