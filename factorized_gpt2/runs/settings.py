@@ -14,7 +14,7 @@ from transformers.activations import ACT2FN
 
 from ..common.errors import UserError
 from ..common.files import read_json
-from ..network.blockwise_loss import cut_cross_entropy_runs
+from ..network.blockwise_loss import cut_cross_entropy_is_exact, cut_cross_entropy_runs
 from ..settings.devices import launched_processes
 from ..settings.setting_values import check_values
 from ..settings.text_arguments import DataArguments
@@ -214,3 +214,8 @@ def _check(run: Run) -> None:
     on_cuda, half = training.device.type == "cuda", training.fp16 or training.bf16
     if training.loss_backend == "cut_cross_entropy" and not cut_cross_entropy_runs(on_cuda, half):
         raise UserError("loss_backend=cut_cross_entropy needs CUDA, fp16 or bf16, and the package cut-cross-entropy.")
+    if training.loss_backend == "cut_cross_entropy" and not cut_cross_entropy_is_exact():
+        logger.warning(
+            "The installed cut-cross-entropy sums gradients in half precision: in bf16 they are off by up to 5 %. "
+            "Its later releases sum in float32; loss_backend=blockwise does so too."
+        )
