@@ -58,16 +58,18 @@ def check(arguments: CompressArguments, calibration: CalibrationArguments, evalu
         )
     if share is not None and (arguments.makes_codes or arguments.method != "pca"):
         method = CODED if arguments.makes_codes else arguments.method
-        raise UserError(f"explained_variance is for method pca alone; with method {method} set target_loss_increase.")
+        raise UserError(
+            f"explained_variance works with method pca only; with method {method} set target_loss_increase."
+        )
     if ranks is not None and len(set(ranks)) != len(ranks):
         raise UserError(f"ranks: a rank is given twice in {' '.join(map(str, ranks))}.")
     if loss is not None and not evaluation.is_asked_for:
-        raise UserError("target_loss_increase needs text to measure on: set eval_file or dataset_name.")
+        raise UserError("target_loss_increase needs text to evaluate on: set eval_file or dataset_name.")
     own_text = calibration.calibration_file or calibration.calibration_dataset_name
     learns = arguments.makes_codes or arguments.refine or arguments.method != "pca"
     if own_text and not learns:
         name = "calibration_file" if calibration.calibration_file else "calibration_dataset_name"
-        raise UserError(f"{name} does nothing for method pca without refine; tokenwise makes the most of it.")
+        raise UserError(f"{name} has no effect with method pca without refine; set method=tokenwise to use it.")
 
 
 def _check_codes(arguments: CompressArguments) -> None:
@@ -77,13 +79,13 @@ def _check_codes(arguments: CompressArguments) -> None:
     if arguments.method not in ("pca", CODED):  # the first is the default
         raise UserError(f"bits_per_weight and vocabulary_mb are for method {CODED}, not for {arguments.method}.")
     if not arguments.tie_word_embeddings:
-        raise UserError(f"Method {CODED} codes one matrix for both sides: leave tie_word_embeddings as it is.")
+        raise UserError(f"Method {CODED} needs a tied head: leave tie_word_embeddings at its default.")
     if arguments.ranks and arguments.target_loss_increase is not None:
-        raise UserError("Set one of ranks and target_loss_increase.")
+        raise UserError("Set either ranks or target_loss_increase, not both.")
     for name in ("bits_per_weight", "vocabulary_mb"):
         sizes = choices[name] or ()
         if len(set(sizes)) != len(sizes):
-            raise UserError(f"{name}: a budget is given twice in {' '.join(map(str, sizes))}.")
+            raise UserError(f"{name}: a size is given twice in {' '.join(map(str, sizes))}.")
 
 
 def main() -> None:

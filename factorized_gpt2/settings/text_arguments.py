@@ -22,7 +22,7 @@ def check_pattern(name: str, pattern: str | None) -> None:
     try:
         re.compile(pattern or "")
     except re.error as error:
-        raise UserError(f"{name}={pattern!r} is no regular expression: {error}.") from error
+        raise UserError(f"{name}={pattern!r} is not a regular expression: {error}.") from error
 
 
 @dataclass
@@ -168,7 +168,7 @@ class EvaluationArguments(TextArguments):
             if positions > _MOST_POSITIONS:
                 block_size = _BLOCK_OF_MANY
                 logger.info(
-                    "%s has %d positions: it is evaluated in blocks of %d tokens; block_size sets another number.",
+                    "%s has %d positions: it is evaluated in blocks of %d tokens; set block_size to change that.",
                     *(name, positions, block_size),
                 )
         if positions is not None and not 2 <= block_size <= positions:

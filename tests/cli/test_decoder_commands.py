@@ -140,7 +140,7 @@ def test_what_cannot_be_factorized_is_named(tmp_path):
 
 def test_what_cannot_be_published_is_not_made_first(folders, tmp_path, monkeypatch):
     monkeypatch.setattr("factorized_gpt2.cli.compressing.check_access", lambda *_: None)
-    with pytest.raises(UserError, match="push_to_hub is for GPT-2 alone"):
+    with pytest.raises(UserError, match="push_to_hub works for GPT-2 only"):
         compress(words(folders / "llama", tmp_path, "--ranks", 8, "--push_to_hub", "me/small"))
     assert not list(tmp_path.glob("gpt_*"))
 
