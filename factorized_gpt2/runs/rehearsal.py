@@ -68,7 +68,7 @@ def _check_sharding(training: RunArguments, model: PreTrainedModel) -> None:
             blocks = ", ".join(model._no_split_modules)
             raise UserError(
                 f"transformer_layer_cls_to_wrap names {name}, but the layers of this model are {blocks}: name that "
-                f"class."
+                "class."
             )
 
 
