@@ -1,4 +1,4 @@
-"""`compress.py`: a trained GPT-2, or another decoder, to smaller ones, by factorizing its vocabulary."""
+"""`compress.py`: make a trained GPT-2 or another decoder smaller by factorizing its vocabulary."""
 
 import sys
 from pathlib import Path
@@ -22,7 +22,9 @@ def compress(argv: list[str]) -> None:
             *(PublishArguments, JsonArguments),
         ),
         prog="compress.py",
-        description="Factorize the token embedding and head of a trained GPT-2 or another decoder.",
+        description="Make a trained GPT-2 or another decoder smaller: replace its token\n"
+        "embedding and head by thin factors (--ranks) or a few bits per weight\n"
+        "(--bits_per_weight).",
         usage="%(prog)s --baseline FOLDER (--ranks K [K ...] | --bits_per_weight B [B ...]) [option ...]",
         examples=(
             "compress.py --baseline openai-community/gpt2 --ranks 64 128",
@@ -30,7 +32,8 @@ def compress(argv: list[str]) -> None:
             "compress.py --baseline my_gpt2 --target_loss_increase 0.02 --eval_file held_out.txt",
             "compress.py --baseline my_gpt2 --bits_per_weight 1 1.75 2.75 --calibration_file train.txt",
         ),
-        remark="What was made in the same way before is reused.",
+        remark="Each model is saved in a folder of its own under output_dir. A model\n"
+        "that was made before with the same settings from the same files is reused.",
     ).parse(argv)
     check(arguments, calibration, evaluation)
     # What follows takes seconds to import.

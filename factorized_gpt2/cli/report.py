@@ -1,4 +1,4 @@
-"""`report.py`: results of runs to a table and pictures."""
+"""`report.py`: make a table and plots of the results of runs."""
 
 import sys
 from dataclasses import dataclass, field
@@ -14,13 +14,14 @@ from .shell import run_command, write_result
 
 @dataclass
 class ReportArguments:
-    """Which results, and where to."""
+    """Where the results are, and where the report goes."""
 
     results: Annotated[str, READ] = field(
-        default="model_weights", metadata={"help": "Folder of the run folders, each with a results.json."}
+        default="model_weights", metadata={"help": "Folder that holds the run folders, each with a results.json."}
     )
     output_dir: Annotated[str, OUTPUT_FOLDER] | None = field(
-        default=None, metadata={"help": "Folder of the report. None: report/ in that one."}
+        default=None,
+        metadata={"help": "Folder to write the report into. Default: report/ in the folder of the results."},
     )
 
 
@@ -29,7 +30,7 @@ def report(argv: list[str]) -> None:
     arguments, output = ManualParser(
         (ReportArguments, JsonArguments),
         prog="report.py",
-        description="Make a table and pictures from the results.json of runs.",
+        description="Make a table and plots of finished runs, from the results.json of each.",
         examples=("report.py --results model_weights",),
     ).parse(argv)
     root = Path(arguments.results)

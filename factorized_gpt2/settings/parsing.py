@@ -75,7 +75,7 @@ def load_config(name: str, heirs: tuple[Path, ...] = ()) -> dict[str, Any]:
     return load_config(str(found.parent / parent), (*heirs, found.resolve())) | config
 
 
-_DEBUG_HELP = "Show where an error comes from, with its traceback."
+_DEBUG_HELP = "Print the traceback of an error, for bug reports."
 
 
 _NOTHING: tuple[Any, ...] = (None, "", False, [], [""])  # ways to leave an option out
