@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
@@ -10,12 +11,10 @@ from foreign_models import Calibration
 from peers import Groups, Small, gguf_type, gguf_types, gptq, low_rank, round_to_nearest
 from refined_peers import Refinable, RefinableCodes, RefinableFactors, RefinableGroups
 
-from factorized_gpt2.compress.coded import INPUT_SIDE, REFINED_BITS
-from factorized_gpt2.compress.data_aware import VocabularyUse, factorize_data_aware
-from factorized_gpt2.compress.pca import factorize
-from factorized_gpt2.compress.quantizer import coding_weights, encode_table
+from factorized_gpt2.compress.coded import REFINED_BITS
+from factorized_gpt2.compress.data_aware import VocabularyUse
+from factorized_gpt2.compress.methods import METHODS, Method
 from factorized_gpt2.models.factors import Factors
-from factorized_gpt2.network.coded_table import CodedTable
 
 _GROUP = 64  # numbers that share a step, with GPTQ
 
@@ -65,14 +64,12 @@ class Ways:
     use: VocabularyUse
 
     def all(self, budgets: Sequence[float], ranks: Sequence[int], bits: Sequence[int]) -> Iterator[Way]:
-        """Yield coded tables at budgets, low rank at ranks, integers of so many bits, types of gguf."""
+        """Yield ours at budgets and ranks, integers of so many bits, and the types of gguf."""
         width = self.weight.shape[1]
-        for budget in budgets:
-            yield self._coded(budget)
-        for rank in ranks:
-            yield _low_rank("PCA", rank, lambda k=rank: factorize(self.weight, k))
-            for method in ("joint", "tokenwise"):
-                yield _low_rank(method, rank, lambda k=rank, m=method: self._data_aware(k, m))
+        for method in METHODS.values():
+            sizes, own = (budgets, self._at_bytes) if method.by == "bytes" else (ranks, self._at_rank)
+            for size in sizes:
+                yield own(method, size)
         for number in bits:
             for group in (0, 128, 64, 32):
                 if not group or width % group == 0:
@@ -87,39 +84,32 @@ class Ways:
         for name in gguf_types(width):
             yield Way("gguf", name, lambda n=name: gguf_type(self.weight, n))
 
-    def _coded(self, budget: float) -> Way:
+    def _at_bytes(self, method: Method, budget: float) -> Way:
         def make() -> Small:
-            table = self._table(budget)
+            table = self._fit(method).table(budget)
             return Small(table.dense(), table.nbytes)
 
         def refinable() -> Refinable:
-            return RefinableCodes(self._table(budget - REFINED_BITS / self.weight.shape[1]), torch.bfloat16)
+            return RefinableCodes(
+                self._fit(method).table(budget - REFINED_BITS / self.weight.shape[1]), torch.bfloat16
+            )
 
-        return Way("coded", f"coded, {budget:g} bits", make, refinable)
+        return Way(method.title, f"{method.title}, {budget:g} bits", make, refinable)
 
-    def _table(self, budget: float) -> CodedTable:
-        return encode_table(self.weight, self._metric, self._row_weights, budget)
+    def _at_rank(self, method: Method, rank: int) -> Way:
+        def make() -> Factors:
+            return self._fit(method).factors([rank])[rank]
 
-    def _data_aware(self, rank: int, method: str) -> Factors:
-        return factorize_data_aware(self.weight, [rank], method, self.use)[rank]
+        name = f"{method.title}, k = {rank}"
+        return Way(f"{method.title}, fp16", name, lambda: low_rank(make()), lambda: RefinableFactors(make()))
 
-    @cached_property
-    def _metric(self) -> np.ndarray:
-        return INPUT_SIDE * self.use.input_side.second_moment() + self.use.output_side.second_moment()
-
-    @cached_property
-    def _row_weights(self) -> np.ndarray:
-        return coding_weights(self.use.token_counts, self.calibration.head_use)
+    def _fit(self, method: Method) -> Any:
+        return method.fit(self.weight, None, self.use)
 
     @cached_property
     def _hessian(self) -> np.ndarray:
         hidden = self.calibration.hidden
         return hidden.T.astype(np.float64) @ hidden / len(hidden)
-
-
-def _low_rank(method: str, rank: int, make: Callable[[], Factors]) -> Way:
-    family, name = f"{method}, fp16", f"{method}, k = {rank}"
-    return Way(family, name, lambda: low_rank(make()), lambda: RefinableFactors(make()))
 
 
 def _groups(family: str, name: str, make: Callable[[], Groups]) -> Way:
