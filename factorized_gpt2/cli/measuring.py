@@ -102,11 +102,11 @@ class Measure:
             folder: Where it is.
         """
         of, rank = model_size(model), None if size == BASELINE else model.config.n_embd_wte
-        share_name, by_bytes = self.method.share, self.method.by == "bytes"
+        called, by_bytes = self.method.share, self.method.by == "bytes"
         stored = stored_bytes(folder) if by_bytes and size != BASELINE else of.bytes
         row = {
             "k": rank or "-",
-            share_name.in_table: "" if share is None else f"{share:.4f}",
+            called.in_table: "" if share is None else f"{share:.4f}",
             "parameters": f"{of.parameters:,}",
             "vocabulary": f"{of.vocabulary_parameters:,}",
             "dtype": dtype_name(model),
@@ -121,7 +121,7 @@ class Measure:
             row |= {"increase": f"{self.increase(size):+.4f}"}
         result = {
             "rank": rank,
-            share_name.in_json: share,
+            called.in_json: share,
             "dtype": dtype_name(model),
             **asdict(of),
             "stored_bytes": stored,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -75,7 +76,10 @@ class PCAFit:
     def __init__(self, weight: np.ndarray, lm_head: np.ndarray | None = None, use: None = None):
         self._weight, self._lm_head = weight, lm_head
         self._embedding = _fit_pca(weight, _EMBEDDING)
-        self._head = None if lm_head is None else _fit_pca(lm_head, _HEAD)
+
+    @cached_property
+    def _head(self) -> PCA | None:
+        return None if self._lm_head is None else _fit_pca(self._lm_head, _HEAD)
 
     @property
     def shares(self) -> np.ndarray:
