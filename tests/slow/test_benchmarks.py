@@ -85,7 +85,7 @@ def test_lora(words, capsys):
 
 
 def test_speed(capsys, monkeypatch):
-    monkeypatch.setattr(speed, "METHODS", ("pca", "tokenwise"))
+    monkeypatch.setattr(speed, "BY_RANK", ("pca", "tokenwise"))
     speed.main(["--vocab_size", "200", "--width", "24", "--ranks", "4", "8", "--tokens", "64"])
     head, *rows, sharing_head, sharing = table(capsys)
     assert head == ["method", "seconds", "peak memory, GB", "of it before, GB"]
