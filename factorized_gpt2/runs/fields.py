@@ -6,10 +6,12 @@ from typing import Annotated
 from ..settings.setting_values import COUNT, NOT_NEGATIVE, POSITIVE, READ, SHARE
 from .training_fields import LIMITS
 
+# The modules of a GPT-2; on other decoders they stand for all-linear.
 LORA_TARGETS = ("wte", "scale_up", "scale_down", "q_proj", "k_proj", "v_proj", "c_proj", "mlp_up", "mlp_down")
 
 
-# Those of the network, which is not imported to read settings.
+# Those of the network and of the trainer, which are not imported to read settings.
+ALL_LINEAR = "all-linear"
 LOSS_BACKENDS = ("blockwise", "attention", "cut_cross_entropy", "auto", "logits")
 
 
@@ -21,7 +23,10 @@ class ModelArguments:
 
     baseline: Annotated[str, READ] | None = field(
         default=None,
-        metadata={"help": "Folder or Hub id of a trained, unfactorized GPT-2 to start from. None: a random start."},
+        metadata={
+            "help": "Folder or Hub id of a trained, unfactorized GPT-2 to start from, or with n_embd_wte of another "
+            "decoder. None: a random start."
+        },
     )
     compressed: Annotated[str, READ] | None = field(
         default=None,
@@ -51,7 +56,11 @@ class ModelArguments:
         default=None, metadata={"help": "Of the MLP (random start only): gelu is exact. Default: gelu_new, GPT-2's."}
     )
     dropout: Annotated[float, SHARE] | None = field(
-        default=None, metadata={"help": "Dropout of embeddings, attention and residuals while training. Default: 0.1."}
+        default=None,
+        metadata={
+            "help": "Dropout of embeddings, attention and residuals while training, as far as the model's config has "
+            "one. Default: the model's own; from scratch 0.1."
+        },
     )
     tie_word_embeddings: bool = field(
         default=True,
@@ -79,7 +88,12 @@ class AdapterArguments:
         default=0.1, metadata={"help": "Dropout before the adapters of linear layers."}
     )
     lora_target_modules: list[str] = field(
-        default_factory=lambda: list(LORA_TARGETS), metadata={"help": "Names of the modules that get an adapter."}
+        default_factory=lambda: list(LORA_TARGETS),
+        metadata={
+            "help": "Names of the modules that get an adapter. all-linear: every linear layer of the decoder, "
+            "scale_up, scale_down and, unless it is of integers, wte. On a decoder that is no GPT-2 the default means "
+            "the same."
+        },
     )
 
 
@@ -102,7 +116,10 @@ class DistillationArguments:
     )
     teacher: Annotated[str, READ] | None = field(
         default=None,
-        metadata={"help": "Folder or Hub id of an unfactorized GPT-2. None: the baseline, or the compressed model's."},
+        metadata={
+            "help": "Folder or Hub id of an unfactorized model with the same tokens. None: the baseline, or the "
+            "compressed model's."
+        },
     )
 
 

@@ -109,7 +109,7 @@ def parser_of(training: type) -> ManualParser:
     parser = ManualParser(
         (*PARTS, training),
         prog="train_hf.py",
-        description="Train, fine-tune with LoRA or evaluate a GPT-2 with a factorized vocabulary.",
+        description="Train, fine-tune with LoRA or evaluate a GPT-2 or another decoder with a factorized vocabulary.",
         usage="%(prog)s --config NAME [option ...]",
         examples=(
             "train_hf.py --config baseline.json",
