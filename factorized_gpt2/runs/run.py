@@ -89,7 +89,7 @@ def _run_alone(run: Run, may_sweep: bool = False) -> Results:
         distillation = distillation_of(run, start.config.vocab_size)
     start.loss_backend = run.training.loss_backend
     _check_loss_backend(run, start)
-    use_cache = vars(start.config).get("use_cache")  # which Trainer switches off for good
+    use_cache = getattr(start.config, "use_cache", None)  # which Trainer switches off for good
     spectrum = recorded_spectrum(run.model.compressed or start.name_or_path)
     rank = start.config.n_embd_wte if start.config.is_factorized else None
     family = run.family(start.config.is_factorized, compression_record(run.model.compressed).get("method"))
@@ -125,10 +125,7 @@ def _run_alone(run: Run, may_sweep: bool = False) -> Results:
 
     peak_memory = peak_memory_bytes(run.training.device)
     model = trainer.trained_model()
-    if use_cache is None:  # that of the decoder inside counts
-        vars(model.config).pop("use_cache", None)
-    else:
-        model.config.use_cache = use_cache
+    model.config.use_cache = use_cache
     probe = collate_blocks([validation_blocks[0]])["input_ids"][:, :PROBE_TOKENS]
     expected = probe_logits(model, probe)
     if isinstance(model, PeftModel):
@@ -191,6 +188,23 @@ def _check_loss_backend(run: Run, model: FactorizedGPT2 | FactorizedCausalLM) ->
             f"loss_backend=attention needs fp16 or bf16 on CUDA, and a head at most {LARGEST_WIDTH} wide; this one is "
             f"{width} wide, in {str(dtype).removeprefix('torch.')}."
         )
+    _try_loss(model)
+
+
+@torch.no_grad()
+def _try_loss(model: FactorizedGPT2 | FactorizedCausalLM) -> None:
+    """Compute a loss, by which a decoder finds out what follows its head, before random numbers count."""
+    asked, ids = model.loss_backend, torch.zeros(1, 2, dtype=torch.long)
+    if asked == "cut_cross_entropy":  # not on a CPU; the other needs the same of a head
+        model.loss_backend = "attention"
+    try:
+        model.eval()(ids, labels=ids, skip_logits=True)
+    except ValueError as error:
+        raise UserError(
+            f"loss_backend={asked} needs logits that are a product with one matrix of floats; this model's are more."
+        ) from error
+    finally:
+        model.loss_backend = asked
 
 
 def _keep_base(run: Run, model: FactorizedGPT2 | FactorizedCausalLM) -> None:
