@@ -233,7 +233,10 @@ def test_gpu(tmp_path, capsys):
         rows = found["tables"][f"Training, {dtype}, 2 x 32 tokens, compiled"]
         assert [row["model"] for row in rows] == names
     compressed = found["tables"]["Ways to compress the baseline, nothing trained"]
-    assert [row["way"] for row in compressed] == ["coded", "coded"]  # at the bytes of the one rank, and at half of them
+    assert [row["way"] for row in compressed] == [
+        "coded",
+        "coded",
+    ]  # at the bytes of the one rank, and at half of them
     baseline, healed, lora = json.loads((tmp_path / "out/experiments.json").read_text())
     assert (baseline["run_name"], lora["run_name"]) == ("baseline", "pca-lora-k5-r3")
     assert healed["run_name"].startswith("coded-b1.25")
