@@ -118,8 +118,8 @@ class DataArguments(TextArguments):
     block_size: Annotated[int, BLOCK] | None = field(
         default=None,
         metadata={
-            "help": "Tokens per block (context length). Default: as many as the starting model reads at once, but 1024 "
-            "where that is more than 4096; from scratch, 1024."
+            "help": "Tokens per block (context length). Default: as many as the starting model reads at once, but "
+            "1024 where that is more than 4096; from scratch, 1024."
         },
     )
     preprocessing_num_workers: Annotated[int, Range(1, 1024)] | None = field(
