@@ -18,7 +18,8 @@ from factorized_gpt2.cli.shell import run_command
 from factorized_gpt2.compress import data_aware as data_aware_factorization
 from factorized_gpt2.compress import row_fit
 from factorized_gpt2.compress.calibration import calibrate, compensated_head, count_tokens, spread_blocks
-from factorized_gpt2.compress.data_aware import VocabularyUse, factorize_data_aware
+from factorized_gpt2.compress.data_aware import VocabularyUse
+from factorized_gpt2.compress.methods import METHODS
 from factorized_gpt2.compress.pca import factorize
 from factorized_gpt2.compress.row_fit import Side
 from factorized_gpt2.models.conversion import vocabulary_matrices
@@ -135,14 +136,14 @@ def _by_length(use: VocabularyUse, embedding: np.ndarray, balance: float) -> Voc
 
 
 def _loss(bench: Bench, embedding: np.ndarray, variant: Variant, rank: int) -> float:
-    rank = max(1, int(rank * variant.rank_factor))
+    method, rank = METHODS[variant.method], max(1, int(rank * variant.rank_factor))
     with ExitStack() as stack:
         for module, name, value in variant.constants:
             stack.enter_context(patch.object(module, name, value))
         head = None if variant.tied else embedding
-        factors = factorize_data_aware(embedding, [rank], variant.method, variant.use, head)[rank]
+        factors = method.fit(embedding, head, variant.use).factors([rank])[rank]
     model = from_gpt2(bench.baseline.model, factors)
-    if variant.method == "tokenwise" and variant.compensated:
+    if method.compensates_head and variant.compensated:
         tokens = len(variant.use.output_side.vectors)
         sample = spread_blocks(bench.calibration.blocks, tokens)
         scale_down = compensated_head(model, factors.scale_down, sample, variant.use.output_side.vectors)

@@ -131,6 +131,7 @@ class Calibration:
             output_side=Side(
                 self.hidden, self.draws.ravel(), np.repeat(positions, DRAWS), self.variances.ravel() / DRAWS
             ),
+            head_use=self.head_use,
         )
 
 

@@ -13,7 +13,7 @@ from baselines import BaselineArguments, Bench, benches
 from tabulate import tabulate
 
 from factorized_gpt2.cli.shell import run_command
-from factorized_gpt2.compress.methods import METHODS
+from factorized_gpt2.compress.methods import BY_RANK, DEFAULT
 from factorized_gpt2.models.sizes import model_size
 from factorized_gpt2.settings.parsing import ManualParser
 
@@ -29,7 +29,7 @@ class MethodsArguments(BaselineArguments):
 def main(argv: list[str]) -> None:
     """Measure on every seed's baseline, then print one table."""
     arguments = ManualParser(MethodsArguments, prog="methods.py", description=__doc__).parse(argv)[0]
-    ways = [(method, 0) for method in METHODS]
+    ways = [(method, 0) for method in BY_RANK]
     ways += [(method, steps) for method in arguments.refine_from for steps in arguments.refine_steps]
     rows = defaultdict(list)
     for bench in benches(arguments):
@@ -47,7 +47,7 @@ def _measure(bench: Bench, method: str, steps: int, baseline: float, rows: dict)
         model, _ = compressor.make(rank)
         seconds = time.perf_counter() - began
         loss = bench.loss(model)
-        pca = loss if method == "pca" and not steps else rows[rank, "pca", 0][-1]["loss"]
+        pca = loss if (method, steps) == (DEFAULT, 0) else rows[rank, DEFAULT, 0][-1]["loss"]
         closed = (pca - loss) / (pca - baseline)
         rows[rank, method, steps].append(
             {"loss": loss, "closed": closed, "bytes": model_size(model).bytes, "seconds": seconds}

@@ -3,14 +3,11 @@
 Each takes a matrix (V, d) float32 and returns what stands for it, and the bytes of that, scales counted.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from foreign_models import Calibration
 
-from factorized_gpt2.compress.data_aware import VocabularyUse, factorize_data_aware
-from factorized_gpt2.compress.pca import factorize
 from factorized_gpt2.models.factors import Factors
 
 GGUF_TYPES = ("Q8_0", "Q5_1", "Q5_0", "Q4_1", "Q4_0", "TQ2_0")  # what gguf quantizes itself, in numpy
@@ -63,45 +60,15 @@ class Groups:
         return Small(dense.reshape(len(dense), -1), self.nbytes)
 
 
-def peers(
-    weight: np.ndarray, calibration: Calibration, use: VocabularyUse, ranks: list[int], bits: list[int]
-) -> Iterator[tuple[str, str, Callable[[], Small]]]:
-    """Yield family, name and what computes it, of every peer.
-
-    Args:
-        weight: (V, d) float32.
-        calibration: For GPTQ's Hessian.
-        use: For the factorizations.
-        ranks: Of low rank.
-        bits: Of integers.
-    """
-    for rank in ranks:
-        yield "PCA, fp16", f"PCA, k = {rank}", lambda k=rank: low_rank(factorize(weight, k))
-        for method in ("joint", "tokenwise"):
-            yield (
-                f"{method}, fp16",
-                f"{method}, k = {rank}",
-                lambda k=rank, m=method: low_rank(factorize_data_aware(weight, [k], m, use)[k]),
-            )
-    for number in bits:
-        for group in (0, 128, 64, 32):
-            if not group or weight.shape[1] % group == 0:
-                name = f"int{number}, " + (f"groups of {group}" if group else "rows")
-                yield "round to nearest", name, lambda b=number, g=group: round_to_nearest(weight, b, g).small()
-    moment = calibration.hidden.T.astype(np.float64) @ calibration.hidden / len(calibration.hidden)
-    for number in bits:
-        if number <= 4 and weight.shape[1] % 64 == 0:
-            name = f"GPTQ int{number}, groups of 64"
-            yield "GPTQ", name, lambda b=number: gptq(weight, moment, b, 64).small()
-    for name in gguf_types(weight.shape[1]):
-        yield "gguf", name, lambda n=name: gguf_type(weight, n)
-
-
 def low_rank(factors: Factors) -> Small:
     """Round factors to half precision; `scale_down` is `scale_up` again and takes no bytes."""
     wte, scale_up, mean = (array.astype(np.float16) for array in (factors.wte, factors.scale_up, factors.mean))
-    dense = wte.astype(np.float32) @ scale_up.astype(np.float32) + mean
-    return Small(dense, wte.nbytes + scale_up.nbytes + mean.nbytes)
+    return Small(wte.astype(np.float32) @ scale_up.astype(np.float32) + mean, low_rank_bytes(factors))
+
+
+def low_rank_bytes(factors: Factors) -> int:
+    """Count the bytes of factors in half precision, `scale_down` for none."""
+    return 2 * (factors.wte.size + factors.scale_up.size + factors.mean.size)
 
 
 def round_to_nearest(weight: np.ndarray, bits: int, group: int) -> Groups:

@@ -1,14 +1,14 @@
 """A pretrained model's tied vocabulary, made small in every way: loss increase on text against bits a weight.
 
-`python benchmarks/pretrained.py FOLDER --calibration_file BOOKS.parquet --text_file A.tokens B.parquet`. All ways see
-the same tokens, and what each adds to the loss is a mean of differences by token. Those called refined are trained
-for some steps on the calibration text. With --output, what was measured before is read and not measured again.
+`python benchmarks/pretrained.py --model FOLDER --calibration_file BOOKS.parquet --text_file A.tokens B.parquet`. All
+ways see the same tokens, and what each adds to the loss is a mean of differences by token. With --refine_steps each is
+measured once more, trained for so many steps on the calibration text. With --output, what was measured before is read
+and not measured again.
 """
 
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from itertools import cycle
 from pathlib import Path
@@ -18,22 +18,19 @@ import torch
 from foreign_models import Calibration, TiedModel, divergence, token_losses
 from matplotlib import pyplot as plt
 from matplotlib.ticker import NullFormatter
-from peers import Small, gptq, peers
-from refined_peers import RefinableFactors, RefinableGroups, small_table
+from peers import Small
 from side_by_side import machine
 from tabulate import tabulate
 from transformers import AutoModelForCausalLM
+from ways import Way, Ways
 
 from factorized_gpt2.cli.shell import run_command
 from factorized_gpt2.common.errors import UserError, blaming
 from factorized_gpt2.common.files import replacing_file
 from factorized_gpt2.common.progress import Progress
 from factorized_gpt2.compress.calibration import count_tokens, spread_blocks
-from factorized_gpt2.compress.coded import HELD_OUT, INPUT_SIDE, REFINED_BITS
-from factorized_gpt2.compress.data_aware import VocabularyUse, factorize_data_aware
-from factorized_gpt2.compress.quantizer import coding_weights, encode_table
-from factorized_gpt2.compress.vocabulary_refinement import RefinableTable, Teacher, refine_vocabulary
-from factorized_gpt2.network.coded_table import CodedTable
+from factorized_gpt2.compress.coded import HELD_OUT
+from factorized_gpt2.compress.vocabulary_refinement import Teacher, refine_vocabulary
 from factorized_gpt2.settings.parsing import ManualParser
 from factorized_gpt2.text.blocks import load_blocks
 from factorized_gpt2.text.source import TextSource
@@ -59,11 +56,11 @@ class PretrainedArguments:
         default_factory=lambda: [0.5, 0.75, 1.0, 1.75, 2.75, 4.0, 6.0, 8.0],
         metadata={"help": "Bits a weight, of ours."},
     )
-    refine_steps: int = field(default=100, metadata={"help": "Of 1,024 tokens. 0 refines none."})
-    refined_bits: list[int] = field(default_factory=lambda: [4, 3, 2], metadata={"help": "Of GPTQ, refined."})
-    refined_ranks: list[int] = field(default_factory=lambda: [48, 96], metadata={"help": "k of low rank, refined."})
+    refine_steps: int = field(
+        default=0, metadata={"help": "Of 1,024 tokens each, after which every way but gguf's is measured once more."}
+    )
     only: list[str] | None = field(
-        default=None, metadata={"help": "Measure the ways alone whose names hold one of these.", "nargs": "+"}
+        default=None, metadata={"help": "Measure the ways alone whose names begin with one of these.", "nargs": "+"}
     )
     dtype: str = field(
         default="float32",
@@ -148,9 +145,10 @@ class Refiner:
         held_out = torch.arange(len(states)) % HELD_OUT == HELD_OUT - 1
         if not held_out.any():
             held_out[-1] = True
-        refine_vocabulary(
+        before, after = refine_vocabulary(
             vocabulary, self.model.trunk(torch.bfloat16), text[~held_out], text[held_out], self.steps, progress=True
         )
+        print(f"Refined: {before:.4f} to {after:.4f} nats from the original, on text held out.", flush=True)
 
 
 def main(argv: list[str]) -> None:
@@ -162,15 +160,13 @@ def main(argv: list[str]) -> None:
     texts = [read_blocks(arguments, name, arguments.tokens)[0] for name in arguments.text_file]
     calibration, counts = calibrate(arguments, model)
     use = calibration.use(counts)
-    coder = Coder(model.table, calibration, use)
-    ways = [("coded", f"coded, {bits:g} bits", lambda b=bits: coder.small(b)) for bits in arguments.budgets]
-    ways += peers(model.table, calibration, use, arguments.ranks, arguments.bits)
+    ways = list(Ways(model.table, calibration, use).all(arguments.budgets, arguments.ranks, arguments.bits))
     if arguments.refine_steps:
         refiner = Refiner(model, calibration, arguments.block_size, arguments.refine_steps)
-        ways += refined(coder, refiner, arguments)
-    ways = [way for way in ways if arguments.only is None or any(word in way[1] for word in arguments.only)]
+        ways = [each for way in ways for each in (way, *way.refined(refiner))]
+    ways = [way for way in ways if arguments.only is None or way.name.startswith(tuple(arguments.only))]
     if not ways:
-        raise UserError(f"No way's name holds {' or '.join(map(repr, arguments.only))}.")
+        raise UserError(f"No way's name begins with {' or '.join(map(repr, arguments.only))}.")
     yardstick = Yardstick(model, texts, getattr(torch, arguments.dtype))
     header = {
         "model": Path(arguments.model).name,
@@ -184,10 +180,10 @@ def main(argv: list[str]) -> None:
     }
     output = None if arguments.output is None else Path(arguments.output)
     rows = [] if output is None else read_results(output, header)
-    for family, name, make in Progress(ways, desc="ways"):
-        if name in {row.name for row in rows}:
+    for way in Progress(ways, desc="ways"):
+        if way.name in {row.name for row in rows}:
             continue
-        rows.append(measure(family, name, make, yardstick))
+        rows.append(measure(way, yardstick))
         if output is not None:  # after each, so that an interruption loses none
             write_results(output, header, rows)
     print(describe(header, rows))
@@ -224,71 +220,13 @@ def read_blocks(
     return torch.tensor(np.array(rows)), counts
 
 
-class Coder:
-    """Codes the table at any budget.
-
-    Args:
-        weight: (V, d) float32.
-        calibration: What met its rows.
-        use: The same, with counts of all the text.
-    """
-
-    def __init__(self, weight: np.ndarray, calibration: Calibration, use: VocabularyUse):
-        self.weight, self.calibration, self.use = weight, calibration, use
-        self._row_weights = coding_weights(use.token_counts, calibration.head_use)
-        self._metric = None
-
-    def table(self, bits_per_weight: float) -> CodedTable:
-        """Code within a budget."""
-        if self._metric is None:
-            sides = self.use.input_side, self.use.output_side
-            self._metric = INPUT_SIDE * sides[0].second_moment() + sides[1].second_moment()
-        return encode_table(self.weight, self._metric, self._row_weights, bits_per_weight)
-
-    def small(self, bits_per_weight: float) -> Small:
-        """Return what stands for the matrix at a budget."""
-        table = self.table(bits_per_weight)
-        return Small(table.dense(), table.nbytes)
-
-
-def refined(
-    coder: Coder, refine: Refiner, arguments: PretrainedArguments
-) -> Iterator[tuple[str, str, Callable[[], Small]]]:
-    """Yield refined ways, as `peers` yields peers."""
-    weight, width = coder.weight, coder.weight.shape[1]
-
-    def code(bits: float) -> Small:
-        vocabulary = RefinableTable(coder.table(bits - REFINED_BITS / width), torch.bfloat16)
-        refine(vocabulary)
-        return small_table(vocabulary)
-
-    def round_groups(bits: int) -> Small:
-        hidden = coder.calibration.hidden.astype(np.float64)
-        groups = gptq(weight, hidden.T @ hidden / len(hidden), bits, 64)
-        vocabulary = RefinableGroups(groups)
-        refine(vocabulary)
-        return vocabulary.small(groups.nbytes)
-
-    def project(rank: int) -> Small:
-        vocabulary = RefinableFactors(factorize_data_aware(weight, [rank], "tokenwise", coder.use)[rank])
-        refine(vocabulary)
-        return vocabulary.small(2 * (rank * (len(weight) + width) + width))
-
-    for bits in arguments.budgets:
-        yield "coded, refined", f"coded, {bits:g} bits, refined", lambda b=bits: code(b)
-    for bits in arguments.refined_bits:
-        if width % 64 == 0:
-            yield "GPTQ, refined", f"GPTQ int{bits}, groups of 64, refined", lambda b=bits: round_groups(b)
-    for rank in arguments.refined_ranks:
-        yield "tokenwise, fp16, refined", f"tokenwise, k = {rank}, refined", lambda k=rank: project(k)
-
-
-def measure(family: str, name: str, make: Callable[[], Small], yardstick: Yardstick) -> Measurement:
+def measure(way: Way, yardstick: Yardstick) -> Measurement:
     """Make a table and measure it."""
     began = time.perf_counter()
-    small = make()
+    small = way.make()
     seconds = time.perf_counter() - began
-    return Measurement(family, name, 8 * small.nbytes / small.embedding.size, seconds, *yardstick.measure(small))
+    bits_per_weight = 8 * small.nbytes / small.embedding.size
+    return Measurement(way.family, way.name, bits_per_weight, seconds, *yardstick.measure(small))
 
 
 def describe(header: dict, rows: list[Measurement]) -> str:

@@ -16,8 +16,8 @@ from tabulate import tabulate
 
 from factorized_gpt2.cli.shell import run_command
 from factorized_gpt2.compress.calibration import DRAWS
-from factorized_gpt2.compress.data_aware import VocabularyUse, factorize_data_aware
-from factorized_gpt2.compress.methods import METHODS
+from factorized_gpt2.compress.data_aware import VocabularyUse
+from factorized_gpt2.compress.methods import BY_RANK, METHODS
 from factorized_gpt2.compress.pca import factorize_ranks
 from factorized_gpt2.compress.row_fit import Side
 from factorized_gpt2.settings.parsing import ManualParser
@@ -39,7 +39,7 @@ def main(argv: list[str]) -> None:
     arguments = ManualParser(SpeedArguments, prog="speed.py", description=__doc__).parse(argv)[0]
     context = multiprocessing.get_context("spawn")
     rows = []
-    for method in METHODS:
+    for method in BY_RANK:
         with context.Pool(1) as pool:
             rows.append({"method": method} | pool.apply(_measure, (method, arguments)))
     print(tabulate(rows, headers="keys", tablefmt="github", floatfmt=".2f"))
@@ -77,10 +77,7 @@ def _measure(method: str, arguments: SpeedArguments) -> dict[str, float]:
     use = _random_use(arguments, rng)
     before = _peak_memory()
     began = time.perf_counter()
-    if method == "pca":
-        factorize_ranks(weight, arguments.ranks)
-    else:
-        factorize_data_aware(weight, arguments.ranks, method, use)
+    METHODS[method].fit(weight, None, use).factors(arguments.ranks)
     seconds = time.perf_counter() - began
     return {"seconds": seconds, "peak memory, GB": _peak_memory(), "of it before, GB": before}
 

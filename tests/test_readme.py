@@ -16,6 +16,7 @@ from factorized_gpt2.cli.experiments import GridArguments, ScaleArguments
 from factorized_gpt2.cli.experiments import check as check_grid
 from factorized_gpt2.cli.import_checkpoint import ImportArguments
 from factorized_gpt2.cli.report import ReportArguments
+from factorized_gpt2.compress.methods import METHODS
 from factorized_gpt2.runs.grid import load_grid, select
 from factorized_gpt2.runs.settings import parse_run
 from factorized_gpt2.settings.outputs import PublishArguments
@@ -97,6 +98,20 @@ def test_snippets_run(snippet, tokenizer, tmp_path, monkeypatch, capsys):
 def test_links_lead_somewhere(path):
     for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", path.read_text(encoding="utf-8")):
         assert (path.parent / target).exists(), target
+
+
+def methods_in(page: str) -> dict[str, list[str]]:
+    """Read the rows of a page's tables that begin with a method's name, without that."""
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in page.splitlines() if line[:1] == "|"]
+    return {name: cells for first, *cells in rows for name in METHODS if first.startswith(f"`{name}`")}
+
+
+@pytest.mark.parametrize("method", METHODS.values(), ids=list(METHODS))
+def test_tables_say_of_every_method_what_the_list_says(method):
+    assert methods_in(README)[method.name][0] == method.summary
+    page = (REPOSITORY / "docs" / "factorization.md").read_text(encoding="utf-8").partition("## Derivation")[0]
+    needs_text = "yes" if method.needs_text else "no"
+    assert methods_in(page)[method.name] == [method.summary, method.source, needs_text, method.by]
 
 
 def test_readme_is_short():

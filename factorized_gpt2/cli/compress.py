@@ -5,7 +5,7 @@ from pathlib import Path
 
 from ..common.errors import UserError
 from ..common.folder_lock import compress_alone
-from ..compress.methods import CODED
+from ..compress.methods import CODED, VARIANCE
 from ..settings.devices import DeviceArguments, DtypeArguments
 from ..settings.outputs import JsonArguments, PublishArguments
 from ..settings.parsing import ManualParser
@@ -50,36 +50,38 @@ def check(arguments: CompressArguments, calibration: CalibrationArguments, evalu
         UserError: A setting out of range, or one that contradicts or lacks another.
     """
     ranks, loss, share = arguments.ranks, arguments.target_loss_increase, arguments.explained_variance
-    if arguments.makes_codes:
-        _check_codes(arguments)
+    method = arguments.chosen
+    if method.by == "bytes" or arguments.bits_per_weight or arguments.vocabulary_mb:
+        _check_budgets(arguments)
     elif sum(choice is not None for choice in (ranks, loss, share)) != 1:
         raise UserError(
             "Set one of ranks, bits_per_weight, vocabulary_mb, target_loss_increase and explained_variance."
         )
-    if share is not None and (arguments.makes_codes or arguments.method != "pca"):
-        method = CODED if arguments.makes_codes else arguments.method
+    if share is not None and method.share is not VARIANCE:
         raise UserError(
-            f"explained_variance works with method pca only; with method {method} set target_loss_increase."
+            f"explained_variance works with method pca only; with method {method.name} set target_loss_increase."
         )
     if ranks is not None and len(set(ranks)) != len(ranks):
         raise UserError(f"ranks: a rank is given twice in {' '.join(map(str, ranks))}.")
     if loss is not None and not evaluation.is_asked_for:
         raise UserError("target_loss_increase needs text to evaluate on: set eval_file or dataset_name.")
     own_text = calibration.calibration_file or calibration.calibration_dataset_name
-    learns = arguments.makes_codes or arguments.refine or arguments.method != "pca"
-    if own_text and not learns:
+    if own_text and not (method.needs_text or arguments.refine):
         name = "calibration_file" if calibration.calibration_file else "calibration_dataset_name"
-        raise UserError(f"{name} has no effect with method pca without refine; set method=tokenwise to use it.")
+        raise UserError(
+            f"{name} has no effect with method {method.name} without refine; set method=tokenwise to use it."
+        )
 
 
-def _check_codes(arguments: CompressArguments) -> None:
+def _check_budgets(arguments: CompressArguments) -> None:
+    method = arguments.chosen
     choices = {name: getattr(arguments, name) for name in ("bits_per_weight", "vocabulary_mb", "target_loss_increase")}
+    if method.by == "rank":
+        raise UserError(f"bits_per_weight and vocabulary_mb are for method {CODED}, not for {method.name}.")
     if sum(choice is not None for choice in choices.values()) != 1:
-        raise UserError(f"Method {CODED} needs one of {', '.join(choices)}.")
-    if arguments.method not in ("pca", CODED):  # the first is the default
-        raise UserError(f"bits_per_weight and vocabulary_mb are for method {CODED}, not for {arguments.method}.")
+        raise UserError(f"Method {method.name} needs one of {', '.join(choices)}.")
     if not arguments.tie_word_embeddings:
-        raise UserError(f"Method {CODED} needs a tied head: leave tie_word_embeddings at its default.")
+        raise UserError(f"Method {method.name} needs a tied head: leave tie_word_embeddings at its default.")
     if arguments.ranks and arguments.target_loss_increase is not None:
         raise UserError("Set either ranks or target_loss_increase, not both.")
     for name in ("bits_per_weight", "vocabulary_mb"):

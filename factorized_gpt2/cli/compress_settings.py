@@ -3,10 +3,12 @@
 from dataclasses import dataclass, field, replace
 from typing import Annotated
 
-from ..compress.methods import CODED, METHODS
+from ..compress.methods import CODED, DEFAULT, METHODS, Method
 from ..settings.setting_values import COUNT, NOT_NEGATIVE, OUTPUT_FOLDER, POSITIVE, READ, SEED, Range
 from ..settings.text_arguments import EvaluationArguments, check_pattern
 from ..text.source import TextSource
+
+_NEEDING_TEXT = ", ".join(method.name for method in METHODS.values() if method.needs_text)
 
 
 @dataclass
@@ -56,12 +58,11 @@ class CompressArguments:
         },
     )
     method: str = field(
-        default="pca",
+        default=DEFAULT,
         metadata={
-            "help": "pca: the protocol's. weighted: rows weighted by frequency. joint: the loss to second order, on "
-            "both sides. tokenwise: joint, then every row fitted to its own token's use. coded: joint's directions, "
-            "integers, entropy coding; the best at equal bytes. All but pca need text. Budgets imply coded.",
-            "choices": [*METHODS, CODED],
+            "help": " ".join(f"{method.name}: {method.summary}." for method in METHODS.values())
+            + f" Text is needed by {_NEEDING_TEXT}. Budgets imply {CODED}, the best at equal bytes.",
+            "choices": list(METHODS),
         },
     )
     refine: Annotated[int, NOT_NEGATIVE] = field(
@@ -93,9 +94,10 @@ class CompressArguments:
     seed: Annotated[int, SEED] = field(default=0, metadata={"help": "Random seed."})
 
     @property
-    def makes_codes(self) -> bool:
-        """Whether the method is `coded`, which stores the vocabulary as integers."""
-        return self.method == CODED or bool(self.bits_per_weight or self.vocabulary_mb)
+    def chosen(self) -> Method:
+        """The method that is meant: budgets imply the one that takes them."""
+        budgets = self.bits_per_weight or self.vocabulary_mb
+        return METHODS[CODED if budgets and self.method == DEFAULT else self.method]
 
 
 @dataclass

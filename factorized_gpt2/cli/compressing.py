@@ -15,7 +15,6 @@ from ..common.errors import UserError
 from ..common.files import require_space
 from ..compress.coded import SEARCHED, Budget, BudgetTooSmall, CodedCompressor
 from ..compress.compressor import AnyCompressor, Compressor
-from ..compress.methods import CODED
 from ..compress.ranks import check_ranks, is_good_enough, largest_rank, smallest_rank_by_loss, smallest_rank_by_share
 from ..compress.recipe import CalibrationText, Recipe
 from ..hub.repository import check_access, publish
@@ -53,10 +52,10 @@ def compress_all(
         raise UserError(f"push_to_hub works for GPT-2 only; {arguments.baseline} is another decoder.")
     if arguments.ranks:
         check_ranks(arguments.ranks, baseline.model.config)
-    method = CODED if arguments.makes_codes else arguments.method
+    method = arguments.chosen
     trunk = model_size(baseline.model)
     require_space(Path(arguments.output_dir), trunk.bytes - trunk.vocabulary_bytes, "a compressed model")
-    recipe = Recipe(method, arguments.tie_word_embeddings, arguments.refine, arguments.seed, numbers.dtype)
+    recipe = Recipe(method.name, arguments.tie_word_embeddings, arguments.refine, arguments.seed, numbers.dtype)
     tokenizer = None
     if arguments.tokenizer or recipe.needs_text or evaluation.is_asked_for or has_tokenizer(arguments.baseline):
         tokenizer = load_tokenizer(arguments.tokenizer or arguments.baseline)
@@ -69,7 +68,7 @@ def compress_all(
     if source is not None:
         blocks = load_blocks(source, tokenizer, block_size, keep_tail=False)
         text = CalibrationText(blocks, calibration.calibration_tokens, source.name)
-    compressor: AnyCompressor[Any] = (CodedCompressor if method == CODED else Compressor)(
+    compressor: AnyCompressor[Any] = {"rank": Compressor, "bytes": CodedCompressor}[method.by](
         baseline, recipe, Path(arguments.output_dir), tokenizer, text, arguments.overwrite, device, progress=True
     )
     blocks = (
@@ -79,7 +78,7 @@ def compress_all(
     measure.take_up(compressor)
 
     rows = [measure.row(BASELINE, None, baseline.model, Path(arguments.baseline))]
-    sizes: list[Any] | None = _budgets(arguments, baseline.model.config) if method == CODED else arguments.ranks
+    sizes: list[Any] | None = _budgets(arguments, baseline.model.config) if method.by == "bytes" else arguments.ranks
     made: Iterable[tuple[Any, PreTrainedModel, float]]
     if sizes:
         made = compressor.load_or_make(sorted(sizes, reverse=True))
@@ -128,7 +127,7 @@ def _choose(
     arguments: CompressArguments, compressor: AnyCompressor[Any], measure: Measure
 ) -> Iterable[tuple[Any, PreTrainedModel, float]]:
     """Find the smallest model that is good enough; return its size, itself and its share, as `load_or_make` does."""
-    config, is_coded = compressor.baseline.model.config, measure.method == CODED
+    config, by_bytes = compressor.baseline.model.config, measure.method.by == "bytes"
     if arguments.explained_variance is not None and isinstance(compressor, Compressor):
         rank = smallest_rank_by_share(compressor.shares.tolist(), arguments.explained_variance)
         if rank >= vocabulary_width(config):
@@ -141,7 +140,7 @@ def _choose(
 
     target = arguments.target_loss_increase
     good_enough: dict[Any, tuple[PreTrainedModel, float | None]] = {}
-    sizes: Sequence[Any] = [Budget(bits) for bits in SEARCHED] if is_coded else range(1, largest_rank(config) + 1)
+    sizes: Sequence[Any] = [Budget(bits) for bits in SEARCHED] if by_bytes else range(1, largest_rank(config) + 1)
     known = {sizes.index(size) + 1: increase for size, (_, increase) in measure.points.items() if size in sizes}
 
     def increase_of(number: int) -> float:
@@ -151,7 +150,7 @@ def _choose(
             model, share = (stored, None) if stored else compressor.make(size)
         except BudgetTooSmall:
             return math.inf
-        measure.loss(size, model, _file_size(model, share, compressor.folder(size)) if is_coded else None)
+        measure.loss(size, model, _file_size(model, share, compressor.folder(size)) if by_bytes else None)
         increase = measure.increase(size)
         print(f"{size_name(size)}: {increase:+.4f} nats a token", flush=True)
         if is_good_enough(increase, target):

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from ..common.fingerprints import tokens_fingerprint
 from ..compress.coded import Budget
 from ..compress.compressor import AnyCompressor
-from ..compress.methods import CODED
+from ..compress.methods import Method
 from ..hub.model_card import Figures, Measurement
 from ..models.dtypes import dtype_name
 from ..models.foreign_models import measurable
@@ -44,7 +44,7 @@ class Measure:
     """
 
     def __init__(
-        self, baseline: PreTrainedModel, method: str, blocks: Blocks | None, batch_size: int, device: torch.device
+        self, baseline: PreTrainedModel, method: Method, blocks: Blocks | None, batch_size: int, device: torch.device
     ):
         self.baseline_size, self.method = model_size(baseline), method
         self.blocks, self.batch_size, self.device = blocks, batch_size, device
@@ -102,17 +102,18 @@ class Measure:
             folder: Where it is.
         """
         of, rank = model_size(model), None if size == BASELINE else model.config.n_embd_wte
-        stored = stored_bytes(folder) if self.method == CODED and size != BASELINE else of.bytes
+        called, by_bytes = self.method.share, self.method.by == "bytes"
+        stored = stored_bytes(folder) if by_bytes and size != BASELINE else of.bytes
         row = {
             "k": rank or "-",
-            _SHARES.get(self.method, "share"): "" if share is None else f"{share:.4f}",
+            called.in_table: "" if share is None else f"{share:.4f}",
             "parameters": f"{of.parameters:,}",
             "vocabulary": f"{of.vocabulary_parameters:,}",
             "dtype": dtype_name(model),
             "MB": megabytes(of.bytes),
             "vocabulary MB": megabytes(of.vocabulary_bytes),
         }
-        row |= {"file MB": megabytes(stored)} if self.method == CODED else {}
+        row |= {"file MB": megabytes(stored)} if by_bytes else {}
         row["size"] = f"{stored / self.baseline_size.bytes:.1%}"
         loss = None if self.blocks is None else self.loss(size, model, stored)
         if loss is not None:
@@ -120,7 +121,7 @@ class Measure:
             row |= {"increase": f"{self.increase(size):+.4f}"}
         result = {
             "rank": rank,
-            _KEYS.get(self.method, "explained_share"): share,
+            called.in_json: share,
             "dtype": dtype_name(model),
             **asdict(of),
             "stored_bytes": stored,
@@ -132,10 +133,6 @@ class Measure:
         }
         self.results.append(result | {"folder": str(folder)})
         return row | {"folder": str(folder)}
-
-
-_SHARES = {"pca": "variance", CODED: "bits a weight"}  # in the table
-_KEYS = {CODED: "bits_per_weight"}  # for programs
 
 
 def _ids(blocks: Blocks) -> Iterator[Sequence[int]]:

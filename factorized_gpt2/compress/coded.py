@@ -4,11 +4,9 @@ import copy
 import logging
 import math
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
 
-import numpy as np
 import torch
 from transformers import PreTrainedModel
 
@@ -22,11 +20,9 @@ from ..network.modeling_factorized_gpt2 import FactorizedGPT2
 from .calibration import spread_blocks
 from .compressor import AnyCompressor
 from .methods import CODED
-from .quantizer import coding_weights, encode_table
 from .ranks import check_ranks
 from .vocabulary_refinement import TOKENS_PER_STEP, RefinableTable, Teacher, refine_vocabulary
 
-INPUT_SIDE = 3  # times the head's in the metric; docs/coding.md measures others
 SEARCHED = tuple(float(f"{0.5 * 2 ** (step / 8):.3f}") for step in range(33))  # bits a weight, from 0.5 to 8
 _MOST_BITS = 16
 REFINED_BITS = 5  # a row: what its gain and bias take
@@ -72,8 +68,6 @@ class CodedCompressor(AnyCompressor[Budget]):
         UserError: As there; the baseline's head is not tied.
     """
 
-    share_name = "stored_bits_per_weight"
-
     def __init__(self, baseline, *args, **kwargs):
         if not baseline.model.config.tie_word_embeddings:
             raise UserError(f"{baseline.name} has a head of its own; method {CODED} codes one matrix for both sides.")
@@ -115,10 +109,9 @@ class CodedCompressor(AnyCompressor[Budget]):
             check_ranks([size.rank], self.baseline.model.config)
 
     def _encode(self, size: Budget, bits: float) -> CodedTable:
-        embedding, _ = self._matrices
         if size.rank is not None:  # beyond a byte for each of its codes, a low rank is as exact as it gets
-            bits = min(bits, 8 * size.rank / embedding.shape[1])
-        table = encode_table(embedding, self._metric, self._row_weights, bits, rank=size.rank)
+            bits = min(bits, 8 * size.rank / vocabulary_width(self.baseline.model.config))
+        table = self._fit.table(bits, size.rank)
         if not table.codes.shape[1]:
             raise ValueError("all codes would be 0.")
         return table
@@ -160,11 +153,3 @@ class CodedCompressor(AnyCompressor[Budget]):
 
     def _of_all_sizes(self) -> dict[str, Any]:
         return {}
-
-    @cached_property
-    def _metric(self) -> np.ndarray:
-        return INPUT_SIDE * self._use.input_side.second_moment() + self._use.output_side.second_moment()
-
-    @cached_property
-    def _row_weights(self) -> np.ndarray:
-        return coding_weights(self._use.token_counts, self._use.head_use)

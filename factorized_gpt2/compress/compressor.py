@@ -32,16 +32,16 @@ from ..network.modeling_factorized_causal_lm import FactorizedCausalLM
 from ..network.modeling_factorized_gpt2 import FactorizedGPT2
 from ..text.tokenizer_files import save_tokenizer
 from .calibration import calibrate, compensated_head, count_tokens
-from .data_aware import DataAwareDecomposition, VocabularyUse
+from .data_aware import VocabularyUse
 from .factor_files import pca_factors
-from .pca import explained_shares, factorize_ranks
+from .methods import VARIANCE
 from .ranks import check_ranks
 from .recipe import CalibrationText, Recipe
 from .refinement import check_device, refine
 
 logger = logging.getLogger(__name__)
 
-_VARIANCE_NAME = "explained_variance_ratio"  # of all methods in the last release, of PCA alone in this
+_OLD_SHARE_NAME = VARIANCE.in_record  # which in the last release was that of all methods
 
 
 class _Ordered(Protocol):
@@ -80,7 +80,7 @@ class AnyCompressor(ABC, Generic[Size]):
         progress: bool = False,
     ):
         if recipe.needs_text and text is None:
-            what = f"method {recipe.method}" if recipe.method != "pca" else "refinement"
+            what = f"method {recipe.method}" if recipe.entry.needs_text else "refinement"
             raise UserError(f"{what} learns from text: set calibration_file or dataset_name.")
         if recipe.refine_steps:
             if not isinstance(baseline.model, FactorizedGPT2):
@@ -96,16 +96,16 @@ class AnyCompressor(ABC, Generic[Size]):
         self.saved: list[Size] = []  # those whose folders were written
 
     @property
-    @abstractmethod
     def share_name(self) -> str:
         """What a model's record calls the share that `make` returns."""
+        return self.recipe.entry.share.in_record
 
     def share(self, size: Size) -> float:
         """Read the share of a size from its folder."""
         return self._share(read_json(self.folder(size) / RECORD_NAME))
 
     def _share(self, record: dict[str, Any]) -> Any:
-        return record.get(self.share_name, record.get(_VARIANCE_NAME))
+        return record.get(self.share_name, record.get(_OLD_SHARE_NAME))
 
     @property
     def label(self) -> str:
@@ -223,7 +223,7 @@ class AnyCompressor(ABC, Generic[Size]):
                 logger.warning(
                     "%s calls its share %s; it is %s now, and only this release still reads the old name: "
                     "rename it there, or compress once more with --overwrite.",
-                    *(folder / RECORD_NAME, _VARIANCE_NAME, self.share_name),
+                    *(folder / RECORD_NAME, _OLD_SHARE_NAME, self.share_name),
                 )
             return load_compressed(str(folder))
         if not self.overwrite:
@@ -289,6 +289,12 @@ class AnyCompressor(ABC, Generic[Size]):
         desc = "Calibrating" if self.progress else None
         return calibrate(self.baseline.model, self.text.sample, counts, self.recipe.seed, self.device, desc)
 
+    @cached_property
+    def _fit(self) -> Any:
+        """What the method knows of the matrices before it is told a size; a `methods.RankFit` or `BytesFit`."""
+        method = self.recipe.entry
+        return method.fit(*self._matrices, self._use if method.needs_text else None)
+
 
 class Compressor(AnyCompressor[int]):
     """Makes models by factorizing the vocabulary's matrices at ranks; arguments are those of `AnyCompressor`."""
@@ -296,14 +302,7 @@ class Compressor(AnyCompressor[int]):
     @cached_property
     def shares(self) -> np.ndarray:
         """The `explained_share` of each rank, (min(V, d),) float64, rank 1 first."""
-        if self.recipe.method == "pca":
-            return explained_shares(self._matrices[0])
-        return self._decomposition.shares
-
-    @property
-    def share_name(self) -> str:
-        """What a model's record calls its `explained_share`, which for PCA alone is one of variance."""
-        return _VARIANCE_NAME if self.recipe.method == "pca" else "explained_share"
+        return self._fit.shares
 
     def folder(self, rank: int) -> Path:
         """Where the model of some rank is kept; for PCA alone, under the protocol's name."""
@@ -317,7 +316,7 @@ class Compressor(AnyCompressor[int]):
         """
         factors = factors or self._factorize([rank])[rank]
         model: FactorizedGPT2 | FactorizedCausalLM = with_factors(self.baseline.model, factors)
-        if self.recipe.method == "tokenwise":
+        if self.recipe.entry.compensates_head:
             desc = f"Compensating the head at k = {rank}" if self.progress else None
             hidden_states = self._use.output_side.vectors
             scale_down = compensated_head(
@@ -355,19 +354,11 @@ class Compressor(AnyCompressor[int]):
     def _of_all_sizes(self) -> dict[str, Any]:
         return {"spectrum": [round(float(share), 6) for share in self.shares]}
 
-    @cached_property
-    def _decomposition(self) -> DataAwareDecomposition:
-        embedding, head = self._matrices
-        return DataAwareDecomposition(embedding, self.recipe.method, self._use, head)
-
     def _factorize(self, ranks: Sequence[int]) -> dict[int, Factors]:
         check_ranks(ranks, self.baseline.model.config)
-        if self.recipe.method != "pca":
-            return {rank: self._decomposition.factors(rank) for rank in ranks}
-        if self.recipe.tied == self.baseline.model.config.tie_word_embeddings:
+        if self.recipe.entry.keeps_factors and self.recipe.tied == self.baseline.model.config.tie_word_embeddings:
             return pca_factors(self.baseline, ranks, self.root, self.overwrite)
-        embedding, head = self._matrices
-        return factorize_ranks(embedding, ranks, head)
+        return self._fit.factors(ranks)
 
 
 _FILES = (*MODEL_FILES, RECORD_NAME, "results.json", "run.json")  # the last two of a run that evaluated it there

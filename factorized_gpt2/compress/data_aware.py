@@ -6,7 +6,6 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..models.factors import Factors
-from .methods import DATA_AWARE_METHODS as METHODS
 from .pca import check_factorizable
 from .row_fit import Side, fit_rows
 
@@ -56,7 +55,7 @@ def factorize_data_aware(
     Args:
         weight: (V, d) floats, V >= 2, the token embedding; the head too when `lm_head` is `None`.
         ranks: Ranks k, each 1 <= k <= min(V, d).
-        method: One of `METHODS`.
+        method: "weighted", "joint" or "tokenwise".
         use: What text says of the matrix, or of both.
         lm_head: (V, d) floats, the head's own matrix when it is not tied: each side is then fitted for itself.
 
@@ -67,42 +66,66 @@ def factorize_data_aware(
         ValueError: A rank out of range or none, a matrix that is not two-dimensional, NaN or infinity in it, or an
             unknown method.
     """
+    fits = {fit.__name__: fit for fit in (weighted, joint, tokenwise)}
+    if method not in fits:
+        raise ValueError(f"Unknown method {method!r}; known are {', '.join(fits)}.")
     check_factorizable(weight, ranks, "the token embedding")
     if lm_head is not None:
         check_factorizable(lm_head, ranks, "the head")
-    decomposition = DataAwareDecomposition(weight, method, use, lm_head)
-    return {rank: decomposition.factors(rank) for rank in ranks}
+    return fits[method](weight, lm_head, use).factors(ranks)
 
 
-class DataAwareDecomposition:
-    """What `factorize_data_aware` computes before it knows the rank.
+def weighted(weight: np.ndarray, lm_head: np.ndarray | None, use: VocabularyUse) -> "DataAwareFit":
+    """Fit "weighted", whatever the rank; arguments are those of `DataAwareFit`."""
+    return DataAwareFit(weight, lm_head, use, has_metric=False)
+
+
+def joint(weight: np.ndarray, lm_head: np.ndarray | None, use: VocabularyUse) -> "DataAwareFit":
+    """Fit "joint", whatever the rank; arguments are those of `DataAwareFit`."""
+    return DataAwareFit(weight, lm_head, use)
+
+
+def tokenwise(weight: np.ndarray, lm_head: np.ndarray | None, use: VocabularyUse) -> "DataAwareFit":
+    """Fit "tokenwise", whatever the rank; arguments are those of `DataAwareFit`."""
+    return DataAwareFit(weight, lm_head, use, fits_rows=True)
+
+
+class DataAwareFit:
+    """What `factorize_data_aware` computes before it knows the rank; a `methods.RankFit`.
 
     Args:
         weight: As there, finite.
-        method: As there.
-        use: As there.
         lm_head: As there, finite.
-
-    Raises:
-        ValueError: An unknown method.
+        use: As there.
+        has_metric: Whether errors count by what the loss feels of them, and not all directions alike.
+        fits_rows: Whether each row is fitted to its own token's use.
     """
 
-    def __init__(self, weight: np.ndarray, method: str, use: VocabularyUse, lm_head: np.ndarray | None = None):
-        if method not in METHODS:
-            raise ValueError(f"Unknown method {method!r}; known are {', '.join(METHODS)}.")
-        sides = (use.input_side, use.output_side)
-        self._input = _decompose(weight, method, use.row_weights(), sides if lm_head is None else sides[:1])
-        self._head = None if lm_head is None else _decompose(lm_head, method, use.row_weights(), sides[1:])
+    def __init__(
+        self,
+        weight: np.ndarray,
+        lm_head: np.ndarray | None,
+        use: VocabularyUse,
+        has_metric: bool = True,
+        fits_rows: bool = False,
+    ):
+        sides, row_weights = (use.input_side, use.output_side), use.row_weights()
+        self._fits_rows = fits_rows
+        self._input = _decompose(weight, has_metric, row_weights, sides if lm_head is None else sides[:1])
+        self._head = None if lm_head is None else _decompose(lm_head, has_metric, row_weights, sides[1:])
 
     @property
     def shares(self) -> np.ndarray:
         """The `explained_share` of every rank, (min(V, d),) float64, rank 1 first."""
         return self._input.shares[: min(self._input.weight.shape)]
 
-    def factors(self, rank: int) -> Factors:
-        """Make the factors of a rank, 1 <= k <= min(V, d)."""
-        embedding = _fit(self._input, rank)
-        head = embedding if self._head is None else _fit(self._head, rank)
+    def factors(self, ranks: Sequence[int]) -> dict[int, Factors]:
+        """Make the factors of ranks, each 1 <= k <= min(V, d)."""
+        return {rank: self._factors(rank) for rank in ranks}
+
+    def _factors(self, rank: int) -> Factors:
+        embedding = _fit(self._input, rank, self._fits_rows)
+        head = embedding if self._head is None else _fit(self._head, rank, self._fits_rows)
         return Factors(
             wte=_as_float32(embedding.rows),
             scale_up=_as_float32(embedding.projection),
@@ -127,7 +150,6 @@ class _Decomposition:
     """Eigenvectors of C^(1/2) G C^(1/2), largest first, and what they were computed from."""
 
     weight: np.ndarray  # (V, d) float32
-    method: str
     row_weights: np.ndarray  # (V,)
     sides: Sequence[Side]
     moments: list[np.ndarray]
@@ -138,26 +160,24 @@ class _Decomposition:
     shares: np.ndarray  # of the trace, that the first 1, 2, ... eigenvectors keep
 
 
-def _decompose(weight: np.ndarray, method: str, row_weights: np.ndarray, sides: Sequence[Side]) -> _Decomposition:
+def _decompose(weight: np.ndarray, has_metric: bool, row_weights: np.ndarray, sides: Sequence[Side]) -> _Decomposition:
     weight = _as_float32(weight)
     mean = row_weights @ weight
     centred = weight - mean.astype(np.float32)
-    moments = [np.eye(weight.shape[1])] if method == "weighted" else [side.second_moment() for side in sides]
+    moments = [side.second_moment() for side in sides] if has_metric else [np.eye(weight.shape[1])]
     values, vectors = np.linalg.eigh(sum(moments))
     root, inverse_root = ((vectors * values**power) @ vectors.T for power in (0.5, -0.5))
     gram = _weighted_product(centred, centred, row_weights)
     values, vectors = np.linalg.eigh(root @ gram @ root)
     values = np.maximum(values[::-1], 0)
     shares = np.minimum(values.cumsum() / values.sum(), 1) if values.sum() > 0 else np.ones_like(values)
-    return _Decomposition(
-        weight, method, row_weights, sides, moments, mean, root, inverse_root, vectors[:, ::-1], shares
-    )
+    return _Decomposition(weight, row_weights, sides, moments, mean, root, inverse_root, vectors[:, ::-1], shares)
 
 
-def _fit(of: _Decomposition, rank: int) -> _Fit:
+def _fit(of: _Decomposition, rank: int, fits_rows: bool) -> _Fit:
     leading, mean = of.vectors[:, :rank], of.mean
     projection = leading.T @ of.inverse_root
-    if of.method == "tokenwise":
+    if fits_rows:
         rows, projection, mean = _alternate(of.weight, projection, mean, of.row_weights, of.sides, of.moments)
     else:
         rows = (of.weight - mean.astype(np.float32)) @ (of.root @ leading).astype(np.float32)

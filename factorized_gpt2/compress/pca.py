@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -11,6 +12,8 @@ from ..models.factors import Factors
 
 if TYPE_CHECKING:
     from sklearn.decomposition import PCA
+
+_EMBEDDING, _HEAD = "the token embedding", "the head"
 
 
 def factorize(weight: np.ndarray, rank: int, lm_head: np.ndarray | None = None) -> Factors:
@@ -37,22 +40,10 @@ def factorize_ranks(weight: np.ndarray, ranks: Sequence[int], lm_head: np.ndarra
     Raises:
         ValueError: A rank out of range or none, a matrix that is not two-dimensional, or NaN or infinity in it.
     """
-    embedding = _fit_pca(weight, ranks, "the token embedding")
-    head = None if lm_head is None else _fit_pca(lm_head, ranks, "the head")
-    scores = _transform(embedding, weight)
-    head_scores = None if head is None else _transform(head, lm_head)
-    factors = {}
-    for rank in ranks:
-        output_side = embedding if head is None else head
-        factors[rank] = Factors(
-            wte=_as_float32(scores[:, :rank]),
-            scale_up=_as_float32(embedding.components_[:rank]),
-            scale_down=_as_float32(output_side.components_[:rank].T),
-            mean=_as_float32(embedding.mean_),
-            explained_share=_explained_share(embedding, rank),
-            lm_head=None if head_scores is None else _as_float32(head_scores[:, :rank].T),
-        )
-    return factors
+    for matrix, name in ((weight, _EMBEDDING), (lm_head, _HEAD)):
+        if matrix is not None:
+            check_factorizable(matrix, ranks, name)
+    return PCAFit(weight, lm_head).factors(ranks)
 
 
 def explained_shares(weight: np.ndarray) -> np.ndarray:
@@ -67,8 +58,51 @@ def explained_shares(weight: np.ndarray) -> np.ndarray:
     Raises:
         ValueError: As in `factorize_ranks`.
     """
-    pca = _fit_pca(weight, [min(weight.shape)], "the token embedding")
-    return np.minimum(np.nan_to_num(pca.explained_variance_ratio_.cumsum(), nan=1.0), 1.0)
+    return PCAFit(weight).shares
+
+
+class PCAFit:
+    """The decompositions of a vocabulary's matrices; a `methods.RankFit`.
+
+    Args:
+        weight: As in `factorize_ranks`.
+        lm_head: As there.
+        use: Nothing that this method looks at.
+
+    Raises:
+        ValueError: A matrix that is not two-dimensional, or NaN or infinity in it.
+    """
+
+    def __init__(self, weight: np.ndarray, lm_head: np.ndarray | None = None, use: None = None):
+        self._weight, self._lm_head = weight, lm_head
+        self._embedding = _fit_pca(weight, _EMBEDDING)
+
+    @cached_property
+    def _head(self) -> PCA | None:
+        return None if self._lm_head is None else _fit_pca(self._lm_head, _HEAD)
+
+    @property
+    def shares(self) -> np.ndarray:
+        """The `explained_share` of every rank, (min(V, d),) float64, rank 1 first."""
+        return np.minimum(np.nan_to_num(self._embedding.explained_variance_ratio_.cumsum(), nan=1.0), 1.0)
+
+    def factors(self, ranks: Sequence[int]) -> dict[int, Factors]:
+        """Make the factors of ranks, each 1 <= k <= min(V, d)."""
+        embedding, head, largest = self._embedding, self._head, max(ranks)
+        scores = _transform(embedding, self._weight, largest)
+        head_scores = None if head is None else _transform(head, self._lm_head, largest)
+        shares, output_side = self.shares, embedding if head is None else head
+        return {
+            rank: Factors(
+                wte=_as_float32(scores[:, :rank]),
+                scale_up=_as_float32(embedding.components_[:rank]),
+                scale_down=_as_float32(output_side.components_[:rank].T),
+                mean=_as_float32(embedding.mean_),
+                explained_share=float(shares[rank - 1]),
+                lm_head=None if head_scores is None else _as_float32(head_scores[:, :rank].T),
+            )
+            for rank in ranks
+        }
 
 
 def check_factorizable(weight: np.ndarray, ranks: Sequence[int], name: str) -> None:
@@ -90,23 +124,18 @@ def check_factorizable(weight: np.ndarray, ranks: Sequence[int], name: str) -> N
         raise ValueError(f"{name} contains NaN or infinity.")
 
 
-def _fit_pca(weight: np.ndarray, ranks: Sequence[int], name: str) -> PCA:
+def _fit_pca(weight: np.ndarray, name: str) -> PCA:
     from sklearn.decomposition import PCA  # not for those who only load a model
 
-    check_factorizable(weight, ranks, name)
+    check_factorizable(weight, [1], name)
     # The covariance squares the condition number; in float64 the leading subspace is that of a full SVD.
     with np.errstate(invalid="ignore"):  # equal rows: no variance, and shares of it are 0 / 0
-        return PCA(n_components=max(ranks), svd_solver="covariance_eigh").fit(_as_float64(weight))
+        return PCA(n_components=min(weight.shape), svd_solver="covariance_eigh").fit(_as_float64(weight))
 
 
-def _transform(pca: PCA, weight: np.ndarray) -> np.ndarray:
+def _transform(pca: PCA, weight: np.ndarray, rank: int) -> np.ndarray:
     """Do what `pca.transform` does, in the result's own precision: half the time and memory of float64."""
-    return (_as_float32(weight) - _as_float32(pca.mean_)) @ _as_float32(pca.components_.T)
-
-
-def _explained_share(pca: PCA, rank: int) -> float:
-    share = pca.explained_variance_ratio_[:rank].sum()
-    return 1.0 if np.isnan(share) else min(float(share), 1.0)
+    return (_as_float32(weight) - _as_float32(pca.mean_)) @ _as_float32(pca.components_[:rank].T)
 
 
 def _as_float64(array: np.ndarray) -> np.ndarray:

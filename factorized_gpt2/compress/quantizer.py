@@ -6,9 +6,10 @@ import numpy as np
 
 from ..network.coded_table import CodedTable
 from ..network.prediction import OCTAVE, RowRelations, find_parents, measure_spreads
-from .data_aware import FREQUENCY_EXPONENT
+from .data_aware import FREQUENCY_EXPONENT, VocabularyUse
 
 STEP_EXPONENT = 0.25  # steps are row weights to the power of minus this; docs/coding.md measures others
+INPUT_SIDE = 3  # times the head's in the metric; docs/coding.md measures others
 _LEAST_HEARD = 1e-9  # of all that the head hears
 _SCALE_DEVIATION = 8  # of the integers of `scale_up`
 _DIGIT = 128  # a column whose codes leave [-127, 127] becomes two, in units of 128 and of 1
@@ -31,6 +32,30 @@ def coding_weights(token_counts: np.ndarray, head_use: np.ndarray) -> np.ndarray
     looked_up, heard = token_counts + 0.5, head_use / head_use.sum()
     weights = (looked_up * np.maximum(heard, _LEAST_HEARD)) ** (FREQUENCY_EXPONENT / 2)
     return weights / weights.sum()
+
+
+class TableFit:
+    """What `encode_table` is told of a tied matrix, whatever the budget; a `methods.BytesFit`.
+
+    Args:
+        weight: (V, d) floats, finite.
+        lm_head: `None`.
+        use: What text says of the matrix.
+
+    Raises:
+        ValueError: The head has a matrix of its own.
+    """
+
+    def __init__(self, weight: np.ndarray, lm_head: np.ndarray | None, use: VocabularyUse):
+        if lm_head is not None:
+            raise ValueError("One matrix is coded, for both sides; this head has its own.")
+        self._weight = weight
+        self._metric = INPUT_SIDE * use.input_side.second_moment() + use.output_side.second_moment()
+        self._row_weights = coding_weights(use.token_counts, use.head_use)
+
+    def table(self, bits_per_weight: float, rank: int | None = None) -> CodedTable:
+        """Code within a budget; as `encode_table`."""
+        return encode_table(self._weight, self._metric, self._row_weights, bits_per_weight, rank=rank)
 
 
 def encode_table(

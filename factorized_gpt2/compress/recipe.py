@@ -4,9 +4,11 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+from ..common.errors import UserError
 from ..common.fingerprints import tokens_fingerprint
 from ..text.blocks import Blocks
 from .calibration import spread_blocks
+from .methods import DEFAULT, METHODS, Method
 
 
 @dataclass(frozen=True)
@@ -46,20 +48,32 @@ class Recipe:
     """How a baseline is compressed, apart from the rank.
 
     Attributes:
-        method: One of `methods.METHODS`.
+        method: Name of one of `methods.METHODS`.
         tied: Whether one `wte` serves both sides; a tied baseline can be given two, an untied one never one.
         refine_steps: Steps of refinement after the factorization.
         seed: Of every draw.
         dtype: Of the weights, as in "bfloat16"; `None`: the baseline's.
+
+    Raises:
+        UserError: There is no such method.
     """
 
-    method: str = "pca"
+    method: str = DEFAULT
     tied: bool = True
     refine_steps: int = 0
     seed: int = 0
     dtype: str | None = None
 
+    def __post_init__(self) -> None:
+        if self.method not in METHODS:
+            raise UserError(f"There is no method {self.method!r}; there are {', '.join(METHODS)}.")
+
+    @property
+    def entry(self) -> Method:
+        """What is known of the method."""
+        return METHODS[self.method]
+
     @property
     def needs_text(self) -> bool:
         """Whether there is something to learn from calibration text."""
-        return self.method != "pca" or self.refine_steps > 0
+        return self.entry.needs_text or self.refine_steps > 0

@@ -14,6 +14,7 @@ from tabulate import tabulate
 
 from ..common.files import read_json
 from ..common.markdown import code, escaped
+from ..compress.methods import METHODS
 from ..models.adapter_folder import LIBRARY, LORA_TAG, lora_summary
 from ..models.record import RECORD_NAME
 from ..network.configuration_factorized_gpt2 import FactorizedGPT2Config
@@ -23,14 +24,6 @@ from ..text.source import TextSource
 
 TRANSFORMERS = "5.10"  # the oldest version that the code of the network runs with
 TAGS = ["factorized_gpt2", "custom_code", "text-generation"]
-
-_METHODS = {
-    "pca": "principal component analysis of the token embedding",
-    "weighted": "a low-rank fit of the token embedding that counts each token as often as it occurs",
-    "joint": "a fit of the loss to second order, on the embedding's side and on the head's",
-    "tokenwise": "a fit of the loss to second order, then of every token's row to that token's own use",
-    "coded": "rounding its vocabulary to integers by what the loss feels of it, and entropy coding",
-}
 
 
 @dataclass(frozen=True)
@@ -282,8 +275,9 @@ def _origin(is_factorized: bool, history: History, base_model: str | None) -> st
     if base and is_factorized and recipe.get("method"):
         refined = recipe.get("refine_steps")
         refined = f", refined for {escaped(refined)} steps to predict what it predicts" if refined else ""
-        method = f"{_METHODS.get(recipe['method'], 'a factorization')} ({code(recipe['method'])})"
-        sentences.append(f"Compressed from {base} by {method}{refined}.")
+        name = recipe["method"]
+        what = METHODS[name].summary if name in METHODS else "a factorization"
+        sentences.append(f"Compressed from {base} by {what} ({code(name)}){refined}.")
         if recipe.get("calibration"):
             text = recipe["calibration"]
             names = ", ".join(Path(name).name if Path(name).suffix else name for name in text["text"].split(", "))

@@ -4,7 +4,7 @@ from typing import Any, Protocol
 
 from ..common.errors import UserError
 from ..settings.text_arguments import DataArguments
-from .fields import AdapterArguments, DistillationArguments, ModelArguments
+from .fields import ALL_LINEAR, AdapterArguments, DistillationArguments, ModelArguments
 
 
 class TrainingSettings(Protocol):
@@ -62,7 +62,7 @@ def check_together(
         )
     if distillation.teacher and not distillation.distillation_weight:
         raise UserError("teacher has no effect while distillation_weight is 0.")
-    head_is_trained = not adapter.lora_rank or {"wte", "lm_head"} & set(adapter.lora_target_modules)
+    head_is_trained = not adapter.lora_rank or {"wte", "lm_head", ALL_LINEAR} & set(adapter.lora_target_modules)
     if training.loss_backend == "attention" and training.do_train and head_is_trained:
         raise UserError(
             "loss_backend=attention needs a head that is not trained: LoRA whose lora_target_modules leave out wte "

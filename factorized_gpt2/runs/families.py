@@ -1,11 +1,10 @@
 """What a run did, in a word: the protocol's names for kinds of runs, and others like them for other starts."""
 
+from ..compress.methods import METHODS
+
 UNKNOWN_METHOD = "compressed"  # how a compressed model was made whose folder does not say so
 
-_METHODS = {
-    **{"pca": "PCA", "weighted": "weighted", "joint": "joint", "tokenwise": "tokenwise", "coded": "coded"},
-    **{UNKNOWN_METHOD: "compressed"},
-}
+_TITLES = {**{method.name: method.title for method in METHODS.values()}, UNKNOWN_METHOD: "compressed"}
 _TREATMENTS = {"nofinetune": ", no training", "lora": " + LoRA", "finetune": " + full fine-tuning"}
 
 FAMILIES = {  # what pictures call them, in the order of tables
@@ -16,7 +15,7 @@ FAMILIES = {  # what pictures call them, in the order of tables
     "finetune": "not factorized + full fine-tuning",
     **{
         f"{method}-{treatment}": f"{title}{what}"
-        for method, title in _METHODS.items()
+        for method, title in _TITLES.items()
         for treatment, what in _TREATMENTS.items()
     },
 }
@@ -36,7 +35,7 @@ def family_of(method: str | None, trains: bool, has_adapters: bool) -> str:
     treatment = "nofinetune" if not trains else "lora" if has_adapters else "finetune"
     if method is None:
         return treatment if trains else "evaluation"
-    return f"{method if method in _METHODS else UNKNOWN_METHOD}-{treatment}"
+    return f"{method if method in _TITLES else UNKNOWN_METHOD}-{treatment}"
 
 
 def run_name(family: str, rank: int | None, lora_rank: int) -> str:

@@ -6,10 +6,12 @@ from typing import Annotated
 from ..settings.setting_values import COUNT, NOT_NEGATIVE, POSITIVE, READ, SHARE
 from .training_fields import LIMITS
 
+# The modules of a GPT-2; on other decoders they stand for all-linear.
 LORA_TARGETS = ("wte", "scale_up", "scale_down", "q_proj", "k_proj", "v_proj", "c_proj", "mlp_up", "mlp_down")
 
 
-# A copy of the network's own list, which cannot be imported without torch.
+# Copies of the network's and the trainer's own, which cannot be imported without torch.
+ALL_LINEAR = "all-linear"
 LOSS_BACKENDS = ("blockwise", "attention", "cut_cross_entropy", "auto", "logits")
 
 
@@ -22,8 +24,8 @@ class ModelArguments:
     baseline: Annotated[str, READ] | None = field(
         default=None,
         metadata={
-            "help": "Folder or Hub id of a trained, unfactorized GPT-2 to start from. Without baseline or compressed, "
-            "the run starts from random weights."
+            "help": "Folder or Hub id of a trained, unfactorized GPT-2 to start from, or with n_embd_wte of another "
+            "decoder. Without baseline or compressed, the run starts from random weights."
         },
     )
     compressed: Annotated[str, READ] | None = field(
@@ -63,7 +65,11 @@ class ModelArguments:
         },
     )
     dropout: Annotated[float, SHARE] | None = field(
-        default=None, metadata={"help": "Dropout of embeddings, attention and residuals in training. Default: 0.1."}
+        default=None,
+        metadata={
+            "help": "Dropout of embeddings, attention and residuals while training, as far as the model's config has "
+            "one. Default: the model's own; from scratch 0.1."
+        },
     )
     tie_word_embeddings: bool = field(
         default=True,
@@ -91,7 +97,11 @@ class AdapterArguments:
     )
     lora_target_modules: list[str] = field(
         default_factory=lambda: list(LORA_TARGETS),
-        metadata={"help": f"Modules that get an adapter. Default: {' '.join(LORA_TARGETS)}."},
+        metadata={
+            "help": "Modules that get an adapter. all-linear: every linear layer of the decoder, scale_up, scale_down "
+            "and, unless it is coded, wte. On a decoder other than GPT-2 the default means the same. Default: "
+            f"{' '.join(LORA_TARGETS)}."
+        },
     )
 
 
@@ -118,8 +128,8 @@ class DistillationArguments:
     teacher: Annotated[str, READ] | None = field(
         default=None,
         metadata={
-            "help": "Folder or Hub id of the teacher, an unfactorized GPT-2. Default: the baseline, or the model that "
-            "the compressed one was made from."
+            "help": "Folder or Hub id of the teacher, an unfactorized model with the same tokens. Default: the "
+            "baseline, or the model that the compressed one was made from."
         },
     )
 

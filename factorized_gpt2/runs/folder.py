@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 from peft.utils import CONFIG_NAME as ADAPTER_CONFIG
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import CONFIG_NAME
 
 from ..common.errors import UserError
@@ -14,9 +14,9 @@ from ..common.files import filling_folder, read_json, remove_folder, write_json
 from ..common.fingerprints import weights_fingerprint
 from ..common.run_record import SETTINGS_NAME, run_id
 from ..common.weight_files import weight_files
+from ..models.foreign_models import positions_of
 from ..models.record import RECORD_NAME, compressed_folder
 from ..models.verification import verify_saved
-from ..network.modeling_factorized_gpt2 import FactorizedGPT2
 from ..text.tokenizer_files import save_tokenizer
 from ..trainer.checkpoints import refuse_others
 from .identity import Differences, differences, identity
@@ -143,7 +143,7 @@ def mark(run: Run) -> None:
 
 def finish(
     output_dir: Path,
-    model: FactorizedGPT2,
+    model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     probe: torch.Tensor,
     expected: torch.Tensor,
@@ -168,7 +168,7 @@ def finish(
     """
     with filling_folder(output_dir, last=CONFIG_NAME) as temporary:  # without its config, no model is loaded
         model.save_pretrained(temporary)
-        save_tokenizer(tokenizer, temporary, model.config.n_positions)
+        save_tokenizer(tokenizer, temporary, positions_of(model.config))
         difference = verify_saved(Path(temporary), probe, expected, model.device, name=output_dir)
     logger.info("Saved and reloaded %s: logits differ by at most %.1e", output_dir, difference)
     return sum(path.stat().st_size for path in weight_files(output_dir))

@@ -110,7 +110,7 @@ def parser_of(training: type) -> ManualParser:
         (*PARTS, training),
         prog="train_hf.py",
         description="Train a GPT-2 with a full or factorized vocabulary, or heal a compressed\n"
-        "one with LoRA or full fine-tuning.",
+        "GPT-2 or other decoder with LoRA or full fine-tuning.",
         usage="%(prog)s --config NAME [option ...]",
         examples=(
             "train_hf.py --config baseline.json",

@@ -25,6 +25,33 @@ def check_pattern(name: str, pattern: str | None) -> None:
         raise UserError(f"{name}={pattern!r} is not a regular expression: {error}.") from error
 
 
+def block_size_for(asked: int | None, positions: int | None, name: str) -> int:
+    """Check a block size against a model's positions, which it is by default, unless they are very many.
+
+    Args:
+        asked: Tokens of a block; `None` for the default.
+        positions: How many there are; `None` where the model does not say.
+        name: What to call the model.
+
+    Raises:
+        UserError: It does not fit, or neither it nor the positions are known.
+    """
+    block_size = asked
+    if block_size is None:
+        if positions is None:
+            raise UserError(f"{name} does not say how many tokens it reads at once: set block_size.")
+        block_size = positions
+        if positions > _MOST_POSITIONS:
+            block_size = _BLOCK_OF_MANY
+            logger.info(
+                "%s has %d positions: it reads blocks of %d tokens; set block_size to change that.",
+                *(name, positions, block_size),
+            )
+    if positions is not None and not 2 <= block_size <= positions:
+        raise UserError(f"block_size must lie between 2 and the model's {positions} positions, got {block_size}.")
+    return block_size
+
+
 @dataclass
 class TextArguments:
     """Where text comes from, and where its documents start."""
@@ -91,8 +118,8 @@ class DataArguments(TextArguments):
     block_size: Annotated[int, BLOCK] | None = field(
         default=None,
         metadata={
-            "help": "Tokens per block (context length). Default: as many as the starting model reads at once; from "
-            "scratch, 1024."
+            "help": "Tokens per block (context length). Default: as many as the starting model reads at once, but "
+            "1024 where that is more than 4096; from scratch, 1024."
         },
     )
     preprocessing_num_workers: Annotated[int, Range(1, 1024)] | None = field(
@@ -151,26 +178,5 @@ class EvaluationArguments(TextArguments):
         return self.source_of(self.eval_file, self.split)
 
     def block_size_for(self, positions: int | None, name: str = "The model") -> int:
-        """Check the block size against a model's positions, which it is by default, unless they are very many.
-
-        Args:
-            positions: How many there are; `None` where the model does not say.
-            name: What to call the model.
-
-        Raises:
-            UserError: It does not fit, or neither it nor the positions are known.
-        """
-        block_size = self.block_size
-        if block_size is None:
-            if positions is None:
-                raise UserError(f"{name} does not say how many tokens it reads at once: set block_size.")
-            block_size = positions
-            if positions > _MOST_POSITIONS:
-                block_size = _BLOCK_OF_MANY
-                logger.info(
-                    "%s has %d positions: it is evaluated in blocks of %d tokens; set block_size to change that.",
-                    *(name, positions, block_size),
-                )
-        if positions is not None and not 2 <= block_size <= positions:
-            raise UserError(f"block_size must lie between 2 and the model's {positions} positions, got {block_size}.")
-        return block_size
+        """Choose or check the block size, as the function of that name does."""
+        return block_size_for(self.block_size, positions, name)

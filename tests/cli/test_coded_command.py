@@ -15,6 +15,7 @@ from factorized_gpt2.cli.compressing import repository_name
 from factorized_gpt2.cli.evaluate import evaluate
 from factorized_gpt2.common.errors import UserError
 from factorized_gpt2.compress.coded import Budget
+from factorized_gpt2.compress.methods import CODED, METHODS
 from factorized_gpt2.hub.model_card import History, model_card
 from factorized_gpt2.models.sizes import stored_bytes
 from factorized_gpt2.runs.results import Results
@@ -166,7 +167,7 @@ def test_the_card_says_what_it_is(words, tmp_path):  # noqa: F811
     config = FactorizedGPT2.from_pretrained(folder).config
     card = str(model_card("me/small", config, (1, 2), History.read(folder)))
     assert "A GPT-2 with a vocabulary of integers" in card
-    assert "by rounding its vocabulary to integers by what the loss feels of it" in card
+    assert f"by {METHODS[CODED].summary}" in card
 
 
 def test_refinement_keeps_to_the_budget_and_helps(words, tmp_path, capsys):  # noqa: F811

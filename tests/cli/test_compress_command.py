@@ -239,7 +239,7 @@ def test_loss_against_bytes_shows_every_rank_that_was_measured_on_the_same_text(
         (
             ["--explained_variance", 0.5, "--method", "tokenwise"],
             ("calibration",),
-            "for method pca alone; with method tokenwise set target_loss_increase",
+            "works with method pca only; with method tokenwise set target_loss_increase",
         ),
         (["--explained_variance", 1.5], (), r"must lie in \(0, 1\], got 1.5"),
         (["--explained_variance", 1.0], (), f"needs the full width of {WIDTH}"),
@@ -249,7 +249,7 @@ def test_loss_against_bytes_shows_every_rank_that_was_measured_on_the_same_text(
         (["--ranks", 4, "--method", "joint"], (), "method joint learns from text"),
         (["--ranks", 4, "--refine", 5], ("evaluation",), "refinement learns from text"),
         (["--ranks", 4, "--refine", -1], (), "refine must not be negative"),
-        (["--ranks", 4], ("calibration",), "calibration_file does nothing"),
+        (["--ranks", 4], ("calibration",), "calibration_file has no effect"),
         (["--ranks", 4, "--method", "svd"], (), "method.*invalid choice: 'svd'"),
         (
             ["--ranks", 4, "--method", "joint", "--calibration_tokens", 0],

@@ -6,11 +6,14 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from factorized_gpt2.compress.data_aware import METHODS, DataAwareDecomposition, VocabularyUse, factorize_data_aware
+from factorized_gpt2.compress.data_aware import VocabularyUse, factorize_data_aware
+from factorized_gpt2.compress.methods import BY_RANK
+from factorized_gpt2.compress.methods import METHODS as ALL_METHODS
 from factorized_gpt2.compress.pca import factorize
 from factorized_gpt2.compress.row_fit import PRIOR_OCCURRENCES, Side, fit_rows
 from factorized_gpt2.models.factors import Factors
 
+METHODS = [name for name in BY_RANK if ALL_METHODS[name].needs_text]
 V, WIDTH = 60, 16
 ARRAYS = ("wte", "scale_up", "scale_down", "mean", "lm_head")
 
@@ -212,7 +215,7 @@ def test_inputs_are_not_changed(method):
 def test_shares_are_those_of_the_factors_at_every_rank(method, tied, rows):
     weight, head, use = random_matrix(rows), random_matrix(rows, seed=1), random_use(rows)
     ranks = range(1, min(rows, WIDTH) + 1)
-    shares = DataAwareDecomposition(weight, method, use, None if tied else head).shares
+    shares = ALL_METHODS[method].fit(weight, None if tied else head, use).shares
     factors = factorize_data_aware(weight, ranks, method, use, None if tied else head)
     assert shares.shape == (len(ranks),)
     np.testing.assert_allclose(shares, [factors[rank].explained_share for rank in ranks], rtol=1e-12)

@@ -9,6 +9,7 @@ import pytest
 from conftest import tiny_config
 from hub_server import card_errors
 
+from factorized_gpt2.compress.methods import METHODS
 from factorized_gpt2.hub.model_card import TRANSFORMERS, Figures, History, Measurement, adapter_card, model_card
 from factorized_gpt2.runs.results import Results
 from factorized_gpt2.text.loss import perplexity
@@ -72,7 +73,7 @@ def test_a_compressed_model_that_was_not_measured():
         "tags": ["factorized_gpt2", "custom_code", "text-generation"],
     }
     assert table(written.text)["tiny"] == ["12", "31,337", "0.125"]
-    assert "Compressed from `gpt_baseline` by principal component analysis" in written.text
+    assert f"Compressed from `gpt_baseline` by {METHODS['pca'].summary} (`pca`)" in written.text
     assert "/data" not in written.text
     assert "k = 12" in written.text
     for line in ('AutoModelForCausalLM.from_pretrained("me/tiny", trust_remote_code=True)', "import FactorizedGPT2\n"):
@@ -92,7 +93,7 @@ def test_a_compressed_model_that_was_measured():
     values = {metric["type"]: metric["value"] for metric in result["metrics"]}
     assert values == {"loss": 5.25, "perplexity": perplexity(5.25)}
     assert (written.data.base_model, written.data.license) == (STOCK, "mit")
-    assert f"Compressed from [{STOCK}](/{STOCK}) by a fit of the loss to second order" in written.text
+    assert f"Compressed from [{STOCK}](/{STOCK}) by {METHODS['tokenwise'].summary} (`tokenwise`)" in written.text
     assert "refined for 7 steps" in written.text
     assert "16,384 tokens of train.txt, of.jsonl, wikitext raw train." in written.text
     assert "![a b](a_b.png)" in written.text
