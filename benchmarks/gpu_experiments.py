@@ -139,7 +139,7 @@ def _keep(bench_run: BenchRun, root: Path) -> None:
 
 def _results(experiment: Experiment, words: Sequence[str]) -> Results:
     release_memory()
-    return run_experiment(parse_run([*experiment.words, *words]))
+    return run_experiment(parse_run([*experiment.flags, *words]))
 
 
 def _steps(experiment: Experiment) -> int:

@@ -179,6 +179,6 @@ def _heal(bench_run: BenchRun, experiment: Experiment, words: list[str], way: st
     config = {key: value for key, value in experiment.config.items() if key not in ("baseline", "n_embd_wte")}
     config |= {"compressed": str(start), "output_dir": str(root / f"gpt_{name}"), "run_name": name.replace("_", "-")}
     config |= {"lora_target_modules": CODED_LORA} if way == CODED else {}
-    results = bench_run.attempt(name, lambda: run_experiment(parse_run([*Experiment(name, config).words, *words])))
+    results = bench_run.attempt(name, lambda: run_experiment(parse_run([*Experiment(name, config).flags, *words])))
     if results:
         bench_run.say(f"\n{name}: loss {results.eval_loss:.4f}, {results.seconds:.0f} s.")

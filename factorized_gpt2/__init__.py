@@ -5,8 +5,8 @@ from .settings.command_names import runs_a_command
 
 __version__ = "0.1.0"
 
-if not runs_a_command():  # which reads its words first, and then imports what it needs: that takes seconds
-    from . import network as network  # which tells the Auto classes of transformers
+if not runs_a_command():  # a command checks its flags first, because these imports take seconds
+    from . import network as network  # registers with the Auto classes of transformers
     from .models.peft_defaults import register_with_peft
 
     register_with_peft()

@@ -17,8 +17,8 @@ from workshop import FULL, conclude, outcome, prepare
 
 from factorized_gpt2.cli.shell import run_command
 from factorized_gpt2.common.errors import UserError
+from factorized_gpt2.settings.flags import as_flags
 from factorized_gpt2.settings.parsing import ManualParser
-from factorized_gpt2.settings.words import as_flags
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 LAUNCH = ["accelerate.commands.launch", "--config_file", REPOSITORY / "configs/accelerate/two_cpu_processes.yaml"]

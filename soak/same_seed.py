@@ -20,7 +20,7 @@ from factorized_gpt2.common.files import write_json
 from factorized_gpt2.common.fingerprints import weights_fingerprint
 from factorized_gpt2.runs.run import run_experiment
 from factorized_gpt2.runs.settings import parse_run
-from factorized_gpt2.settings.words import as_flags
+from factorized_gpt2.settings.flags import as_flags
 from factorized_gpt2.text.demo_corpus import train_tokenizer
 
 TINY = {"vocab_size": 512, "n_positions": 64, "n_embd": 64, "n_layer": 2, "n_head": 2, "n_embd_wte": 16}

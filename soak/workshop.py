@@ -16,7 +16,7 @@ from factorized_gpt2 import FactorizedGPT2, FactorizedGPT2Config
 from factorized_gpt2.cli.shell import print_table
 from factorized_gpt2.common.errors import UserError
 from factorized_gpt2.runs.results import Results
-from factorized_gpt2.settings.words import as_flags
+from factorized_gpt2.settings.flags import as_flags
 from factorized_gpt2.text.demo_corpus import train_tokenizer
 
 DOCUMENTS = chapters(12)

@@ -1,5 +1,5 @@
-"""The commands, one module each; `shell` is what they share. Nothing imports from here.
+"""The commands, one module each; `shell` has what they share. Nothing imports from here.
 
-A module imports what reads words, and only once those are judged what computes, which takes seconds: in its function,
-or where there is much of it from a module of its own (`compressing`, `demonstration`).
+Importing torch takes seconds. So a module imports only what parses flags. After the flags are checked, its function
+imports the rest, or the module that does the work (`compressing`, `demonstration`).
 """

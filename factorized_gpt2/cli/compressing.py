@@ -1,4 +1,4 @@
-"""What `compress.py` does once its words are read."""
+"""The work of `compress.py`, after its flags are parsed."""
 
 import logging
 import math

@@ -1,4 +1,4 @@
-"""What the demo does once its words are read."""
+"""The work of the demo, after its flags are parsed."""
 
 import time
 from collections.abc import Sequence
@@ -43,8 +43,8 @@ def demonstrate(root: Path, max_steps: int | None) -> None:
     models, corpus = root / "model_weights", root / "corpus"
     experiments = load_grid("demo/experiments.json", root=models)
     ranks = [str(experiment.compressed_rank) for experiment in select(experiments, ["pca_lora_*"])[1:]]
-    words = [f"--baseline={models / 'gpt_baseline'}", f"--output_dir={models}"]
-    words += [f"--eval_file={corpus / 'validation.jsonl'}", "--eval_batch_size=16"]
+    flags = [f"--baseline={models / 'gpt_baseline'}", f"--output_dir={models}"]
+    flags += [f"--eval_file={corpus / 'validation.jsonl'}", "--eval_batch_size=16"]
     at_ranks = ["--ranks", *ranks]
     learning = ["--method=tokenwise", f"--calibration_file={corpus / 'train.jsonl'}"]
     refine_steps = REFINE_STEPS if max_steps is None else min(REFINE_STEPS, max_steps)
@@ -58,13 +58,13 @@ def demonstrate(root: Path, max_steps: int | None) -> None:
     stages.begin("Training the baseline")
     run("baseline")
     stages.begin("Compressing it by PCA, without training")
-    compress([*words, *at_ranks])
+    compress([*flags, *at_ranks])
     stages.begin("Compressing it token by token, to the same size")
-    compress([*words, *at_ranks, *learning])
+    compress([*flags, *at_ranks, *learning])
     stages.begin(f"Refining that for {refine_steps} steps")
-    compress([*words, *at_ranks, *learning, f"--refine={refine_steps}"])
+    compress([*flags, *at_ranks, *learning, f"--refine={refine_steps}"])
     stages.begin("Coding it as integers, in few bits a weight")
-    compress([*words, learning[1], "--bits_per_weight", *BITS])
+    compress([*flags, learning[1], "--bits_per_weight", *BITS])
     stages.begin("Recording the compressed models")
     run("pca_nofinetune_*")
     stages.begin("Healing them with LoRA")
@@ -154,7 +154,7 @@ def _run(names: str, experiments: list[Experiment], corpus: Path, max_steps: int
     flags += [f"--tokenizer={corpus / 'tokenizer'}"] + ([f"--max_steps={max_steps}"] if max_steps else [])
     for experiment in experiments:
         if fnmatchcase(experiment.name, names):
-            results = run_experiment(parse_run(experiment.words + flags))
+            results = run_experiment(parse_run(experiment.flags + flags))
             print(f"{results.run_name}: validation loss {results.eval_loss:.4f}")
 
 

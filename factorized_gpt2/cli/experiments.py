@@ -14,9 +14,9 @@ from ..common.fingerprints import weights_fingerprint
 from ..common.run_record import SETTINGS_NAME
 from ..report.reporting import read_results, write_report
 from ..runs.contents import contents_of
+from ..runs.flags import check_flags, with_current_names
 from ..runs.grid import Experiment, Scale, load_grid, select
 from ..runs.results import RESULTS_NAME, Results
-from ..runs.words import check_words, with_present_names
 from ..settings.devices import launched_processes
 from ..settings.parsing import ManualParser, find_config
 from ..settings.setting_values import OUTPUT_FOLDER
@@ -87,7 +87,7 @@ class ScaleArguments:
     )
 
     def resolve(self) -> Scale:
-        """Fill in what is not set."""
+        """Return the factors, with `scale` for those that are not set."""
         parts = {name: getattr(self, f"scale_{name}") for name in ("layers", "width", "block", "steps")}
         parts = {name: self.scale if factor is None else factor for name, factor in parts.items()}
         return Scale(**parts, learning_rate=self.scale_learning_rate)
@@ -97,10 +97,10 @@ def run_experiments(argv: list[str]) -> None:
     """Run the experiments that are not finished, print how each ended, write the report.
 
     Raises:
-        UserError: A mistake in what was asked; or, at the end, runs that failed.
+        UserError: A flag is wrong, or, at the end, runs failed.
     """
     at = argv.index("--") if "--" in argv else len(argv)
-    words, flags = argv[:at], with_present_names(argv[at + 1 :])
+    own, flags = argv[:at], with_current_names(argv[at + 1 :])
     arguments, scaling = ManualParser(
         (GridArguments, ScaleArguments),
         prog="run_experiments.py",
@@ -113,7 +113,7 @@ def run_experiments(argv: list[str]) -> None:
             "run_experiments.py --output_dir half --scale 0.5 -- --train_file train.txt --validation_file test.txt",
         ),
         remark="Options after -- are passed to train_hf.py, for every run.",
-    ).parse(words)
+    ).parse(own)
     scale = scaling.resolve()
     check(arguments, scale, flags)
     root = Path(arguments.output_dir or "model_weights")
@@ -121,7 +121,7 @@ def run_experiments(argv: list[str]) -> None:
     experiments = select(experiments, arguments.only or ["*"])
     for experiment in experiments:
         try:
-            check_words(experiment.words)
+            check_flags(experiment.flags)
         except UserError as error:
             raise UserError(f"{experiment.name}: {error}") from error
     grid = _Grid(root, arguments, flags)
@@ -144,11 +144,11 @@ def run_experiments(argv: list[str]) -> None:
 
 
 def check(arguments: GridArguments, scale: Scale, flags: Sequence[str]) -> None:
-    """Check what can be checked before anything is read.
+    """Check the flags, before any file is read.
 
     Raises:
-        UserError: Started under a launcher; a launcher's config that is not there; another scale without a folder of
-            its own; flags that train_hf.py does not know, or that the grid sets itself.
+        UserError: The command was started by a launcher, the launcher's config is missing, a scale is given without a
+            folder, or a flag after `--` is unknown to train_hf.py or is set by the grid itself.
     """
     if launched_processes() > 1:
         raise UserError(
@@ -166,7 +166,7 @@ def check(arguments: GridArguments, scale: Scale, flags: Sequence[str]) -> None:
     if scale != Scale() and not arguments.output_dir:
         raise UserError("A scaled grid needs a folder of its own: set --output_dir.")
     taken = {"config", "print_config", "output_dir", "run_name", "overwrite", "baseline", "compressed"}
-    for name in check_words(flags):
+    for name in check_flags(flags):
         if name in taken:
             raise UserError(f"--{name} after -- cannot be set for all runs: the grid sets it for each.")
 
@@ -175,7 +175,7 @@ DONE, FINISHED = "done", "finished before"
 
 
 class _Grid:
-    """Runs experiments, each in processes of its own, so that none can spoil the next."""
+    """Runs experiments, each in its own processes, so that a failure cannot affect the next one."""
 
     def __init__(self, root: Path, arguments: GridArguments, flags: Sequence[str]):
         self.root, self.flags, self.overwrite = root, list(flags), arguments.overwrite
@@ -185,7 +185,7 @@ class _Grid:
             self.launcher += ["-m", "accelerate.commands.launch", "--config_file", config]
 
     def run(self, experiments: Sequence[Experiment]) -> dict[str, str]:
-        """Run what is not finished; return how each ended, by name."""
+        """Run the experiments that are not finished; return how each ended, by name."""
         for experiment in experiments:
             self._refuse_other_config(experiment)
         outcomes: dict[str, str] = {}
@@ -206,10 +206,10 @@ class _Grid:
         return outcomes
 
     def state(self, experiment: Experiment) -> str:
-        """Say how far a run came.
+        """Return the state of a run.
 
-        It is finished if it was with just these words, and read what is there now; what finished otherwise is left to
-        `train_hf.py`, which compares what the words mean. Here that would make a GPU ready that the runs need.
+        A run counts as finished if it had exactly these flags and if what it read is unchanged. `train_hf.py` decides
+        about other finished runs, because it compares the meaning of the flags. Here that would occupy a GPU.
         """
         if not (experiment.folder / RESULTS_NAME).exists():
             return "was begun" if (experiment.folder / SETTINGS_NAME).exists() else "not begun"
@@ -218,24 +218,24 @@ class _Grid:
             read_now = contents_of(results.settings)
         except UserError:
             return "results cannot be read"
-        is_same = results.words == experiment.words + self.flags
+        is_same = results.words == experiment.flags + self.flags
         is_same = is_same and results.start_fingerprint == weights_fingerprint(experiment.start)
         if is_same and all(results.content.get(kind, content) == content for kind, content in read_now.items()):
             return FINISHED
         return "finished otherwise"
 
     def _factorize(self, start: Path, experiments: Sequence[Experiment]) -> None:
-        """Compress a baseline at all ranks that start from it, with one decomposition; runs do it if this fails."""
+        """Compress a baseline for all runs that need it at once. If this fails, each run does it itself."""
         ranks = sorted({e.compressed_rank for e in experiments if e.config.get("baseline") == str(start)} - {None})
-        words = ["--baseline", str(start), "--output_dir", str(self.root), "--ranks", *map(str, ranks)]
-        words += ["--overwrite", str(self.overwrite)]
-        run_process([sys.executable, "-m", "factorized_gpt2.cli.compress", *words])
+        arguments = ["--baseline", str(start), "--output_dir", str(self.root), "--ranks", *map(str, ranks)]
+        arguments += ["--overwrite", str(self.overwrite)]
+        run_process([sys.executable, "-m", "factorized_gpt2.cli.compress", *arguments])
 
     def _config(self, experiment: Experiment) -> Path:
         return self.root / "configs" / f"{experiment.folder.name}.json"
 
     def _refuse_other_config(self, experiment: Experiment) -> None:
-        """Refuse to write a run's config over one that is not this run's."""
+        """Refuse to overwrite a config that was written for another run."""
         path = self._config(experiment)
         if path.exists() and read_json(path).get("output_dir") != experiment.config["output_dir"]:
             raise UserError(
@@ -246,17 +246,17 @@ class _Grid:
         config = self._config(experiment)
         with replacing_file(config) as temporary:
             temporary.write_text(json.dumps(experiment.config, indent=2) + "\n", encoding="utf-8")
-        words = ["-m", "factorized_gpt2.cli.train", "--config", str(config), *self.flags]
+        arguments = ["-m", "factorized_gpt2.cli.train", "--config", str(config), *self.flags]
         if self.overwrite:
-            words.append("--overwrite=True")
-        code = run_process([*self.launcher, *words])
+            arguments.append("--overwrite=True")
+        code = run_process([*self.launcher, *arguments])
         return DONE if code == 0 else f"failed: exit code {code}"
 
 
 def run_process(command: Sequence[str]) -> int:
-    """Run a command and return its exit code; told to stop, let it save first.
+    """Run a command and return its exit code. On a signal to stop, wait until it has saved.
 
-    SIGTERM is passed on; Ctrl-C reaches it from the terminal, too.
+    SIGTERM is passed on to it. Ctrl-C reaches it from the terminal.
     """
     with subprocess.Popen(command) as process:
         try:

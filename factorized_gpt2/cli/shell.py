@@ -17,7 +17,7 @@ from ..common.files import refusal, without_nan, write_json
 from ..common.progress import hide_bars_of_libraries
 from ..common.signals import leaving_cleanly
 from ..runs.provenance import versions
-from ..settings.words import take_debug
+from ..settings.flags import take_debug
 
 # Packages that not every installation has, and the extra of this package that brings them.
 _EXTRAS = {
@@ -32,8 +32,8 @@ def run_command(command: Callable[[list[str]], None], argv: list[str] | None = N
     """Run a command and turn its outcome into an exit code.
 
     Args:
-        command: Takes the words after the program's name.
-        argv: Those words; by default the process's own.
+        command: Takes the command-line arguments, without the program's name.
+        argv: These arguments; by default those of the process.
 
     Returns:
         0 when it ends well; 2 after a `UserError`, or when the system refuses to read or write, as on a full disk; 130
@@ -43,14 +43,14 @@ def run_command(command: Callable[[list[str]], None], argv: list[str] | None = N
     Raises:
         SystemExit: With 143, after SIGTERM.
     """
-    debug, words = take_debug(sys.argv[1:] if argv is None else argv)
+    debug, rest = take_debug(sys.argv[1:] if argv is None else argv)
     logging.basicConfig(format="%(message)s", stream=sys.stderr)
     hide_bars_of_libraries()
     is_main = os.environ.get("LOCAL_RANK", "0") == "0"
     logging.getLogger("factorized_gpt2").setLevel(logging.INFO if is_main else logging.ERROR)
     try:
         with leaving_cleanly():
-            command(words)
+            command(rest)
     except UserError as error:
         if debug:
             traceback.print_exception(error)

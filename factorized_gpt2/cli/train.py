@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..runs.words import PRINT_CONFIG, judge, read_words
+from ..runs.flags import PRINT_CONFIG, read_flags, validate_flags
 from .shell import keep_stdout_for_results, run_command
 
 if TYPE_CHECKING:
@@ -14,13 +14,13 @@ if TYPE_CHECKING:
 
 def train(argv: list[str]) -> None:
     """Read the settings, do the run (or only print its config), say how it went, publish it if asked."""
-    words = read_words(argv)
-    judge(words)
+    flags = read_flags(argv)
+    validate_flags(flags)
     # What follows takes seconds to import.
     keep_stdout_for_results()
     from ..runs.settings import parse_run
 
-    run = parse_run(words)
+    run = parse_run(flags)
     training, speaks = run.training, run.training.process_index == 0
     if PRINT_CONFIG in argv:
         if speaks:

@@ -1,6 +1,6 @@
 """Runs: from settings to a folder with a model and its results, and grids of them.
 
-Read `fields`, `words`, `settings`, `start`, `run`; then `folder` and `identity`, which decide whether a run goes on,
+Read `fields`, `flags`, `settings`, `start`, `run`; then `folder` and `identity`, which decide whether a run goes on,
 is finished or is another; `grid` lists the experiments.
 """
 

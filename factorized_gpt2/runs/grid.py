@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from ..common.errors import UserError
+from ..settings.flags import as_flags
 from ..settings.parsing import load_config
 from ..settings.setting_values import check_values
-from ..settings.words import as_flags
-from .words import limits
+from .flags import limits
 
 _SCALED = {  # settings by the factor of `Scale` that multiplies them
     "layers": ("n_layer",),
@@ -93,8 +93,8 @@ class Experiment:
         return self.config.get("compressed") or self.config.get("baseline")
 
     @property
-    def words(self) -> list[str]:
-        """The config as `train_hf.py` takes it."""
+    def flags(self) -> list[str]:
+        """The config as flags of `train_hf.py`."""
         return as_flags(self.config)
 
     @property

@@ -32,7 +32,7 @@ class Results:
         bytes, vocabulary_bytes: Of its parameters.
         settings: The resolved settings, seeds among them.
         versions: Of Python and the libraries.
-        words: The settings as they were asked for, as `train_hf.py` takes them.
+        words: The flags that the run was started with, as `train_hf.py` takes them.
         git_commit: Commit of this code, with `-dirty` where files differ from it; `None` outside a checkout.
         start_fingerprint: SHA-256 of the weights that the run started from; `None` for a random start, or one that is
             not in a local folder.

@@ -145,7 +145,7 @@ def _run_alone(run: Run, may_sweep: bool = False) -> Results:
         **outcome,
         settings=run.settings(),
         versions=versions(),
-        words=list(run.words),
+        words=list(run.flags),
         git_commit=git_commit(),
         start_fingerprint=weights_fingerprint(run.start),
         fingerprint=weights_fingerprint(str(output_dir)) if run.training.should_save else None,

@@ -16,13 +16,13 @@ from ..common.errors import UserError
 from ..common.files import read_json
 from ..network.blockwise_loss import cut_cross_entropy_is_exact, cut_cross_entropy_runs
 from ..settings.devices import launched_processes
+from ..settings.flags import setting_name, without_flags
 from ..settings.setting_values import check_values
 from ..settings.text_arguments import DataArguments
-from ..settings.words import setting_name, without_flags
 from .checks import check_resolved, check_together
 from .families import UNKNOWN_METHOD, family_of
 from .fields import AdapterArguments, DistillationArguments, ModelArguments, TrainingFields
-from .words import PARTS, limits, parser_of, read_words
+from .flags import PARTS, limits, parser_of, read_flags
 
 logger = logging.getLogger(__name__)
 
@@ -40,7 +40,7 @@ class RunArguments(TrainingFields, TrainingArguments):  # type: ignore[misc]  # 
         self._read_sharding()
         has_cuda = torch.cuda.is_available() and not self.use_cpu
         self.as_configured = {name: getattr(self, name) for name in ("fp16", "bf16", "torch_compile")}
-        # A CPU asked for in so many words can do these two.
+        # A CPU can do these two, if it is asked for explicitly.
         if not has_cuda and (self.fp16 or ((self.bf16 or self.torch_compile) and not self.use_cpu)):
             if os.environ.get("LOCAL_RANK", "0") == "0":
                 logger.warning("No CUDA on this machine: training in float32, without compiling.")
@@ -87,13 +87,13 @@ class RunArguments(TrainingFields, TrainingArguments):  # type: ignore[misc]  # 
             setattr(self, precision, True)
 
     def _read_sharding(self) -> None:
-        """Read what FSDP is told, in the words of flags and of configs.
+        """Read the settings of FSDP, from flags or configs.
 
         Raises:
             UserError: The file of `fsdp_config` cannot be read; it stands there without `fsdp`.
         """
         if str(self.fsdp).lower() in (*YES, *_NO):  # transformers knows the flag without a word and itself True
-            # transformers takes True as well as the words that it declares.
+            # transformers accepts True as well as its declared options.
             self.fsdp = True if str(self.fsdp).lower() in YES else None  # type: ignore[assignment]
         if self.fsdp_config and not self.fsdp:
             raise UserError("fsdp_config has no effect without fsdp: add --fsdp True, or leave fsdp_config out.")
@@ -122,7 +122,7 @@ class Run:
     distillation: DistillationArguments
     data: DataArguments
     training: RunArguments
-    words: tuple[str, ...] = ()  # as they were asked for
+    flags: tuple[str, ...] = ()  # as they were asked for
 
     @property
     def start(self) -> str | None:
@@ -164,7 +164,7 @@ class Run:
 
         It does on other machines too: precision and compilation stand as they were asked for.
         """
-        asked = {setting_name(word) for word in self.words if word.startswith("--")}
+        asked = {setting_name(word) for word in self.flags if word.startswith("--")}
         defaults = Run(
             ModelArguments(), AdapterArguments(), DistillationArguments(), DataArguments(), RunArguments()
         ).settings()
@@ -187,7 +187,7 @@ def parse_run(argv: list[str]) -> Run:
     """Read a run from the command line: `--config NAME`, and flags that override it.
 
     Args:
-        argv: The words after the program's name.
+        argv: The command-line arguments, without the program's name.
 
     Returns:
         The run, checked as far as that needs neither data nor weights.
@@ -195,9 +195,9 @@ def parse_run(argv: list[str]) -> Run:
     Raises:
         UserError: An unknown, mistyped or contradictory setting, by name.
     """
-    words = read_words(argv)
-    model, adapter, distillation, data, training, _ = parser_of(RunArguments).parse(words)
-    asked = without_flags(words, {"overwrite", "print_config"})
+    flags = read_flags(argv)
+    model, adapter, distillation, data, training, _ = parser_of(RunArguments).parse(flags)
+    asked = without_flags(flags, {"overwrite", "print_config"})
     run = Run(model, adapter, distillation, data, training, asked)
     _check(run)
     return run

@@ -1,6 +1,6 @@
-"""Command lines and configs: read, checked and explained in one line. No command's own settings are here.
+"""Parsing and checking of command lines and configs, and the settings that several commands share.
 
-Read `words`, `parsing`, then `setting_values` for the ranges, and `text_arguments`, `devices` and `outputs` for the
+Read `flags`, `parsing`, then `setting_values` for the ranges, and `text_arguments`, `devices` and `outputs` for the
 settings that commands share. Nothing here imports torch, so that a command can answer at once.
 """
 

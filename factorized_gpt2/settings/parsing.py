@@ -1,4 +1,4 @@
-"""Command-line words and JSON configs, and a parser of both that complains in one line."""
+"""A parser for command lines and JSON configs whose errors are one line."""
 
 import argparse
 import difflib
@@ -15,13 +15,13 @@ from transformers import HfArgumentParser
 from ..common.errors import REFUSED_SETTINGS, UserError, blaming
 from ..common.files import read_json
 from .command_names import as_called
+from .flags import DEBUG, NULL, grouped, setting_name, value_of
 from .help_pages import HelpPage, epilog, hide_negations
 from .setting_values import check_values, limits_of
-from .words import DEBUG, NULL, grouped, setting_name, value_of
 
 
 def _shipped_configs() -> Path:
-    """Find the configs that come with this package: an installed one holds them, in a checkout they lie beside it."""
+    """Find the configs of this package: inside an installed one, next to it in a checkout."""
     package = Path(str(resources.files("factorized_gpt2")))
     installed = package / "configs"
     return installed if installed.is_dir() else package.parent / "configs"
@@ -37,7 +37,7 @@ def find_config(name: str) -> Path | None:
         name: The path or name, as in `baseline.json`, `baseline` or `configs/accelerate/two_gpus.yaml`.
 
     Returns:
-        The first that there is, `None` where there is none.
+        The first file that exists; `None` if there is none.
     """
     folders = [Path(), *CONFIG_FOLDERS]
     if Path(name).parts[:1] == (CONFIG_FOLDERS[0].name,):
@@ -46,15 +46,15 @@ def find_config(name: str) -> Path | None:
     return next((Path(path) for path in candidates if os.path.isfile(path)), None)
 
 
-def load_config(name: str, heirs: tuple[Path, ...] = ()) -> dict[str, Any]:
-    """Read a config by path, or by name under `configs/`, with what it `extends` below it.
+def load_config(name: str, extended_by: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """Read a config by path, or by name under `configs/`. Its values override those of the config that it `extends`.
 
     Args:
         name: The path or name.
-        heirs: Files that extend this one.
+        extended_by: Files that extend this one, to detect a circle.
 
     Raises:
-        UserError: There is no such config (the message lists those there are), or it extends itself.
+        UserError: There is no such config (the message lists the existing ones), or it extends itself.
     """
     found = find_config(name)
     if found is None:
@@ -70,29 +70,29 @@ def load_config(name: str, heirs: tuple[Path, ...] = ()) -> dict[str, Any]:
         return config
     if not isinstance(parent, str):
         raise UserError(f"{found}: extends must name a config, got {parent!r}.")
-    if found.resolve() in heirs:
+    if found.resolve() in extended_by:
         raise UserError(f"{found} extends itself.")
-    return load_config(str(found.parent / parent), (*heirs, found.resolve())) | config
+    return load_config(str(found.parent / parent), (*extended_by, found.resolve())) | config
 
 
 _DEBUG_HELP = "Print the traceback of an error, for bug reports."
 
 
-_NOTHING: tuple[Any, ...] = (None, "", False, [], [""])  # ways to leave an option out
+_NOTHING: tuple[Any, ...] = (None, "", False, [], [""])  # values that count as not set
 
 
 class ManualParser(HfArgumentParser):
-    """`HfArgumentParser` without abbreviations, whose every complaint is a `UserError`, and whose help is a page.
+    """`HfArgumentParser` without abbreviations, with every error as a `UserError`, and with a readable help page.
 
     Args:
-        dataclass_types: As `HfArgumentParser` has them; `_argument_group_name` is a heading.
-        usage: The words that most calls need.
+        dataclass_types: As for `HfArgumentParser`; `_argument_group_name` is the heading of a group.
+        usage: The usage line, with the options that most calls need.
         examples: Whole commands, without `python`.
-        remark: What there is to say beside the options.
-        refused: Options that the dataclasses have and the command does not take, with the reason; they may have their
-            defaults, and are not on the page.
-        elsewhere: Options of other programs, with what stands for them here.
-        **kwargs: What `ArgumentParser` takes.
+        remark: Text to show after the options.
+        refused: Options of the dataclasses that the command does not accept, with the reason. They are not on the help
+            page, and must have their default values.
+        elsewhere: Options of other programs, with the options that replace them here.
+        **kwargs: As for `ArgumentParser`.
     """
 
     def __init__(
@@ -122,53 +122,53 @@ class ManualParser(HfArgumentParser):
             taken.nargs, taken.type, taken.help = "*", str, _DEBUG_HELP
 
     def format_help(self) -> str:
-        """Write the page, with the commands' names as this one was called."""
+        """Return the help page, which names commands the way this one was called."""
         return as_called(super().format_help())
 
     def error(self, message: str) -> NoReturn:
-        """Complain of one argument."""
+        """Raise a `UserError` for a wrong argument."""
         raise UserError(message)
 
-    def parse(self, words: list[str]) -> tuple:
-        """Parse command-line words into the dataclasses.
+    def parse(self, argv: list[str]) -> tuple:
+        """Parse command-line arguments into the dataclasses.
 
         Raises:
-            UserError: A word that is unknown, mistyped or refused by a dataclass, by name.
+            UserError: An argument is unknown, mistyped or refused by a dataclass. The message names it.
         """
-        self.judge(words)
+        self.check_each(argv)
         with blaming("The settings cannot be used", *REFUSED_SETTINGS):
-            return self.parse_args_into_dataclasses(words, look_for_args_file=False)
+            return self.parse_args_into_dataclasses(argv, look_for_args_file=False)
 
-    def judge(self, words: Sequence[str]) -> None:
-        """Judge every command-line word by itself, before anything is made of them.
+    def check_each(self, argv: Sequence[str]) -> None:
+        """Check each command-line argument by itself.
 
         Raises:
-            UserError: A word that is unknown, mistyped or out of its range, by name.
+            UserError: An argument is unknown, mistyped or out of range. The message names it.
         """
-        _, rest = self.parse_known_args(list(words))
-        self.refuse_unknown((word.split("=")[0] for word in rest), "argument")
+        _, rest = self.parse_known_args(list(argv))
+        self.refuse_unknown((argument.split("=")[0] for argument in rest), "argument")
 
     def parse_known_args(self, args: Iterable[str] | None = None, namespace: Any = None) -> tuple[Any, list[str]]:
-        """Parse what is known, and judge every value by its setting's name."""
-        words, nothing = self._without_null(sys.argv[1:] if args is None else list(args))
-        namespace, rest = super().parse_known_args(words, namespace)
+        """Parse the known arguments and check every value."""
+        argv, nothing = self._without_null(sys.argv[1:] if args is None else list(args))
+        namespace, rest = super().parse_known_args(argv, namespace)
         vars(namespace).update(dict.fromkeys(nothing))
         self._refuse(vars(namespace))
         check_values(vars(namespace), self._limits)
         return namespace, rest
 
-    def _without_null(self, words: Sequence[str]) -> tuple[list[str], set[str]]:
-        """Leave out settings that are taken back; return the other words, and which settings become `None`."""
+    def _without_null(self, argv: Sequence[str]) -> tuple[list[str], set[str]]:
+        """Remove the settings that `null` unsets; return the other arguments, and the settings that become `None`."""
         kept: list[tuple[str, list[str]]] = []
         nothing: set[str] = set()
-        for name, group in grouped(words):
+        for name, group in grouped(argv):
             nothing.discard(name)
             if name and value_of(group) == NULL:
-                kept = [(other, words) for other, words in kept if other != name]
+                kept = [(other, argv) for other, argv in kept if other != name]
                 nothing |= {name} & self._optional
             else:
                 kept.append((name, group))
-        return [word for _, group in kept for word in group], nothing
+        return [argument for _, group in kept for argument in group], nothing
 
     def _refuse(self, settings: Mapping[str, Any]) -> None:
         first = {action.dest: action for action in reversed(self._actions)}  # whose default counts
@@ -180,7 +180,7 @@ class ManualParser(HfArgumentParser):
                 raise UserError(f"{name} is not accepted: {reason}")
 
     def refuse_unknown(self, names: Iterable[str], kind: str) -> None:
-        """Refuse names that are no argument, and say which known one is nearest."""
+        """Raise a `UserError` for unknown names, with the most similar known one."""
         known = {action.dest for action in self._actions} - {"help", "config", "print_config"}
         for name in names:
             if name not in known:

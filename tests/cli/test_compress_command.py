@@ -342,7 +342,7 @@ def test_the_result_for_programs_is_the_table_unrounded(words, tmp_path, corpus,
 
 @pytest.mark.parametrize("place", [".", "/dev/null"])
 def test_a_result_is_written_to_a_file_alone(words, place):
-    with pytest.raises(UserError, match=f"json={place} is no regular file"):
+    with pytest.raises(UserError, match=f"json={place} is not a regular file"):
         compress(words("--ranks", 4, "--json", place, texts=()))
 
 

@@ -18,8 +18,8 @@ from factorized_gpt2.report.reporting import read_results
 from factorized_gpt2.runs.contents import contents_of
 from factorized_gpt2.runs.grid import Scale, load_grid, select
 from factorized_gpt2.runs.results import Results
+from factorized_gpt2.settings.flags import as_flags
 from factorized_gpt2.settings.parsing import CONFIG_FOLDERS, load_config
-from factorized_gpt2.settings.words import as_flags
 
 RANKS = (64, 128, 256, 512)
 FAMILIES = ("lowrank_scratch", "pca_nofinetune", "pca_lora")

@@ -12,10 +12,10 @@ from factorized_gpt2.common.errors import UserError
 from factorized_gpt2.network.blockwise_loss import BACKENDS
 from factorized_gpt2.runs.families import run_name as derived_name
 from factorized_gpt2.runs.fields import LORA_TARGETS, LOSS_BACKENDS, AdapterArguments, ModelArguments
+from factorized_gpt2.runs.flags import outlined, parser_of
 from factorized_gpt2.runs.settings import RunArguments, parse_run
 from factorized_gpt2.runs.training_fields import ELSEWHERE, SUPPORTED, refused
 from factorized_gpt2.runs.training_outline import training_outline
-from factorized_gpt2.runs.words import outlined, parser_of
 from factorized_gpt2.settings.parsing import load_config
 from factorized_gpt2.settings.setting_values import Range, check_values, limits_of
 from factorized_gpt2.settings.text_arguments import DataArguments
@@ -143,7 +143,7 @@ def test_the_effective_batch_is_16_however_many_processes_there_are(monkeypatch,
 
 def test_words_are_kept_without_what_is_no_setting_of_the_run():
     words = ["--overwrite_output_dir", "True", "--seed=3", "--print_config", "--overwrite-output-dir=True"]
-    kept = parse_run(["--config", "baseline", *words]).words
+    kept = parse_run(["--config", "baseline", *words]).flags
     assert kept[-1] == "--seed=3"
     assert not [word for word in kept if "overwrite" in word or "print" in word or word == "True"]
 

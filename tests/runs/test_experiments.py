@@ -19,7 +19,7 @@ from factorized_gpt2.hub.model_card import History, model_card
 from factorized_gpt2.runs.fields import LORA_TARGETS
 from factorized_gpt2.runs.run import FactorizedTrainer, Results, _training_blocks, run_experiment
 from factorized_gpt2.runs.settings import parse_run
-from factorized_gpt2.settings.words import as_flags
+from factorized_gpt2.settings.flags import as_flags
 from factorized_gpt2.text.tokenizers import load_tokenizer
 from factorized_gpt2.trainer.checkpoints import damage
 

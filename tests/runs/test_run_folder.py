@@ -20,7 +20,7 @@ from factorized_gpt2.models.verification import probe_logits
 from factorized_gpt2.runs.folder import claim, finish, least_bytes, mark
 from factorized_gpt2.runs.run import run_experiment
 from factorized_gpt2.runs.settings import Run, RunArguments, parse_run
-from factorized_gpt2.settings.words import as_flags
+from factorized_gpt2.settings.flags import as_flags
 from factorized_gpt2.text.tokenizers import load_tokenizer
 from factorized_gpt2.trainer.checkpoints import seal
 

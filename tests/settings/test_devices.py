@@ -44,7 +44,7 @@ def test_a_device_is_found_by_name(monkeypatch, gpus, has_mps, name, found):
 @pytest.mark.parametrize("name", ["cuda:2", "mps", "cuda:-1", "cuda:01", "gpu", "CPU", "", "cuda:x"])
 def test_a_device_that_is_not_there_is_a_line_that_names_those_that_are(monkeypatch, name):
     machine(monkeypatch, 2)
-    with pytest.raises(UserError, match=f"^device={name} is not there: this machine has cpu, cuda:0, cuda:1.$"):
+    with pytest.raises(UserError, match=f"^device={name} is not available: this machine has cpu, cuda:0, cuda:1.$"):
         find_device(name)
 
 
@@ -58,7 +58,7 @@ def test_a_device_that_is_not_there_is_a_line_that_names_those_that_are(monkeypa
 def test_commands_refuse_it_before_anything_else(monkeypatch, tmp_path, command, words):
     monkeypatch.chdir(tmp_path)
     machine(monkeypatch, 0)
-    with pytest.raises(UserError, match=r"device=cuda is not there: this machine has cpu\."):
+    with pytest.raises(UserError, match=r"device=cuda is not available: this machine has cpu\."):
         command([*words, "--device", "cuda"])
     assert not list(tmp_path.iterdir())
 

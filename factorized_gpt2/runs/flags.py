@@ -1,4 +1,4 @@
-"""The words of a run: a JSON config first, flags over it, judged before anything is imported that computes."""
+"""The flags of a run: read from JSON configs and the command line, and checked without importing torch."""
 
 import argparse
 from collections.abc import Iterable, Sequence
@@ -7,10 +7,10 @@ from functools import cache
 from typing import Any
 
 from ..common.errors import UserError
+from ..settings.flags import as_flags, grouped, setting_name, value_of, warn_of_new_name, with_new_names, without_flags
 from ..settings.parsing import ManualParser, load_config
 from ..settings.setting_values import Limit, limits_of
 from ..settings.text_arguments import DataArguments
-from ..settings.words import as_flags, grouped, setting_name, tell_new_name, value_of, with_new_names, without_flags
 from .checks import check_together
 from .fields import AdapterArguments, DistillationArguments, ModelArguments, TrainingFields
 from .training_fields import ELSEWHERE, refused
@@ -23,18 +23,18 @@ _TOKEN = "hub_token"
 _NEW_NAMES = {"overwrite_output_dir": "overwrite", "hub_private_repo": "private"}
 _REPOSITORY, _SWITCH = "hub_model_id", "push_to_hub"
 _ON, _OFF = ("", "true", "yes", "t", "y", "1"), ("false", "no", "f", "n", "0", "null")
-# What other commands call what a run knows by the protocol's or the Trainer's names.
+# Names that other commands have for settings that are called here as in the protocol or in `Trainer`.
 _ALSO = {"eval_file": "validation_file", "eval_batch_size": "per_device_eval_batch_size"}
 
 
-def read_words(argv: Sequence[str]) -> list[str]:
-    """Read the words of a run: those of its configs, then the flags, which override them, by their present names.
+def read_flags(argv: Sequence[str]) -> list[str]:
+    """Return the flags of a run: those of its configs, then those of the command line, which override them.
 
     Args:
-        argv: The words after the program's name.
+        argv: The command-line arguments, without the program's name.
 
     Raises:
-        UserError: A config that is not there or cannot be read, or with an unknown key; a token.
+        UserError: A config is missing, unreadable or has an unknown key, or an access token is given.
     """
     selector = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     selector.add_argument("--config", action="append", default=[])
@@ -44,59 +44,59 @@ def read_words(argv: Sequence[str]) -> list[str]:
         config |= load_config(name)
     if config:
         parser_of(outlined()).refuse_unknown((name for name in config if name not in _OLD), "config key")
-    return with_present_names(as_flags(config) + flags)
+    return with_current_names(as_flags(config) + flags)
 
 
-def with_present_names(words: Sequence[str]) -> list[str]:
-    """Replace the names that settings had before, or that they have in other commands.
+def with_current_names(flags: Sequence[str]) -> list[str]:
+    """Replace the names that settings had before or have in other commands.
 
     Raises:
-        UserError: A token; a switch to publish without the name of a repository.
+        UserError: An access token is given, or publishing is asked for without the name of a repository.
     """
-    if any(word.startswith("--") and setting_name(word) == _TOKEN for word in words):
+    if any(argument.startswith("--") and setting_name(argument) == _TOKEN for argument in flags):
         raise UserError(
             f"{_TOKEN} is not accepted: process lists, shell histories and files would show it. Log in with "
             "`hf auth login`, or set HF_TOKEN."
         )
-    words = _with_repository(with_new_names(words, _NEW_NAMES))
+    flags = _with_repository(with_new_names(flags, _NEW_NAMES))
     return [
-        f"--{_ALSO[name]}{word[len(word.partition('=')[0]) :]}" if place == 0 and name in _ALSO else word
-        for name, group in grouped(words)
-        for place, word in enumerate(group)
+        f"--{_ALSO[name]}{argument[len(argument.partition('=')[0]) :]}" if place == 0 and name in _ALSO else argument
+        for name, group in grouped(flags)
+        for place, argument in enumerate(group)
     ]
 
 
 _OLD = {*_NEW_NAMES, _REPOSITORY, *_ALSO}
 
 
-def _with_repository(words: Sequence[str]) -> list[str]:
-    """Let `push_to_hub` name the repository, where it is the switch beside `hub_model_id` that it was once."""
-    given = {name: value_of(group) for name, group in grouped(words) if name in (_REPOSITORY, _SWITCH)}
+def _with_repository(flags: Sequence[str]) -> list[str]:
+    """Convert the old form, a switch `push_to_hub` with `hub_model_id`, to `push_to_hub` with the repository."""
+    given = {name: value_of(group) for name, group in grouped(flags) if name in (_REPOSITORY, _SWITCH)}
     switch, repository = given.get(_SWITCH), given.get(_REPOSITORY)
     is_switch = switch is not None and switch.lower() in (*_ON, *_OFF)
     if not is_switch and repository is None:
-        return list(words)
+        return list(flags)
     if not is_switch:
-        tell_new_name(f"--{_REPOSITORY} beside --{_SWITCH} True", f"--{_SWITCH} USER/NAME")
-        return list(without_flags(words, {_REPOSITORY}))
-    others = list(without_flags(words, {_REPOSITORY, _SWITCH}))
+        warn_of_new_name(f"--{_REPOSITORY} with --{_SWITCH} True", f"--{_SWITCH} USER/NAME")
+        return list(without_flags(flags, {_REPOSITORY}))
+    others = list(without_flags(flags, {_REPOSITORY, _SWITCH}))
     if switch.lower() in _OFF:
         return others
     if not repository:
         raise UserError(f"{_SWITCH} needs the name of a repository: --{_SWITCH} USER/NAME.")
-    tell_new_name(f"--{_SWITCH} True --{_REPOSITORY} {repository}", f"--{_SWITCH} {repository}")
+    warn_of_new_name(f"--{_SWITCH} True --{_REPOSITORY} {repository}", f"--{_SWITCH} {repository}")
     return [*others, f"--{_SWITCH}={repository}"]
 
 
 @cache
 def outlined() -> type:
-    """Make a stand-in for `RunArguments`, which knows the same options and does nothing."""
+    """Make a dataclass with the options of `RunArguments` but without its behaviour."""
     return dataclass(type("RunOptions", (TrainingFields, training_outline()), {"__post_init__": lambda self: None}))
 
 
 @cache
 def limits() -> dict[str, Limit]:
-    """Collect the limits of every setting of a run, by name."""
+    """Return the limits of all settings of a run, by name."""
     return limits_of(*PARTS, TrainingFields)
 
 
@@ -104,7 +104,7 @@ def parser_of(training: type) -> ManualParser:
     """Make the parser of a run.
 
     Args:
-        training: `RunArguments`, or what stands in for it.
+        training: `RunArguments`, or the class of `outlined`.
     """
     parser = ManualParser(
         (*PARTS, training),
@@ -135,25 +135,25 @@ def parser_of(training: type) -> ManualParser:
     return parser
 
 
-def judge(words: Iterable[str]) -> None:
-    """Judge the words of a run, as far as that needs nothing that computes; `--help` prints the page and ends.
+def validate_flags(flags: Iterable[str]) -> None:
+    """Check the flags of a run, as far as that is possible without torch. `--help` prints the page and exits.
 
     Raises:
-        UserError: An unknown, mistyped or refused setting, or one that contradicts or lacks another.
+        UserError: A setting is unknown, mistyped or refused, or contradicts or lacks another.
     """
-    *parts, _ = parser_of(outlined()).parse(list(words))
+    *parts, _ = parser_of(outlined()).parse(list(flags))
     check_together(*parts)
 
 
-def check_words(words: Sequence[str]) -> list[str]:
-    """Judge flags, each by itself.
+def check_flags(flags: Sequence[str]) -> list[str]:
+    """Check each flag by itself.
 
     Returns:
-        The names, as settings have them.
+        The names of the settings.
 
     Raises:
-        UserError: An unknown, mistyped or refused flag, or a token.
+        UserError: A flag is unknown, mistyped or refused, or an access token is given.
     """
-    words = with_present_names(words)
-    parser_of(outlined()).judge(words)
-    return [setting_name(word) for word in words if word.startswith("--")]
+    flags = with_current_names(flags)
+    parser_of(outlined()).check_each(flags)
+    return [setting_name(argument) for argument in flags if argument.startswith("--")]
