@@ -29,9 +29,10 @@ from factorized_gpt2.common.errors import UserError, blaming
 from factorized_gpt2.common.files import replacing_file
 from factorized_gpt2.common.progress import Progress
 from factorized_gpt2.compress.calibration import count_tokens, spread_blocks
-from factorized_gpt2.compress.coded import HELD_OUT, INPUT_SIDE, REFINED_BITS
+from factorized_gpt2.compress.coded import INPUT_SIDE, REFINED_BITS
 from factorized_gpt2.compress.data_aware import VocabularyUse, factorize_data_aware
 from factorized_gpt2.compress.quantizer import coding_weights, encode_table
+from factorized_gpt2.compress.refinement import HELD_OUT
 from factorized_gpt2.compress.vocabulary_refinement import RefinableTable, Teacher, refine_vocabulary
 from factorized_gpt2.network.coded_table import CodedTable
 from factorized_gpt2.settings.parsing import ManualParser

@@ -5,11 +5,11 @@ import torch
 from peers import Groups, Small
 from torch import nn
 
-from factorized_gpt2.compress.vocabulary_refinement import RefinableTable
+from factorized_gpt2.compress.vocabulary_refinement import RefinableTable, TrainableVocabulary
 from factorized_gpt2.models.factors import Factors
 
 
-class _Refinable(nn.Module):
+class _Refinable(TrainableVocabulary):
     """A vocabulary whose rows are computed of parameters, with a head bias in fp16 that takes two bytes a token."""
 
     def __init__(self, size: int):
@@ -54,7 +54,7 @@ class RefinableGroups(_Refinable):
         """Compute rows of the matrix."""
         return (self.codes[ids] * self.steps[ids] + self.offsets[ids]).flatten(-2)
 
-    def parameter_groups(self) -> list[dict]:
+    def parameter_groups(self, divergence: float) -> list[dict]:
         """Move steps by half a percent, offsets by as much as the ends of the grid."""
         step = float(self.steps.detach().mean())
         return [
@@ -78,7 +78,7 @@ class RefinableFactors(_Refinable):
         """Compute rows of the matrix."""
         return self.wte[ids] @ self.scale_up + self.mean
 
-    def parameter_groups(self) -> list[dict]:
+    def parameter_groups(self, divergence: float) -> list[dict]:
         """Move each by a hundredth of its own spread."""
         rates = [
             {"params": [parameter], "lr": 0.01 * float(parameter.detach().std())}
