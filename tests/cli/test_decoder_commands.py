@@ -16,8 +16,6 @@ from factorized_gpt2.cli.evaluate import evaluate
 from factorized_gpt2.common.errors import UserError
 from factorized_gpt2.compress.calibration import calibrate
 from factorized_gpt2.models.loading import load_baseline, load_compressed
-from factorized_gpt2.runs.run import run_experiment
-from factorized_gpt2.runs.settings import parse_run
 
 KINDS = ["llama", "gemma3_text", "opt", "phi"]
 
@@ -143,10 +141,3 @@ def test_what_cannot_be_published_is_not_made_first(folders, tmp_path, monkeypat
     with pytest.raises(UserError, match="push_to_hub is for GPT-2 alone"):
         compress(words(folders / "llama", tmp_path, "--ranks", 8, "--push_to_hub", "me/small"))
     assert not list(tmp_path.glob("gpt_*"))
-
-
-def test_runs_are_for_gpt2(folders, corpus, tmp_path):
-    texts = ("--train_file", corpus / "train.jsonl", "--validation_file", corpus / "validation.jsonl")
-    asked = ("--baseline", folders / "llama", "--output_dir", tmp_path / "run", "--do_train", *texts, "--max_steps", 1)
-    with pytest.raises(UserError, match=r"llama is a LlamaForCausalLM; train_hf\.py trains GPT-2s"):
-        run_experiment(parse_run([str(word) for word in (*asked, "--report_to", "none", "--block_size", 8)]))
