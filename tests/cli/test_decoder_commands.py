@@ -16,8 +16,6 @@ from factorized_gpt2.cli.evaluate import evaluate
 from factorized_gpt2.common.errors import UserError
 from factorized_gpt2.compress.calibration import calibrate
 from factorized_gpt2.models.loading import load_baseline, load_compressed
-from factorized_gpt2.runs.run import run_experiment
-from factorized_gpt2.runs.settings import parse_run
 
 _REFINED = ("tokenwise", "coded")
 KINDS = ["llama", "gemma3_text", "opt", "phi"]
@@ -140,10 +138,3 @@ def test_what_cannot_be_factorized_is_named(tmp_path):
     with pytest.raises(UserError, match="mamba cannot be factorized: MambaForCausalLM is recurrent") as caught:
         load_baseline(str(tmp_path / "mamba"))
     assert "\n" not in str(caught.value)
-
-
-def test_runs_are_for_gpt2(folders, corpus, tmp_path):
-    texts = ("--train_file", corpus / "train.jsonl", "--validation_file", corpus / "validation.jsonl")
-    asked = ("--baseline", folders / "llama", "--output_dir", tmp_path / "run", "--do_train", *texts, "--max_steps", 1)
-    with pytest.raises(UserError, match=r"llama is a LlamaForCausalLM; train_hf\.py trains GPT-2s"):
-        run_experiment(parse_run([str(word) for word in (*asked, "--report_to", "none", "--block_size", 8)]))

@@ -183,8 +183,6 @@ def test_the_command_refuses_in_a_line(folder, corpus, name, complaint):
 def test_a_block_of_very_many_positions_is_smaller_and_said_to_be(positions, size, caplog):
     with caplog.at_level("INFO"):
         assert EvaluationArguments().block_size_for(positions, "some_model") == size
-    said = [
-        "some_model has 131072 positions: it is evaluated in blocks of 1024 tokens; block_size sets another number."
-    ]
+    said = ["some_model has 131072 positions: it reads blocks of 1024 tokens; block_size sets another number."]
     assert caplog.messages == (said if size == 1024 else [])
     assert EvaluationArguments(block_size=131072).block_size_for(131072) == 131072
