@@ -35,9 +35,7 @@ class GpuArguments:
     )
     steps: int | None = field(
         default=None,
-        metadata={
-            "help": "Of the experiments from scratch; of LoRA half. None: as many as there is time for."
-        },
+        metadata={"help": "Of the experiments from scratch; of LoRA half. None: as many as there is time for."},
     )
     learning_rate: float = field(default=1.0, metadata={"help": "Factor on the experiments' learning rates."})
     device: str = field(default="cuda", metadata={"help": "Where to run.", "choices": ["cuda", "cpu"]})
