@@ -58,7 +58,7 @@ def compress_all(
         tokenizer = load_tokenizer(arguments.tokenizer or arguments.baseline)
         check_tokenizer(baseline.model, tokenizer)
     else:
-        logger.warning("%s has no tokenizer, so what is made of it has none.", arguments.baseline)
+        logger.warning("%s has no tokenizer, so the compressed models have none either.", arguments.baseline)
     block_size = evaluation.block_size_for(positions_of(baseline.model.config))
     text = None
     source = calibration.source(evaluation) if recipe.needs_text else None
@@ -129,7 +129,10 @@ def _choose(
         rank = smallest_rank_by_share(compressor.shares.tolist(), arguments.explained_variance)
         if rank >= vocabulary_width(config):
             share, width = arguments.explained_variance, vocabulary_width(config)
-            raise UserError(f"explained_variance {share} needs the whole width of {width}.")
+            raise UserError(
+                f"explained_variance={share} needs the full width of {width}, so nothing is gained: set a smaller "
+                f"share."
+            )
         return compressor.load_or_make([rank])
 
     target = arguments.target_loss_increase
@@ -177,7 +180,7 @@ def _file_size(model: PreTrainedModel, bits_per_weight: float | None, folder: Pa
 def _plot(compressor: AnyCompressor[Any], measure: Measure) -> None:
     """Draw the spectrum with every rank that is there, and loss against bytes with all measured on this text."""
     if not is_matplotlib_available():
-        logger.warning("No plots: the package matplotlib is not installed.")
+        logger.warning("No plots were made, because the package matplotlib is not installed.")
         return
     label, root = compressor.label, compressor.root
     path = root / f"spectrum_{label}.png"

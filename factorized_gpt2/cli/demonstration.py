@@ -103,7 +103,7 @@ class Stages:
     def __init__(self, seconds: Sequence[float], pace: float):
         self.expected, self.pace, self.done = seconds, pace, 0
         self.began = time.perf_counter()
-        print(f"This takes about {_duration(sum(seconds) * pace)} here.")
+        print(f"The demo will take about {_duration(sum(seconds) * pace)} on this machine.")
 
     @property
     def seconds(self) -> float:

@@ -44,7 +44,7 @@ def evaluate(argv: list[str]) -> None:
     if not evaluation.is_asked_for:
         raise UserError("No text to evaluate on: set eval_file or dataset_name.")
     if arguments.bits_per_byte and evaluation.source().is_tokenized:
-        raise UserError("bits_per_byte needs text, and eval_file holds token ids.")
+        raise UserError("bits_per_byte needs text, but eval_file contains token ids.")
     # What follows takes seconds to import.
     from ..models.dtypes import dtype_name, in_dtype
     from ..models.foreign_models import LossOfLogits, measurable, positions_of

@@ -138,7 +138,7 @@ def run_experiments(argv: list[str]) -> None:
         if results:
             print(f"\nReport: {write_report(results, root / 'report')}")
     except UserError as error:
-        raise UserError(f"There is no report: {error}" + (f" And {complaint}" if failed else "")) from error
+        raise UserError(f"No report was written: {error}" + (f" Also: {complaint}" if failed else "")) from error
     if failed:
         raise UserError(complaint)
 
@@ -152,8 +152,8 @@ def check(arguments: GridArguments, scale: Scale, flags: Sequence[str]) -> None:
     """
     if launched_processes() > 1:
         raise UserError(
-            "run_experiments.py launches every run itself: start it with python, and name the launcher's config, as "
-            "in --accelerate_config configs/accelerate/two_gpus.yaml."
+            "run_experiments.py launches every run itself: start it with python and name the launcher's config, such "
+            "as --accelerate_config configs/accelerate/two_gpus.yaml."
         )
     if arguments.accelerate_config is not None:
         found = find_config(arguments.accelerate_config)
@@ -161,14 +161,14 @@ def check(arguments: GridArguments, scale: Scale, flags: Sequence[str]) -> None:
             raise UserError(f"There is no accelerate config {arguments.accelerate_config!r}.")
         from accelerate.commands.config.config_args import load_config_from_file
 
-        with blaming(f"{arguments.accelerate_config} is no config of accelerate", *REFUSED_SETTINGS):
+        with blaming(f"{arguments.accelerate_config} is not a valid config of accelerate", *REFUSED_SETTINGS):
             load_config_from_file(str(found))
     if scale != Scale() and not arguments.output_dir:
-        raise UserError("A grid at another scale needs a folder of its own: name one with --output_dir.")
+        raise UserError("A scaled grid needs a folder of its own: set --output_dir.")
     taken = {"config", "print_config", "output_dir", "run_name", "overwrite", "baseline", "compressed"}
     for name in check_words(flags):
         if name in taken:
-            raise UserError(f"--{name} after -- is not for every run alike.")
+            raise UserError(f"--{name} after -- cannot be set for all runs: the grid sets it for each.")
 
 
 DONE, FINISHED = "done", "finished before"
@@ -239,7 +239,7 @@ class _Grid:
         path = self._config(experiment)
         if path.exists() and read_json(path).get("output_dir") != experiment.config["output_dir"]:
             raise UserError(
-                f"{path} is no config of {experiment.folder}: move it away, or choose another --output_dir."
+                f"{path} was not written for {experiment.folder}: move it away, or choose another --output_dir."
             )
 
     def _train(self, experiment: Experiment) -> str:

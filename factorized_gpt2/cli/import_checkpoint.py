@@ -78,7 +78,7 @@ def import_checkpoint(argv: list[str]) -> None:
         ),
     ).parse(argv)
     if arguments.cut_vocabulary and arguments.tokenizer is None:
-        raise UserError("cut_vocabulary needs a tokenizer, whose size it cuts to.")
+        raise UserError("cut_vocabulary needs a tokenizer: set tokenizer.")
     folder = Path(arguments.output_dir)
     _check_place(folder, arguments.overwrite)
     # What follows takes seconds to import.
@@ -130,9 +130,11 @@ def _check_place(folder: Path, overwrite: bool) -> None:
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return
     if not folder.is_dir() or not overwrite:
-        raise UserError(f"{folder} exists; remove it, or overwrite it if it is a model's folder.")
+        raise UserError(
+            f"{folder} exists already: remove it, or, if it holds a model, replace the model with --overwrite."
+        )
     if not (folder / CONFIG_NAME).is_file() or any(path.is_dir() for path in folder.iterdir()):
-        raise UserError(f"{folder} holds something else than a model: remove it, or choose another output_dir.")
+        raise UserError(f"{folder} contains other things than a model: remove it, or choose another output_dir.")
 
 
 def _fit(model: "FactorizedGPT2", tokenizer: "PreTrainedTokenizerBase", cut: bool) -> None:
@@ -144,9 +146,9 @@ def _fit(model: "FactorizedGPT2", tokenizer: "PreTrainedTokenizerBase", cut: boo
     surplus = model.config.vocab_size - vocabulary_size(tokenizer)
     if surplus and cut:
         model.resize_token_embeddings(vocabulary_size(tokenizer))
-        logger.info("The last %d rows of the vocabulary, which have no tokens, are left out", surplus)
+        logger.info("Dropped the last %d rows of the vocabulary, which have no tokens", surplus)
     elif surplus:
-        logger.info("The last %d rows of the vocabulary have no tokens; --cut_vocabulary leaves them out", surplus)
+        logger.info("The last %d rows of the vocabulary have no tokens; --cut_vocabulary True drops them", surplus)
     for name in ("bos_token_id", "eos_token_id"):
         for config in (model.config, model.generation_config):
             setattr(config, name, getattr(tokenizer, name))

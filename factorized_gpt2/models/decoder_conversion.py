@@ -92,7 +92,7 @@ def to_causal_lm(model: FactorizedCausalLM) -> PreTrainedModel:
     values = {id(embedding.weight): table, id(head.weight): state["lm_head.weight"] @ state["scale_down.weight"]}
     bias = state.get("lm_head.bias")
     if bias is not None and head.bias is None:
-        raise ValueError(f"The head has a bias, which that of {type(shell).__name__} has no place for.")
+        raise ValueError(f"The head has a bias, which the head of {type(shell).__name__} cannot have.")
     values |= {} if head.bias is None else {id(head.bias): torch.zeros(len(table)) if bias is None else bias}
     named = {name: id(weight) for name, weight in shell.named_parameters(remove_duplicate=False)}
     weights = {name: values[key] for name, key in named.items() if key in values}

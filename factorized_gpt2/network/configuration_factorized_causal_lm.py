@@ -84,7 +84,7 @@ class FactorizedCausalLMConfig(PreTrainedConfig):
         if self.vocabulary_dtype not in (None, "int8"):
             raise ValueError(f'vocabulary_dtype must be "int8", or None for floats; got {self.vocabulary_dtype!r}.')
         if self.is_coded and not (self.tie_word_embeddings and self.scale_up_bias):
-            raise ValueError("A vocabulary of integers needs tie_word_embeddings and scale_up_bias.")
+            raise ValueError("An integer vocabulary needs tie_word_embeddings and scale_up_bias.")
 
 
 # `Trainer` shifts labels that it smooths for the models in this table alone, though others can be registered.

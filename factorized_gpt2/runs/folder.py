@@ -56,7 +56,7 @@ def claim(run: Run) -> Results | None:
     if results is not None and results.fingerprint not in (None, weights_fingerprint(str(output_dir))):
         raise UserError(
             f"{output_dir} is finished, but its weights were changed or removed since: choose another --output_dir, "
-            "or run it again with --overwrite_output_dir."
+            "or run it again with --overwrite."
         )
     return results
 
@@ -75,10 +75,12 @@ def _compare(run: Run, with_dataset: bool = False) -> Differences:
 def _tell(found: Differences, output_dir: Path) -> None:
     if found.harmless:
         names = ", ".join(found.harmless[:5]) + (" and more" if len(found.harmless) > 5 else "")
-        logger.info("%s was begun with another %s, which makes no difference to its result.", output_dir, names)
+        logger.info("%s was started with another %s, which does not change the result.", output_dir, names)
     if found.unknown:
         names = ", ".join(found.unknown)
-        logger.warning("%s does not say what identifies %s: see that nothing was edited since.", output_dir, names)
+        logger.warning(
+            "%s has no record of the content of %s: make sure that nothing was edited since.", output_dir, names
+        )
 
 
 def _refuse_foreign(run: Run) -> None:
@@ -89,7 +91,8 @@ def _refuse_foreign(run: Run) -> None:
     names = sorted(path.name for path in output_dir.glob("[!.]*"))
     if names:
         raise UserError(
-            f"{output_dir} holds {names[0]} and is no run's folder: choose another --output_dir, or empty this one."
+            f"{output_dir} holds {names[0]} and is not the folder of a run: choose another --output_dir, or empty "
+            f"this one."
         )
 
 

@@ -76,7 +76,7 @@ def _run_alone(run: Run, may_sweep: bool = False) -> Results:
     if may_sweep:  # now that the folder is known to be the run's
         sweep(output_dir)
     if finished is not None:
-        logger.info("%s is finished already; --overwrite runs it again.", output_dir)
+        logger.info("%s is finished already; --overwrite True runs it again.", output_dir)
         return finished
     set_seed(run.training.seed)
     with run.training.main_process_first(desc="preparing model and data"):
@@ -194,8 +194,9 @@ def _check_loss_backend(run: Run, model: FactorizedGPT2 | FactorizedCausalLM) ->
     dtype = torch.float16 if run.training.fp16 or run.training.bf16 else torch.float32
     if model.loss_backend == "attention" and not attention_runs(device, dtype, width):
         raise UserError(
-            f"loss_backend=attention needs fp16 or bf16 on CUDA, and a head at most {LARGEST_WIDTH} wide; this one is "
-            f"{width} wide, in {str(dtype).removeprefix('torch.')}."
+            f"loss_backend=attention needs fp16 or bf16 on CUDA, and a head of width {LARGEST_WIDTH} at most; this "
+            f"one has "
+            f"width {width}, in {str(dtype).removeprefix('torch.')}."
         )
     _try_loss(model)
 

@@ -55,7 +55,7 @@ def with_present_names(words: Sequence[str]) -> list[str]:
     """
     if any(word.startswith("--") and setting_name(word) == _TOKEN for word in words):
         raise UserError(
-            f"{_TOKEN} is not taken: process lists, shell histories and files would show it. Log in with "
+            f"{_TOKEN} is not accepted: process lists, shell histories and files would show it. Log in with "
             "`hf auth login`, or set HF_TOKEN."
         )
     words = _with_repository(with_new_names(words, _NEW_NAMES))

@@ -42,7 +42,7 @@ def find_device(name: str) -> "torch.device":
     elif name == "cuda":
         wanted = "cuda:0"
     if wanted not in present:
-        raise UserError(f"device={name} is not there: this machine has {', '.join(present)}.")
+        raise UserError(f"device={name} is not available: this machine has {', '.join(present)}.")
     return torch.device(wanted)
 
 

@@ -177,7 +177,7 @@ class ManualParser(HfArgumentParser):
             if isinstance(default, str) and callable(kind):
                 default = kind(default)  # as argparse does
             if value != default and (default or value not in _NOTHING):
-                raise UserError(f"{name} is not taken: {reason}")
+                raise UserError(f"{name} is not accepted: {reason}")
 
     def refuse_unknown(self, names: Iterable[str], kind: str) -> None:
         """Refuse names that are no argument, and say which known one is nearest."""

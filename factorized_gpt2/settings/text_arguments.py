@@ -22,7 +22,7 @@ def check_pattern(name: str, pattern: str | None) -> None:
     try:
         re.compile(pattern or "")
     except re.error as error:
-        raise UserError(f"{name}={pattern!r} is no regular expression: {error}.") from error
+        raise UserError(f"{name}={pattern!r} is not a regular expression: {error}.") from error
 
 
 def block_size_for(asked: int | None, positions: int | None, name: str) -> int:
@@ -44,7 +44,7 @@ def block_size_for(asked: int | None, positions: int | None, name: str) -> int:
         if positions > _MOST_POSITIONS:
             block_size = _BLOCK_OF_MANY
             logger.info(
-                "%s has %d positions: it reads blocks of %d tokens; block_size sets another number.",
+                "%s has %d positions: it reads blocks of %d tokens; set block_size to change that.",
                 *(name, positions, block_size),
             )
     if positions is not None and not 2 <= block_size <= positions:

@@ -133,8 +133,8 @@ def test_the_effective_batch_is_16_however_many_processes_there_are(monkeypatch,
         assert parse_run(["--config", name]).training.gradient_accumulation_steps == accumulation
         return
     complaint = (
-        f"effective_batch_size=16 cannot be had from {processes} device.s. with per_device_train_batch_size=4; "
-        "device counts that fit: 1, 2, 4\\."
+        f"effective_batch_size=16 is not possible with {processes} device.s. with per_device_train_batch_size=4; "
+        "numbers of devices that work: 1, 2, 4\\."
     )
     with pytest.raises(UserError, match=complaint):
         parse_run(["--config", name])
@@ -178,7 +178,7 @@ def test_half_precision_falls_back_without_cuda(monkeypatch, caplog):
     assert not run.training.torch_compile
     assert parse_run(["--config", "baseline", "--use_cpu", "True", "--fp16", "False"]).training.torch_compile
     assert [record.message for record in caplog.records if record.name.startswith("factorized")] == [
-        "No CUDA on this machine: training in float32, not compiled."
+        "No CUDA on this machine: training in float32, without compiling."
     ]
 
 
@@ -202,7 +202,7 @@ def test_half_precision_falls_back_without_cuda(monkeypatch, caplog):
         ({"loss_backend": "cut_cross_entropy"}, "needs CUDA, fp16 or bf16, and the package"),
         ({"loss_backend": "attention"}, "loss_backend=attention needs a head that is not trained"),
         ({"loss_backend": "none"}, "loss_backend.*invalid choice"),
-        ({"effective_batch_size": 6}, "effective_batch_size=6 cannot be had"),
+        ({"effective_batch_size": 6}, "effective_batch_size=6 is not possible"),
         ({"dataset_name": None, "train_file": ["x"]}, "No validation text"),
         ({"dataset_name": None, "validation_file": ["x"]}, "No training text"),
         ({"tokenizer": None}, "tokenizer must name one"),
@@ -247,7 +247,7 @@ def test_every_option_of_the_trainer_is_supported_or_refused():
 def test_what_would_do_nothing_is_refused_unless_it_is_the_default(tmp_path, name, value, default):
     config = tmp_path / "run.json"
     config.write_text(json.dumps(load_config("baseline.json") | {name: value}))
-    with pytest.raises(UserError, match=f"^{name} is not taken: .*\\.$") as caught:
+    with pytest.raises(UserError, match=f"^{name} is not accepted: .*\\.$") as caught:
         parse_run(["--config", str(config)])
     assert "\n" not in str(caught.value)
     config.write_text(json.dumps(load_config("baseline.json") | {name: default}))
@@ -331,7 +331,7 @@ def test_bad_words(words, complaint):
 )
 def test_old_names_are_taken_with_a_line_that_says_the_new_one(caplog, before, after):
     old = parse_run(["--config", "baseline", *before]).training
-    assert caplog.text.count("the old name is taken until the next release") == (before[1:2] != ["False"])
+    assert caplog.text.count("the old name works until the next release") == (before[1:2] != ["False"])
     new = parse_run(["--config", "baseline", *after]).training
     for name in ("overwrite", "private", "push_to_hub"):
         assert getattr(old, name) == getattr(new, name)
