@@ -19,7 +19,7 @@ from transformers import StaticCache
 
 from factorized_gpt2 import FactorizedGPT2, FactorizedGPT2Config, from_gpt2
 from factorized_gpt2.compress.calibration import calibrate, compensated_head
-from factorized_gpt2.compress.data_aware import factorize_data_aware
+from factorized_gpt2.compress.methods import METHODS
 from factorized_gpt2.compress.refinement import refine
 from factorized_gpt2.models.conversion import vocabulary_matrices
 from factorized_gpt2.models.verification import probe_logits
@@ -308,7 +308,7 @@ def test_calibration_and_tokenwise_factors(device, monkeypatch):
         np.testing.assert_allclose(ours.vectors, theirs.vectors, rtol=1e-3, atol=1e-4)
         np.testing.assert_allclose(ours.weights, theirs.weights, rtol=1e-4)
     embedding, _ = vocabulary_matrices(baseline)
-    one, other = (factorize_data_aware(embedding, [32], "tokenwise", each)[32] for each in (use, expected))
+    one, other = (METHODS["tokenwise"].fit(embedding, None, each).factors([32])[32] for each in (use, expected))
     ours, theirs = (torch.from_numpy(factors.wte @ factors.scale_up) for factors in (one, other))
     assert error(ours, theirs) < 1e-3
     compressed = from_gpt2(baseline, other)
@@ -334,7 +334,7 @@ def test_refinement(device):
     blocks = Blocks({"input_ids": row} for row in ids.numpy())
     counts = np.bincount(ids.flatten().numpy(), minlength=997)
     embedding, _ = vocabulary_matrices(baseline)
-    factors = factorize_data_aware(embedding, [16], "joint", calibrate(baseline, blocks, counts))[16]
+    factors = METHODS["joint"].fit(embedding, None, calibrate(baseline, blocks, counts)).factors([16])[16]
     start = from_gpt2(baseline, factors)
     expected, refined = (refine(start, baseline, blocks, steps=6, device=where) for where in ("cpu", device))
     assert refined.device == start.device

@@ -69,7 +69,7 @@ class CompressArguments:
         default=0,
         metadata={
             "help": "After factorizing, train only the vocabulary for this many steps, so that the model predicts "
-            "what the baseline predicts on the calibration text. The loss falls; the size stays. For GPT-2 only."
+            "what the baseline predicts on the calibration text. The loss falls; the size stays."
         },
     )
     tie_word_embeddings: bool = field(

@@ -21,7 +21,6 @@ from ..hub.repository import check_access, publish
 from ..models.foreign_models import positions_of
 from ..models.loading import check_tokenizer, load_baseline
 from ..models.sizes import model_size, stored_bytes, vocabulary_width
-from ..network.modeling_factorized_gpt2 import FactorizedGPT2
 from ..report.plots import plot_loss_against_bytes, plot_spectrum
 from ..settings.devices import DtypeArguments
 from ..settings.outputs import JsonArguments, PublishArguments
@@ -48,8 +47,6 @@ def compress_all(
     if publishing.push_to_hub:
         check_access(None, publishing.push_to_hub)
     baseline = load_baseline(arguments.baseline)
-    if publishing.push_to_hub and not isinstance(baseline.model, FactorizedGPT2):
-        raise UserError(f"push_to_hub works for GPT-2 only; {arguments.baseline} is another decoder.")
     if arguments.ranks:
         check_ranks(arguments.ranks, baseline.model.config)
     method = arguments.chosen

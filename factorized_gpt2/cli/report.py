@@ -5,7 +5,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
 
-from ..report.reporting import read_results, results_rows, results_table, write_report
+from ..report.reporting import read_results, write_report
+from ..report.tables import legend, results_rows, results_table
 from ..settings.outputs import JsonArguments
 from ..settings.parsing import ManualParser
 from ..settings.setting_values import OUTPUT_FOLDER, READ
@@ -35,7 +36,7 @@ def report(argv: list[str]) -> None:
     ).parse(argv)
     root = Path(arguments.results)
     results = read_results(root)
-    print(results_table(results))
+    print(f"{results_table(results)}\n\n{legend(results)}")
     write_result(output.json, "report", results_rows(results))
     print(f"\nReport: {write_report(results, Path(arguments.output_dir or root / 'report'))}")
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..models.factors import Factors
-from .pca import check_factorizable
+from .pca import check_matrices, check_ranks_of
 from .row_fit import Side, fit_rows
 
 FREQUENCY_EXPONENT = 0.75  # of token frequencies as row weights; docs/factorization.md measures others
@@ -36,69 +36,45 @@ class VocabularyUse:
         return weights / weights.sum()
 
 
-def factorize_data_aware(
-    weight: np.ndarray, ranks: Sequence[int], method: str, use: VocabularyUse, lm_head: np.ndarray | None = None
-) -> dict[int, Factors]:
-    """Factorize a vocabulary matrix with regard to its use, at several ranks.
+def weighted(weight: np.ndarray, lm_head: np.ndarray | None, use: VocabularyUse) -> "DataAwareFit":
+    """Prepare PCA with rows weighted by frequency, C = I; arguments are those of `DataAwareFit`."""
+    return DataAwareFit(weight, lm_head, use, has_metric=False)
+
+
+def joint(weight: np.ndarray, lm_head: np.ndarray | None, use: VocabularyUse) -> "DataAwareFit":
+    """Prepare a fit of the loss to second order on both sides, so that no factor has to balance them.
+
+    C = E[g g^T] + E[h h^T], gradients on the input side and hidden states on the output side; arguments are those of
+    `DataAwareFit`.
+    """
+    return DataAwareFit(weight, lm_head, use)
+
+
+def tokenwise(weight: np.ndarray, lm_head: np.ndarray | None, use: VocabularyUse) -> "DataAwareFit":
+    """Prepare the same start, then rows fitted to what their own tokens meet and the projection to the rows, in turn.
+
+    Arguments are those of `DataAwareFit`.
+    """
+    return DataAwareFit(weight, lm_head, use, fits_rows=True)
+
+
+class DataAwareFit:
+    """A factorization of vocabulary matrices with regard to their use; a `methods.RankFit`.
 
     With row weights q, m = q W, G = (W - m)^T diag(q) (W - m) and a metric C, all methods take the k leading
     eigenvectors P of C^(1/2) G C^(1/2), which span the rows of `scale_up` as P^T C^(-1/2), `scale_down = scale_up.T`,
     and for `wte` the rows that fit best. They minimise sum_v q_v e_v C e_v^T over the errors e of the rows (Eckart &
     Young, 1936). Of all factors with one product, those with orthonormal rows of `scale_up` are returned, as by PCA.
 
-    - "weighted": C = I, PCA with rows weighted by frequency.
-    - "joint": C = E[g g^T] + E[h h^T], gradients on the input side and hidden states on the output side: the loss to
-      second order on both sides, so that no factor has to balance them.
-    - "tokenwise": the same start; then each row of `wte` is fitted to the vectors that its own token meets, and the
-      projection to the rows, in turn.
-
     Args:
         weight: (V, d) floats, V >= 2, the token embedding; the head too when `lm_head` is `None`.
-        ranks: Ranks k, each 1 <= k <= min(V, d).
-        method: "weighted", "joint" or "tokenwise".
-        use: What text says of the matrix, or of both.
         lm_head: (V, d) floats, the head's own matrix when it is not tied: each side is then fitted for itself.
-
-    Returns:
-        Factors by rank. `explained_share` is the share of tr(C^(1/2) G C^(1/2)) that the eigenvectors keep.
+        use: What text says of the matrix, or of both.
+        has_metric: Whether errors count by what the loss feels of them; if not, C = I.
+        fits_rows: Whether each row is then fitted to its own token's use.
 
     Raises:
-        ValueError: A rank out of range or none, a matrix that is not two-dimensional, NaN or infinity in it, or an
-            unknown method.
-    """
-    fits = {fit.__name__: fit for fit in (weighted, joint, tokenwise)}
-    if method not in fits:
-        raise ValueError(f"Unknown method {method!r}; known are {', '.join(fits)}.")
-    check_factorizable(weight, ranks, "the token embedding")
-    if lm_head is not None:
-        check_factorizable(lm_head, ranks, "the head")
-    return fits[method](weight, lm_head, use).factors(ranks)
-
-
-def weighted(weight: np.ndarray, lm_head: np.ndarray | None, use: VocabularyUse) -> "DataAwareFit":
-    """Fit "weighted", whatever the rank; arguments are those of `DataAwareFit`."""
-    return DataAwareFit(weight, lm_head, use, has_metric=False)
-
-
-def joint(weight: np.ndarray, lm_head: np.ndarray | None, use: VocabularyUse) -> "DataAwareFit":
-    """Fit "joint", whatever the rank; arguments are those of `DataAwareFit`."""
-    return DataAwareFit(weight, lm_head, use)
-
-
-def tokenwise(weight: np.ndarray, lm_head: np.ndarray | None, use: VocabularyUse) -> "DataAwareFit":
-    """Fit "tokenwise", whatever the rank; arguments are those of `DataAwareFit`."""
-    return DataAwareFit(weight, lm_head, use, fits_rows=True)
-
-
-class DataAwareFit:
-    """What `factorize_data_aware` computes before it knows the rank; a `methods.RankFit`.
-
-    Args:
-        weight: As there, finite.
-        lm_head: As there, finite.
-        use: As there.
-        has_metric: Whether errors count by what the loss feels of them, and not all directions alike.
-        fits_rows: Whether each row is fitted to its own token's use.
+        ValueError: A matrix that is not two-dimensional, or NaN or infinity in it.
     """
 
     def __init__(
@@ -109,18 +85,20 @@ class DataAwareFit:
         has_metric: bool = True,
         fits_rows: bool = False,
     ):
+        check_matrices(weight, lm_head)
         sides, row_weights = (use.input_side, use.output_side), use.row_weights()
-        self._fits_rows = fits_rows
+        self._weight, self._lm_head, self._fits_rows = weight, lm_head, fits_rows
         self._input = _decompose(weight, has_metric, row_weights, sides if lm_head is None else sides[:1])
         self._head = None if lm_head is None else _decompose(lm_head, has_metric, row_weights, sides[1:])
 
     @property
     def shares(self) -> np.ndarray:
-        """The `explained_share` of every rank, (min(V, d),) float64, rank 1 first."""
+        """The share of tr(C^(1/2) G C^(1/2)) that the eigenvectors keep, (min(V, d),) float64, rank 1 first."""
         return self._input.shares[: min(self._input.weight.shape)]
 
     def factors(self, ranks: Sequence[int]) -> dict[int, Factors]:
-        """Make the factors of ranks, each 1 <= k <= min(V, d)."""
+        """Make the factors of ranks, each 1 <= k <= min(V, d); a `ValueError` for others, or none."""
+        check_ranks_of(self._weight, self._lm_head, ranks)
         return {rank: self._factors(rank) for rank in ranks}
 
     def _factors(self, rank: int) -> Factors:

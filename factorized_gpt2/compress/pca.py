@@ -13,8 +13,6 @@ from ..models.factors import Factors
 if TYPE_CHECKING:
     from sklearn.decomposition import PCA
 
-_EMBEDDING, _HEAD = "the token embedding", "the head"
-
 
 def factorize(weight: np.ndarray, rank: int, lm_head: np.ndarray | None = None) -> Factors:
     """Factorize a vocabulary matrix at one rank; see `factorize_ranks`."""
@@ -40,9 +38,6 @@ def factorize_ranks(weight: np.ndarray, ranks: Sequence[int], lm_head: np.ndarra
     Raises:
         ValueError: A rank out of range or none, a matrix that is not two-dimensional, or NaN or infinity in it.
     """
-    for matrix, name in ((weight, _EMBEDDING), (lm_head, _HEAD)):
-        if matrix is not None:
-            check_factorizable(matrix, ranks, name)
     return PCAFit(weight, lm_head).factors(ranks)
 
 
@@ -74,12 +69,16 @@ class PCAFit:
     """
 
     def __init__(self, weight: np.ndarray, lm_head: np.ndarray | None = None, use: None = None):
+        check_matrices(weight, lm_head)
         self._weight, self._lm_head = weight, lm_head
-        self._embedding = _fit_pca(weight, _EMBEDDING)
+
+    @cached_property
+    def _embedding(self) -> PCA:
+        return _fit_pca(self._weight)
 
     @cached_property
     def _head(self) -> PCA | None:
-        return None if self._lm_head is None else _fit_pca(self._lm_head, _HEAD)
+        return None if self._lm_head is None else _fit_pca(self._lm_head)
 
     @property
     def shares(self) -> np.ndarray:
@@ -87,7 +86,8 @@ class PCAFit:
         return np.minimum(np.nan_to_num(self._embedding.explained_variance_ratio_.cumsum(), nan=1.0), 1.0)
 
     def factors(self, ranks: Sequence[int]) -> dict[int, Factors]:
-        """Make the factors of ranks, each 1 <= k <= min(V, d)."""
+        """Make the factors of ranks, each 1 <= k <= min(V, d); a `ValueError` for others, or none."""
+        check_ranks_of(self._weight, self._lm_head, ranks)
         embedding, head, largest = self._embedding, self._head, max(ranks)
         scores = _transform(embedding, self._weight, largest)
         head_scores = None if head is None else _transform(head, self._lm_head, largest)
@@ -105,29 +105,42 @@ class PCAFit:
         }
 
 
-def check_factorizable(weight: np.ndarray, ranks: Sequence[int], name: str) -> None:
-    """Check a matrix and the ranks asked of it.
+def check_matrices(weight: np.ndarray, lm_head: np.ndarray | None) -> None:
+    """Check what is to be factorized.
 
     Raises:
-        ValueError: A rank out of range or none, a matrix that is not two-dimensional, or NaN or infinity in it; the
-            message calls the matrix by `name`.
+        ValueError: A matrix that is not two-dimensional, or NaN or infinity in it.
     """
-    if weight.ndim != 2 or len(weight) < 2:
-        raise ValueError(f"{name} must be a matrix (V, d) with V >= 2, got shape {weight.shape}.")
-    largest = min(weight.shape)
+    for name, matrix in _named(weight, lm_head):
+        if matrix.ndim != 2 or len(matrix) < 2:
+            raise ValueError(f"{name} must be a matrix (V, d) with V >= 2, got shape {matrix.shape}.")
+        if not np.isfinite(matrix).all():
+            raise ValueError(f"{name} contains NaN or infinity.")
+
+
+def check_ranks_of(weight: np.ndarray, lm_head: np.ndarray | None, ranks: Sequence[int]) -> None:
+    """Check the ranks asked of matrices.
+
+    Raises:
+        ValueError: A rank out of range, or none.
+    """
     if not ranks:
         raise ValueError("No rank given.")
-    for rank in ranks:
-        if not 1 <= rank <= largest:
-            raise ValueError(f"Rank {rank} is out of range: {name} is {weight.shape}, so 1 <= rank <= {largest}.")
-    if not np.isfinite(weight).all():
-        raise ValueError(f"{name} contains NaN or infinity.")
+    for name, matrix in _named(weight, lm_head):
+        largest = min(matrix.shape)
+        for rank in ranks:
+            if not 1 <= rank <= largest:
+                raise ValueError(f"Rank {rank} is out of range: {name} is {matrix.shape}, so 1 <= rank <= {largest}.")
 
 
-def _fit_pca(weight: np.ndarray, name: str) -> PCA:
+def _named(weight: np.ndarray, lm_head: np.ndarray | None) -> list[tuple[str, np.ndarray]]:
+    named = [("the token embedding", weight), ("the head", lm_head)]
+    return [(name, matrix) for name, matrix in named if matrix is not None]
+
+
+def _fit_pca(weight: np.ndarray) -> PCA:
     from sklearn.decomposition import PCA  # not for those who only load a model
 
-    check_factorizable(weight, [1], name)
     # The covariance squares the condition number; in float64 the leading subspace is that of a full SVD.
     with np.errstate(invalid="ignore"):  # equal rows: no variance, and shares of it are 0 / 0
         return PCA(n_components=min(weight.shape), svd_solver="covariance_eigh").fit(_as_float64(weight))

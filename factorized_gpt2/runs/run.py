@@ -92,8 +92,10 @@ def _run_alone(run: Run, may_sweep: bool = False) -> Results:
     use_cache = getattr(start.config, "use_cache", None)  # which Trainer switches off for good
     spectrum = recorded_spectrum(run.model.compressed or start.name_or_path)
     rank = start.config.n_embd_wte if start.config.is_factorized else None
-    family = run.family(start.config.is_factorized, compression_record(run.model.compressed).get("method"))
-    run.training.run_name = run.training.run_name or run_name(family, rank, run.adapter.lora_rank)
+    made = compression_record(run.model.compressed)
+    family = run.family(start.config.is_factorized, made.get("method"), bool(made.get("refine_steps")))
+    bits = _budget(made) if start.config.is_coded else None
+    run.training.run_name = run.training.run_name or run_name(family, rank, run.adapter.lora_rank, bits)
     model: FactorizedGPT2 | FactorizedCausalLM | PeftModel = start
     if run.adapter.lora_rank:
         lora = run.adapter
@@ -153,6 +155,7 @@ def _run_alone(run: Run, may_sweep: bool = False) -> Results:
         device=device_name(run.training.device),
         processes=run.training.world_size,
         disk_bytes=disk_bytes,
+        bits_per_weight=bits,
         peak_memory_bytes=peak_memory,
         spectrum=spectrum,
         seconds=time.perf_counter() - began,
@@ -170,6 +173,12 @@ def _run_alone(run: Run, may_sweep: bool = False) -> Results:
     )
     trainer.accelerator.wait_for_everyone()
     return results
+
+
+def _budget(record: dict[str, Any]) -> float | None:
+    """Read from a compressed model's record what its coded vocabulary was allowed to take."""
+    bits = record.get("bits_per_weight")
+    return bits if isinstance(bits, int | float) else None
 
 
 def _lineage(run: Run, output_dir: Path) -> dict[str, str]:

@@ -129,12 +129,13 @@ class Run:
         """Folder or Hub id of the weights that the run starts from; `None` for a random start."""
         return self.model.compressed or self.model.baseline
 
-    def family(self, is_factorized: bool, method: str | None = None) -> str:
+    def family(self, is_factorized: bool, method: str | None = None, is_refined: bool = False) -> str:
         """Name what this run does: the protocol's word for it, or one like it.
 
         Args:
             is_factorized: Whether its model is.
             method: How the compressed model that it starts from was made, as far as its folder says.
+            is_refined: Whether it was refined then.
 
         Returns:
             A key of `FAMILIES`.
@@ -142,7 +143,8 @@ class Run:
         if self.is_from_scratch:
             return "lowrank-scratch" if is_factorized else "baseline"
         made_by = (method or UNKNOWN_METHOD) if self.model.compressed else "pca"
-        return family_of(made_by if is_factorized else None, self.training.do_train, bool(self.adapter.lora_rank))
+        made_by = made_by if is_factorized else None
+        return family_of(made_by, self.training.do_train, bool(self.adapter.lora_rank), is_refined)
 
     @property
     def is_from_scratch(self) -> bool:

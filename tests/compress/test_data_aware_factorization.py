@@ -1,12 +1,13 @@
 """Factorizations that know how the vocabulary is used: what each minimises, and that it stays finite."""
 
 import itertools
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
 import pytest
 
-from factorized_gpt2.compress.data_aware import VocabularyUse, factorize_data_aware
+from factorized_gpt2.compress.data_aware import VocabularyUse
 from factorized_gpt2.compress.methods import BY_RANK
 from factorized_gpt2.compress.methods import METHODS as ALL_METHODS
 from factorized_gpt2.compress.pca import factorize
@@ -49,6 +50,12 @@ def random_use(vocab_size: int = V, width: int = WIDTH, count: int = 400, seed: 
 
 WEIGHT, HEAD, USE = random_matrix(), random_matrix(seed=1), random_use()
 SIDES = (USE.input_side, USE.output_side)
+
+
+def factorize_by(
+    weight: np.ndarray, ranks: Sequence[int], method: str, use: VocabularyUse, lm_head: np.ndarray | None = None
+) -> dict[int, Factors]:
+    return ALL_METHODS[method].fit(weight, lm_head, use).factors(ranks)
 
 
 def approximation(factors: Factors) -> np.ndarray:
@@ -100,7 +107,7 @@ def test_row_weights_by_hand():
 def test_error_is_the_least_there_is(method, rank):
     metric = metric_of(method, *SIDES)
     best = best_approximation(WEIGHT, rank, USE, metric)
-    found = approximation(factorize_data_aware(WEIGHT, [rank], method, USE)[rank])
+    found = approximation(factorize_by(WEIGHT, [rank], method, USE)[rank])
     pca = approximation(factorize(WEIGHT, rank))
     np.testing.assert_allclose(found, best, atol=1e-4)
     error, least, of_pca = (metric_error(matrix - WEIGHT, USE, metric) for matrix in (found, best, pca))
@@ -114,8 +121,7 @@ def test_error_is_the_least_there_is(method, rank):
 def test_rows_fitted_to_their_tokens_cost_less_in_their_use(rank, seed):
     weight, use = random_matrix(seed=10 + seed), random_use(count=2000, seed=20 + seed)
     joint, tokenwise = (
-        use.row_weights()
-        @ own_errors(approximation(factorize_data_aware(weight, [rank], method, use)[rank]) - weight, use)
+        use.row_weights() @ own_errors(approximation(factorize_by(weight, [rank], method, use)[rank]) - weight, use)
         for method in ("joint", "tokenwise")
     )
     assert tokenwise < 0.999 * joint
@@ -123,12 +129,12 @@ def test_rows_fitted_to_their_tokens_cost_less_in_their_use(rank, seed):
 
 def test_tokenwise_fits_rows_then_projection_and_mean_then_rows():
     moments = [side.second_moment() for side in SIDES]
-    start = factorize_data_aware(WEIGHT, [5], "joint", USE)[5]
+    start = factorize_by(WEIGHT, [5], "joint", USE)[5]
     rows = fit_rows(WEIGHT - start.mean, start.scale_up.astype(np.float64), SIDES, moments)
     root_weights = np.sqrt(USE.row_weights())[:, None]
     regressors = np.column_stack([rows, np.ones(V)])
     line, *_ = np.linalg.lstsq(root_weights * regressors, root_weights * WEIGHT, rcond=None)
-    found = factorize_data_aware(WEIGHT, [5], "tokenwise", USE)[5]
+    found = factorize_by(WEIGHT, [5], "tokenwise", USE)[5]
     np.testing.assert_allclose(found.mean, line[-1], atol=1e-4)
     axes, _ = np.linalg.qr(line[:-1].T)  # factors of one product differ by a change of basis
     np.testing.assert_allclose(found.scale_up.T @ found.scale_up, axes @ axes.T, atol=1e-4)
@@ -139,7 +145,7 @@ def test_tokenwise_fits_rows_then_projection_and_mean_then_rows():
 
 @pytest.mark.parametrize("method", METHODS)
 def test_full_rank_loses_nothing(method):
-    factors = factorize_data_aware(WEIGHT, [WIDTH], method, USE, HEAD)[WIDTH]
+    factors = factorize_by(WEIGHT, [WIDTH], method, USE, HEAD)[WIDTH]
     np.testing.assert_allclose(approximation(factors), WEIGHT, atol=1e-4)
     # The head lacks its mean, which adds one number to all logits of a position.
     lacking = HEAD - head_approximation(factors)
@@ -148,7 +154,7 @@ def test_full_rank_loses_nothing(method):
 
 @pytest.mark.parametrize("method", ["weighted", "joint"])
 def test_untied_sides_are_each_the_best_under_their_own_metric(method):
-    factors = factorize_data_aware(WEIGHT, [5], method, USE, HEAD)[5]
+    factors = factorize_by(WEIGHT, [5], method, USE, HEAD)[5]
     best = best_approximation(WEIGHT, 5, USE, metric_of(method, USE.input_side))
     np.testing.assert_allclose(approximation(factors), best, atol=1e-4)
     best = best_approximation(HEAD, 5, USE, metric_of(method, USE.output_side))
@@ -158,8 +164,8 @@ def test_untied_sides_are_each_the_best_under_their_own_metric(method):
 @pytest.mark.parametrize("method", METHODS)
 def test_exchanging_the_sides_exchanges_their_factors(method):
     exchanged = replace(USE, input_side=USE.output_side, output_side=USE.input_side)
-    one = factorize_data_aware(WEIGHT, [5], method, USE, HEAD)[5]
-    other = factorize_data_aware(HEAD, [5], method, exchanged, WEIGHT)[5]
+    one = factorize_by(WEIGHT, [5], method, USE, HEAD)[5]
+    other = factorize_by(HEAD, [5], method, exchanged, WEIGHT)[5]
     np.testing.assert_array_equal(one.lm_head, other.wte.T)
     np.testing.assert_array_equal(one.scale_down, other.scale_up.T)
     np.testing.assert_array_equal(one.scale_up, other.scale_down.T)
@@ -171,7 +177,7 @@ def test_exchanging_the_sides_exchanges_their_factors(method):
 @pytest.mark.parametrize("method", METHODS)
 def test_outputs_are_contiguous_float32_of_the_documented_shapes(method, dtype, with_head):
     weight, head = (matrix.astype(dtype) for matrix in (WEIGHT, HEAD))
-    factors = factorize_data_aware(weight, [5], method, USE, head if with_head else None)[5]
+    factors = factorize_by(weight, [5], method, USE, head if with_head else None)[5]
     shapes = [(V, 5), (5, WIDTH), (WIDTH, 5), (WIDTH,), *([(5, V)] if with_head else [])]
     for name, shape in zip(ARRAYS, shapes, strict=False):
         array = getattr(factors, name)
@@ -188,10 +194,10 @@ def test_outputs_are_contiguous_float32_of_the_documented_shapes(method, dtype, 
 @pytest.mark.parametrize("method", METHODS)
 def test_ranks_asked_together_equal_separate_fits_and_repeat_exactly(method, with_head):
     head = HEAD if with_head else None
-    together, again = (factorize_data_aware(WEIGHT, [7, 1, WIDTH], method, USE, head) for _ in range(2))
+    together, again = (factorize_by(WEIGHT, [7, 1, WIDTH], method, USE, head) for _ in range(2))
     assert list(together) == [7, 1, WIDTH]
     for rank, factors in together.items():
-        alone = factorize_data_aware(WEIGHT, [rank], method, USE, head)[rank]
+        alone = factorize_by(WEIGHT, [rank], method, USE, head)[rank]
         assert factors.rank == rank
         assert factors.explained_share == alone.explained_share
         for name in ARRAYS[: 5 if with_head else 4]:
@@ -203,8 +209,8 @@ def test_ranks_asked_together_equal_separate_fits_and_repeat_exactly(method, wit
 def test_inputs_are_not_changed(method):
     arrays = [WEIGHT, HEAD, USE.token_counts, *(array for side in SIDES for array in vars(side).values())]
     before = [array.copy() for array in arrays]
-    factorize_data_aware(WEIGHT, [5], method, USE, HEAD)
-    factorize_data_aware(WEIGHT, [5], method, USE)
+    factorize_by(WEIGHT, [5], method, USE, HEAD)
+    factorize_by(WEIGHT, [5], method, USE)
     for array, copy in zip(arrays, before, strict=True):
         np.testing.assert_array_equal(array, copy)
 
@@ -216,7 +222,7 @@ def test_shares_are_those_of_the_factors_at_every_rank(method, tied, rows):
     weight, head, use = random_matrix(rows), random_matrix(rows, seed=1), random_use(rows)
     ranks = range(1, min(rows, WIDTH) + 1)
     shares = ALL_METHODS[method].fit(weight, None if tied else head, use).shares
-    factors = factorize_data_aware(weight, ranks, method, use, None if tied else head)
+    factors = factorize_by(weight, ranks, method, use, None if tied else head)
     assert shares.shape == (len(ranks),)
     np.testing.assert_allclose(shares, [factors[rank].explained_share for rank in ranks], rtol=1e-12)
     assert (np.diff(shares) >= 0).all()
@@ -226,7 +232,7 @@ def test_shares_are_those_of_the_factors_at_every_rank(method, tied, rows):
 @pytest.mark.parametrize("method", ["weighted", "joint"])
 def test_the_share_is_that_of_the_error_avoided(method):
     metric = metric_of(method, *SIDES)
-    factors = factorize_data_aware(WEIGHT, [5], method, USE)[5]
+    factors = factorize_by(WEIGHT, [5], method, USE)[5]
     left = metric_error(approximation(factors) - WEIGHT, USE, metric)
     whole = metric_error(WEIGHT - USE.row_weights() @ WEIGHT, USE, metric)
     assert factors.explained_share == pytest.approx(1 - left / whole, abs=1e-5)
@@ -238,8 +244,8 @@ def test_the_share_is_that_of_the_error_avoided(method):
 def test_units_do_not_matter(method, vector_scale, weight_scale):
     inputs, outputs = (replace(side, vectors=side.vectors * np.float32(vector_scale)) for side in SIDES)
     use = VocabularyUse(USE.token_counts, inputs, outputs)
-    scaled = factorize_data_aware(WEIGHT * np.float32(weight_scale), [5], method, use)[5]
-    plain = factorize_data_aware(WEIGHT, [5], method, USE)[5]
+    scaled = factorize_by(WEIGHT * np.float32(weight_scale), [5], method, use)[5]
+    plain = factorize_by(WEIGHT, [5], method, USE)[5]
     np.testing.assert_allclose(approximation(scaled) / weight_scale, approximation(plain), atol=1e-4)
 
 
@@ -261,7 +267,7 @@ AWKWARD = {
 
 def check_factors(weight: np.ndarray, use: VocabularyUse, method: str, with_head: bool) -> None:
     ranks, head = sorted({1, min(weight.shape) // 2, min(weight.shape)}), weight[::-1] if with_head else None
-    for rank, factors in factorize_data_aware(weight, ranks, method, use, head).items():
+    for rank, factors in factorize_by(weight, ranks, method, use, head).items():
         for name in ARRAYS[: 5 if with_head else 4]:
             assert np.isfinite(getattr(factors, name)).all(), (rank, name)
         assert 0 <= factors.explained_share <= 1
@@ -278,7 +284,7 @@ def test_awkward_input_gives_finite_factors(method, case, with_head):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_factors_are_written_in_principal_axes(method):
-    factors = factorize_data_aware(WEIGHT, [6], method, USE)[6]
+    factors = factorize_by(WEIGHT, [6], method, USE)[6]
     np.testing.assert_allclose(factors.scale_up @ factors.scale_up.T, np.eye(6), atol=1e-5)
     gram = factors.wte.T.astype(np.float64) @ factors.wte
     np.testing.assert_allclose(gram - np.diag(np.diag(gram)), 0, atol=1e-4 * gram[0, 0])
@@ -306,9 +312,8 @@ NAN = np.where(np.eye(V, WIDTH) > 0, np.nan, WEIGHT)
         (NAN, [5], "joint", None, "the token embedding contains NaN"),
         (WEIGHT, [5], "joint", NAN, "the head contains NaN"),
         (WEIGHT[0], [1], "joint", None, "the token embedding must be a matrix"),
-        (WEIGHT, [5], "pca", None, "Unknown method 'pca'; known are weighted, joint, tokenwise"),
     ],
 )
 def test_bad_input_is_refused(weight, ranks, method, head, message):
     with pytest.raises(ValueError, match=message):
-        factorize_data_aware(weight, ranks, method, USE, head)
+        factorize_by(weight, ranks, method, random_use(len(weight)), head)

@@ -41,7 +41,7 @@ def test_what_methods_by_bytes_return(method):
         assert table.bits_per_weight <= bits
         errors.append(np.square(table.dense() - weight).mean())
     assert errors[1] < 0.3 * errors[0] < 0.3 * weight.var()
-    assert fitted.table(0.4, rank=2).codes.shape[1] <= 4  # a component takes a column or two
+    assert fitted.table(1, rank=8).codes.shape[1] <= 16  # a component takes a column or two
     with pytest.raises(ValueError, match="One matrix is coded"):
         METHODS[method].fit(weight, weight, use)
 

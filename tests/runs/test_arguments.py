@@ -11,7 +11,7 @@ from factorized_gpt2.cli.train import train
 from factorized_gpt2.common.errors import UserError
 from factorized_gpt2.network.blockwise_loss import BACKENDS
 from factorized_gpt2.runs.families import run_name as derived_name
-from factorized_gpt2.runs.fields import LORA_TARGETS, LOSS_BACKENDS, AdapterArguments, ModelArguments
+from factorized_gpt2.runs.fields import ALL_LINEAR, LORA_TARGETS, LOSS_BACKENDS, AdapterArguments, ModelArguments
 from factorized_gpt2.runs.flags import outlined, parser_of
 from factorized_gpt2.runs.settings import RunArguments, parse_run
 from factorized_gpt2.runs.training_fields import ELSEWHERE, SUPPORTED, refused
@@ -19,6 +19,7 @@ from factorized_gpt2.runs.training_outline import training_outline
 from factorized_gpt2.settings.parsing import load_config
 from factorized_gpt2.settings.setting_values import Range, check_values, limits_of
 from factorized_gpt2.settings.text_arguments import DataArguments
+from factorized_gpt2.trainer import adapters
 
 RANKS = (64, 128, 256, 512)
 
@@ -384,8 +385,9 @@ def test_another_layout_of_the_trainers_source_costs_time_and_nothing_else(monke
     assert training_outline.__wrapped__() is TrainingArguments
 
 
-def test_the_names_of_loss_backends_are_the_networks():
+def test_names_that_stand_twice_are_the_same():
     assert LOSS_BACKENDS == BACKENDS
+    assert ALL_LINEAR == adapters.ALL_LINEAR
 
 
 def test_limits_stand_in_the_types_of_fields():
