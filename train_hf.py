@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Train, fine-tune with LoRA or evaluate a GPT-2 with a factorized vocabulary: see `--help` and README.md."""
+"""Train, fine-tune with LoRA or evaluate a GPT-2 or another decoder with a factorized vocabulary: see `--help`."""
 
 from factorized_gpt2.cli.train import main
 

@@ -72,7 +72,7 @@ def main(argv: list[str]) -> None:
     print(f"{folder}: {bundle / MIB:.1f} MiB, with the repository {(bundle + repository) / MIB:.1f} MiB.\n")
     install = f"python -m pip install --no-index --no-deps {folder}/wheels/*.whl; " if arguments.wheels else ""
     print(
-        f"{install}python -m pytest -q tests/test_cuda.py; "
+        f'{install}python -m pytest -q tests/test_cuda.py -k "not cpu"; '
         f"python benchmarks/gpu.py --bundle {folder} --output_dir gpu_results --seconds 600"
     )
 

@@ -14,7 +14,8 @@ from gpu_parts import Plan
 
 from factorized_gpt2.common.errors import UserError
 from factorized_gpt2.common.files import read_json
-from factorized_gpt2.report.reporting import read_results, results_table
+from factorized_gpt2.report.reporting import read_results
+from factorized_gpt2.report.tables import results_table
 from factorized_gpt2.runs.grid import Experiment, Scale, load_grid
 from factorized_gpt2.runs.results import RESULTS_NAME, Results
 from factorized_gpt2.runs.run import run_experiment

@@ -29,7 +29,7 @@ from factorized_gpt2.common.errors import UserError, blaming
 from factorized_gpt2.common.files import replacing_file
 from factorized_gpt2.common.progress import Progress
 from factorized_gpt2.compress.calibration import count_tokens, spread_blocks
-from factorized_gpt2.compress.coded import HELD_OUT
+from factorized_gpt2.compress.refinement import HELD_OUT
 from factorized_gpt2.compress.vocabulary_refinement import Teacher, refine_vocabulary
 from factorized_gpt2.settings.parsing import ManualParser
 from factorized_gpt2.text.blocks import load_blocks

@@ -47,7 +47,7 @@ class _RefinableRows(TrainableVocabulary):
         """Compute logits."""
         return (states.bfloat16() @ self.rows(slice(None)).bfloat16().T).float() + self.bias
 
-    def parameter_groups(self) -> list[dict]:
+    def parameter_groups(self, divergence: float) -> list[dict]:
         """Move the bias as a coded table's."""
         return [{"params": [self.bias], "lr": 2e-2, "eps": 1e-6}]
 
@@ -77,9 +77,9 @@ class RefinableGroups(_RefinableRows):
         steps, offsets = self._grid()
         return (self.codes[ids] * steps[ids] + offsets[ids]).flatten(-2)
 
-    def parameter_groups(self) -> list[dict]:
+    def parameter_groups(self, divergence: float) -> list[dict]:
         """Move both as the gains of a coded table's rows."""
-        return [{"params": [self.gains, self.shifts], "lr": 5e-3, "eps": 1e-5}, *super().parameter_groups()]
+        return [{"params": [self.gains, self.shifts], "lr": 5e-3, "eps": 1e-5}, *super().parameter_groups(divergence)]
 
     @torch.no_grad()
     def round(self) -> None:
@@ -109,9 +109,9 @@ class RefinableFactors(_RefinableRows):
         """Compute rows of the matrix."""
         return self.wte[ids] @ self.scale_up + self.mean
 
-    def parameter_groups(self) -> list[dict]:
+    def parameter_groups(self, divergence: float) -> list[dict]:
         """Move each by a hundredth of its own spread, rows of tokens that are hardly met by less."""
         wte, *shared = ((each, float(each.detach().std())) for each in (self.wte, self.scale_up, self.mean))
         rates = [{"params": [each], "lr": 0.01 * spread} for each, spread in shared]
         rates.append({"params": [wte[0]], "lr": 0.01 * wte[1], "eps": 1e-6 / wte[1]})
-        return [*rates, *super().parameter_groups()]
+        return [*rates, *super().parameter_groups(divergence)]

@@ -113,7 +113,7 @@ def test_token_files_are_trained_on_without_them(corpus, tokenizer, tmp_path):
     words = json.dumps([f"--{name}_file={name}.bin" for name in ("train", "validation")])
     finished = python(code, words, folder=tmp_path)
     assert finished.returncode == 0, finished.stderr
-    assert "No plots: the package matplotlib is not installed." in finished.stderr
+    assert "No plots were made, because the package matplotlib is not installed." in finished.stderr
     assert "error: Text is read with the package datasets" in finished.stderr.splitlines()[-1]
     assert not (tmp_path / "other").exists()
     root = tmp_path / "models"
@@ -128,7 +128,7 @@ def test_token_files_are_trained_on_without_them(corpus, tokenizer, tmp_path):
 def test_text_without_datasets_is_one_line(corpus, tokenizer, monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(
-        UserError, match=r"read with the package datasets, which files of token ids \(\.bin\) do without"
+        UserError, match=r"read with the package datasets, which files of token ids \(\.bin\) do not need"
     ):
         load_blocks(TextSource(files=(str(corpus / "train.jsonl"),)), tokenizer, 16, keep_tail=True)
 

@@ -235,7 +235,7 @@ def test_a_foreign_teacher_and_a_foreign_compressed_model(stock, folder, marker,
     pickle_for_weights(save_torch, folder, marker)
     code, line = outcome(*commands["teach"], capsys)
     assert (code, marker.exists()) == (2, False)
-    assert "pickle that holds more than weights" in line
+    assert "pickle file with more than weights" in line
     pickle_for_weights(save_torch, tmp_path / "compressed", marker)
     code, line = outcome(*commands["teach"], capsys)
     assert (code, marker.exists()) == (2, False)

@@ -1,4 +1,4 @@
-"""`compress.py`: a trained GPT-2, or another decoder, to smaller ones, by factorizing its vocabulary."""
+"""`compress.py`: make a trained GPT-2 or another decoder smaller by factorizing its vocabulary."""
 
 import sys
 from pathlib import Path
@@ -22,7 +22,9 @@ def compress(argv: list[str]) -> None:
             *(PublishArguments, JsonArguments),
         ),
         prog="compress.py",
-        description="Factorize the token embedding and head of a trained GPT-2 or another decoder.",
+        description="Make a trained GPT-2 or another decoder smaller: replace its token\n"
+        "embedding and head by thin factors (--ranks) or a few bits per weight\n"
+        "(--bits_per_weight).",
         usage="%(prog)s --baseline FOLDER (--ranks K [K ...] | --bits_per_weight B [B ...]) [option ...]",
         examples=(
             "compress.py --baseline openai-community/gpt2 --ranks 64 128",
@@ -30,7 +32,8 @@ def compress(argv: list[str]) -> None:
             "compress.py --baseline my_gpt2 --target_loss_increase 0.02 --eval_file held_out.txt",
             "compress.py --baseline my_gpt2 --bits_per_weight 1 1.75 2.75 --calibration_file train.txt",
         ),
-        remark="What was made in the same way before is reused.",
+        remark="Each model is saved in a folder of its own under output_dir. A model\n"
+        "that was made before with the same settings from the same files is reused.",
     ).parse(argv)
     check(arguments, calibration, evaluation)
     # What follows takes seconds to import.
@@ -56,17 +59,18 @@ def check(arguments: CompressArguments, calibration: CalibrationArguments, evalu
         )
     if share is not None and method.share is not VARIANCE:
         raise UserError(
-            f"explained_variance is for method pca alone; with method {method.name} set target_loss_increase."
+            f"explained_variance works with method pca only; with method {method.name} set target_loss_increase."
         )
     if ranks is not None and len(set(ranks)) != len(ranks):
         raise UserError(f"ranks: a rank is given twice in {' '.join(map(str, ranks))}.")
     if loss is not None and not evaluation.is_asked_for:
-        raise UserError("target_loss_increase needs text to measure on: set eval_file or dataset_name.")
+        raise UserError("target_loss_increase needs text to evaluate on: set eval_file or dataset_name.")
     own_text = calibration.calibration_file or calibration.calibration_dataset_name
     if own_text and not (method.needs_text or arguments.refine):
         name = "calibration_file" if calibration.calibration_file else "calibration_dataset_name"
-        does_nothing = f"{name} does nothing for method {method.name} without refine"
-        raise UserError(f"{does_nothing}; tokenwise makes the most of it.")
+        raise UserError(
+            f"{name} has no effect with method {method.name} without refine; set method=tokenwise to use it."
+        )
 
 
 def _check_budgets(arguments: CompressArguments) -> None:
@@ -77,13 +81,13 @@ def _check_budgets(arguments: CompressArguments) -> None:
     if sum(choice is not None for choice in choices.values()) != 1:
         raise UserError(f"Method {method.name} needs one of {', '.join(choices)}.")
     if not arguments.tie_word_embeddings:
-        raise UserError(f"Method {method.name} codes one matrix for both sides: leave tie_word_embeddings as it is.")
+        raise UserError(f"Method {method.name} needs a tied head: leave tie_word_embeddings at its default.")
     if arguments.ranks and arguments.target_loss_increase is not None:
-        raise UserError("Set one of ranks and target_loss_increase.")
+        raise UserError("Set either ranks or target_loss_increase, not both.")
     for name in ("bits_per_weight", "vocabulary_mb"):
         sizes = choices[name] or ()
         if len(set(sizes)) != len(sizes):
-            raise UserError(f"{name}: a budget is given twice in {' '.join(map(str, sizes))}.")
+            raise UserError(f"{name}: a size is given twice in {' '.join(map(str, sizes))}.")
 
 
 def main() -> None:

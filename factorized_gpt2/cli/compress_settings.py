@@ -1,4 +1,4 @@
-"""What `compress.py` is told, beside the text to evaluate on, the device and where to publish."""
+"""Settings of `compress.py`: the model, the sizes, the method and the calibration text."""
 
 from dataclasses import dataclass, field, replace
 from typing import Annotated
@@ -13,36 +13,48 @@ _NEEDING_TEXT = ", ".join(method.name for method in METHODS.values() if method.n
 
 @dataclass
 class CompressArguments:
-    """What to compress, and how far."""
+    """Which model to compress, by which method, to which size."""
 
-    _argument_group_name = "What to make of what"
+    _argument_group_name = "Model, method and size"
 
-    baseline: Annotated[str, READ] = field(metadata={"help": "Folder or Hub id of a trained, unfactorized GPT-2."})
+    baseline: Annotated[str, READ] = field(
+        metadata={
+            "help": "Folder or Hub id of the trained model to compress: a GPT-2, or another causal decoder of "
+            "transformers. It must not be factorized already."
+        }
+    )
     ranks: list[Annotated[int, COUNT]] | None = field(
-        default=None, metadata={"help": "Ranks k of the token embedding, each smaller than its width."}
+        default=None,
+        metadata={
+            "help": "Ranks k to compress to: how many values are stored for each token. One model is made for each "
+            "rank. Every rank must be smaller than the width of the embedding."
+        },
     )
     bits_per_weight: list[Annotated[float, POSITIVE]] | None = field(
         default=None,
         metadata={
-            "help": "Budgets of method coded, a model each: bits that the vocabulary takes in the file, everything "
-            "counted, for each of its V d weights. Ranks beside it are upper limits, for every budget in turn."
+            "help": "Compress the vocabulary to this many bits in the file for each of its V d weights, everything "
+            "counted. One model is made for each value, by method coded. With ranks, each rank is an upper limit for "
+            "each of these sizes."
         },
     )
     vocabulary_mb: list[Annotated[float, POSITIVE]] | None = field(
-        default=None, metadata={"help": "The same budgets in million bytes, instead of bits_per_weight."}
+        default=None,
+        metadata={"help": "The same as bits_per_weight, with the sizes of the vocabulary given in MB (10^6 bytes)."},
     )
     target_loss_increase: Annotated[float, POSITIVE] | None = field(
         default=None,
         metadata={
-            "help": "Instead of ranks or budgets: the smallest model whose loss on the evaluation text exceeds the "
-            "baseline's by no more than this, in nats a token."
+            "help": "Find the smallest model whose loss on the evaluation text is at most this many nats per token "
+            "above the baseline's (0.01 nats is 1 %% of perplexity). Replaces ranks or bits_per_weight. Needs "
+            "eval_file or dataset_name."
         },
     )
     explained_variance: Annotated[float, Range(0, 1, is_open_below=True)] | None = field(
         default=None,
         metadata={
-            "help": "Instead of ranks, for method pca alone: the smallest rank that keeps this share of the "
-            "embedding's variance. Variance tells little of loss: target_loss_increase is the better guide."
+            "help": "Find the smallest rank that keeps this share of the embedding's variance, between 0 and 1. "
+            "Replaces ranks; for method pca only. Variance says little about the loss: prefer target_loss_increase."
         },
     )
     method: str = field(
@@ -56,22 +68,30 @@ class CompressArguments:
     refine: Annotated[int, NOT_NEGATIVE] = field(
         default=0,
         metadata={
-            "help": "Steps of training wte, scale_up and scale_down to match the baseline; of method coded, steps of "
-            "rows and columns, mean and a bias of the head."
+            "help": "After factorizing, train only the vocabulary for this many steps, so that the model predicts "
+            "what the baseline predicts on the calibration text. The loss falls; the size stays."
         },
     )
     tie_word_embeddings: bool = field(
         default=True,
-        metadata={"help": "One wte serves both sides. False: each side gets its own, V k parameters more."},
+        metadata={
+            "help": "Embedding and head share one matrix wte. False: each gets a matrix of its own, which adds V k "
+            "parameters."
+        },
     )
     output_dir: Annotated[str, OUTPUT_FOLDER] = field(
-        default="model_weights", metadata={"help": "Folder of the compressed models and factors."}
+        default="model_weights", metadata={"help": "Folder that gets one subfolder for each compressed model."}
     )
     tokenizer: Annotated[str, READ] | None = field(
-        default=None, metadata={"help": "Folder or Hub id. None: the baseline's."}
+        default=None, metadata={"help": "Folder or Hub id of the tokenizer. Default: the baseline's."}
     )
-    overwrite: bool = field(default=False, metadata={"help": "Replace what was made from another baseline."})
-    seed: Annotated[int, SEED] = field(default=0, metadata={"help": "Of everything that is drawn."})
+    overwrite: bool = field(
+        default=False,
+        metadata={
+            "help": "Replace compressed models in output_dir that were made from another baseline, or changed since."
+        },
+    )
+    seed: Annotated[int, SEED] = field(default=0, metadata={"help": "Random seed."})
 
     @property
     def chosen(self) -> Method:
@@ -82,27 +102,37 @@ class CompressArguments:
 
 @dataclass
 class CalibrationArguments:
-    """Text that tells how the baseline uses its vocabulary: best of the kind it was trained on."""
+    """Text on which the baseline is run to see how it uses its vocabulary; best like its training text."""
 
-    _argument_group_name = "Text to learn from"
+    _argument_group_name = "Calibration text (for every method but pca)"
 
     calibration_file: list[Annotated[str, READ]] | None = field(
-        default=None, metadata={"help": "Local .txt, .jsonl, .parquet or .bin files instead of the dataset's split."}
+        default=None,
+        metadata={
+            "help": "Local .txt, .jsonl, .parquet or .bin files to calibrate on, instead of a dataset. Take text like "
+            "that which the model was trained on."
+        },
     )
     calibration_dataset_name: str | None = field(
-        default=None, metadata={"help": "Dataset on the Hub. None: the one to evaluate on."}
+        default=None, metadata={"help": "Dataset of the Hub to calibrate on. Default: dataset_name."}
     )
-    calibration_dataset_config_name: str | None = field(default=None, metadata={"help": "Its configuration."})
-    calibration_split: str = field(default="train", metadata={"help": "Split of the dataset."})
+    calibration_dataset_config_name: str | None = field(
+        default=None, metadata={"help": "Configuration of that dataset. Default: dataset_config_name."}
+    )
+    calibration_split: str = field(default="train", metadata={"help": "Split of the dataset to calibrate on."})
     calibration_text_column: str | None = field(
-        default=None, metadata={"help": "Column of the text. None: text_column."}
+        default=None, metadata={"help": "Column that holds the text. Default: text_column."}
     )
     calibration_document_start: str | None = field(
         default=None,
-        metadata={"help": "Regular expression; a row that it matches starts a document. None: document_start."},
+        metadata={"help": "Regular expression: a row that matches it starts a new document. Default: document_start."},
     )
     calibration_tokens: Annotated[int, COUNT] = field(
-        default=16384, metadata={"help": "Tokens to run the baseline over; frequencies are counted in all the text."}
+        default=16384,
+        metadata={
+            "help": "How many tokens the baseline is run over. More tokens cost time and memory. How often each token "
+            "occurs is counted in the whole text."
+        },
     )
 
     def __post_init__(self) -> None:

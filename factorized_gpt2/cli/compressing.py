@@ -21,7 +21,6 @@ from ..hub.repository import check_access, publish
 from ..models.foreign_models import positions_of
 from ..models.loading import check_tokenizer, load_baseline
 from ..models.sizes import model_size, stored_bytes, vocabulary_width
-from ..network.modeling_factorized_gpt2 import FactorizedGPT2
 from ..report.plots import plot_loss_against_bytes, plot_spectrum
 from ..settings.devices import DtypeArguments
 from ..settings.outputs import JsonArguments, PublishArguments
@@ -48,8 +47,6 @@ def compress_all(
     if publishing.push_to_hub:
         check_access(None, publishing.push_to_hub)
     baseline = load_baseline(arguments.baseline)
-    if publishing.push_to_hub and not isinstance(baseline.model, FactorizedGPT2):
-        raise UserError(f"push_to_hub is for GPT-2 alone so far; {arguments.baseline} is another decoder.")
     if arguments.ranks:
         check_ranks(arguments.ranks, baseline.model.config)
     method = arguments.chosen
@@ -61,7 +58,7 @@ def compress_all(
         tokenizer = load_tokenizer(arguments.tokenizer or arguments.baseline)
         check_tokenizer(baseline.model, tokenizer)
     else:
-        logger.warning("%s has no tokenizer, so what is made of it has none.", arguments.baseline)
+        logger.warning("%s has no tokenizer, so the compressed models have none either.", arguments.baseline)
     block_size = evaluation.block_size_for(positions_of(baseline.model.config))
     text = None
     source = calibration.source(evaluation) if recipe.needs_text else None
@@ -132,7 +129,10 @@ def _choose(
         rank = smallest_rank_by_share(compressor.shares.tolist(), arguments.explained_variance)
         if rank >= vocabulary_width(config):
             share, width = arguments.explained_variance, vocabulary_width(config)
-            raise UserError(f"explained_variance {share} needs the whole width of {width}.")
+            raise UserError(
+                f"explained_variance={share} needs the full width of {width}, so nothing is gained: set a smaller "
+                f"share."
+            )
         return compressor.load_or_make([rank])
 
     target = arguments.target_loss_increase
@@ -180,7 +180,7 @@ def _file_size(model: PreTrainedModel, bits_per_weight: float | None, folder: Pa
 def _plot(compressor: AnyCompressor[Any], measure: Measure) -> None:
     """Draw the spectrum with every rank that is there, and loss against bytes with all measured on this text."""
     if not is_matplotlib_available():
-        logger.warning("No plots: the package matplotlib is not installed.")
+        logger.warning("No plots were made, because the package matplotlib is not installed.")
         return
     label, root = compressor.label, compressor.root
     path = root / f"spectrum_{label}.png"

@@ -1,4 +1,4 @@
-"""`make demo`: the whole path on text that every Python carries, in minutes, without network or GPU."""
+"""`make demo`: train, compress and heal a small GPT-2 in minutes, without network or GPU."""
 
 import sys
 from dataclasses import dataclass, field
@@ -12,22 +12,26 @@ from .shell import run_command
 
 @dataclass
 class DemoArguments:
-    """Where the demo works."""
+    """Where the demo writes, and how long it trains."""
 
     output_dir: Annotated[str, OUTPUT_FOLDER] = field(
-        default="demo_output", metadata={"help": "Folder for corpus, models, table and plot."}
+        default="demo_output", metadata={"help": "Folder for everything the demo makes: text, models, table and plot."}
     )
     max_steps: Annotated[int, COUNT] | None = field(
-        default=None, metadata={"help": "Steps of every run, for a shorter demo."}
+        default=None,
+        metadata={
+            "help": "Train every model for only this many steps, for a shorter demo. Default: as its config says."
+        },
     )
 
 
 def demo(argv: list[str]) -> None:
-    """Corpus, baseline, compression, scratch models, LoRA; then the table, the plot and a sentence."""
+    """Train a baseline, compress and heal it, train models from scratch; show table, plot and sample sentences."""
     arguments = ManualParser(
         DemoArguments,
         prog="factorized-gpt2-demo",
-        description="Run the whole path on a small GPT-2, offline, on a CPU.",
+        description="Train, compress, heal and compare a small GPT-2 on a CPU, without a network.\n"
+        "The text is the documentation that comes with Python.",
     ).parse(argv)[0]
     # What follows takes seconds to import.
     from .demonstration import demonstrate

@@ -12,7 +12,9 @@ from transformers.utils import logging as transformers_logging
 from ..network.configuration_factorized_gpt2 import FactorizedGPT2Config
 from ..network.modeling_factorized_gpt2 import FactorizedGPT2
 from ..report.plots import plot_loss_against_rank
-from ..report.reporting import read_results, results_table
+from ..report.reporting import read_results
+from ..report.studies import studies_of
+from ..report.tables import results_table
 from ..runs.grid import Experiment, load_grid, select
 from ..runs.results import Results
 from ..runs.run import run_experiment
@@ -75,7 +77,7 @@ def demonstrate(root: Path, max_steps: int | None) -> None:
     stages.end("Results")
     results = read_results(models)
     plot = root / "loss_against_rank.png"
-    plot_loss_against_rank(results, plot)
+    plot_loss_against_rank(studies_of(results), plot)
     print(results_table(results))
     print(f"\n{_verdict(results)}\n\nPlot: {plot}\n\nA sentence of the baseline, and one of a model healed at")
     healed = max((row for row in results if row.family == "pca-lora"), key=lambda row: row.n_embd_wte)
@@ -101,7 +103,7 @@ class Stages:
     def __init__(self, seconds: Sequence[float], pace: float):
         self.expected, self.pace, self.done = seconds, pace, 0
         self.began = time.perf_counter()
-        print(f"This takes about {_duration(sum(seconds) * pace)} here.")
+        print(f"The demo will take about {_duration(sum(seconds) * pace)} on this machine.")
 
     @property
     def seconds(self) -> float:

@@ -1,4 +1,4 @@
-"""`evaluate_models.py`: loss and size of models that are already there, on one text."""
+"""`evaluate_models.py`: measure loss and size of existing models on one text."""
 
 import sys
 from dataclasses import asdict, dataclass, field
@@ -15,37 +15,36 @@ from .shell import print_table, run_command, write_result
 
 @dataclass
 class EvaluateArguments:
-    """Which models to measure."""
+    """Which models to evaluate."""
 
     models: list[Annotated[str, READ]] = field(
-        metadata={"help": "Folders or Hub ids of causal language models, factorized or not."}
+        metadata={"help": "Folders or Hub ids of the causal language models to evaluate, factorized or not."}
     )
     tokenizer: Annotated[str, READ] | None = field(
-        default=None, metadata={"help": "Folder or Hub id. None: each model's own."}
+        default=None, metadata={"help": "Folder or Hub id of one tokenizer for all models. Default: each model's own."}
     )
     bits_per_byte: bool = field(
         default=False,
         metadata={
-            "help": "Also measure bits per byte of whole documents, each token predicted once, the first from the "
-            "end-of-text token, in windows of block_size: what evaluation harnesses report, and comparable between "
-            "tokenizers."
+            "help": "Also measure bits per byte, as evaluation harnesses do: whole documents, every token predicted "
+            "once, in windows of block_size. Unlike the loss, it compares models with different tokenizers."
         },
     )
 
 
 def evaluate(argv: list[str]) -> None:
-    """Measure every model on the whole text and print a table."""
+    """Evaluate every model on the whole text and print a table."""
     arguments, evaluation, computing, numbers, output = ManualParser(
         (EvaluateArguments, EvaluationArguments, DeviceArguments, DtypeArguments, JsonArguments),
         prog="evaluate_models.py",
-        description="Measure the loss of causal language models over a whole text, in nats a token.",
+        description="Measure causal language models on a text: loss (nats per token), perplexity, size.",
         usage="%(prog)s --models FOLDER [FOLDER ...] --eval_file FILE [option ...]",
         examples=("evaluate_models.py --models gpt2 model_weights/gpt_pca_nofinetune_k64 --eval_file held_out.txt",),
     ).parse(argv)
     if not evaluation.is_asked_for:
         raise UserError("No text to evaluate on: set eval_file or dataset_name.")
     if arguments.bits_per_byte and evaluation.source().is_tokenized:
-        raise UserError("bits_per_byte needs text, and eval_file holds token ids.")
+        raise UserError("bits_per_byte needs text, but eval_file contains token ids.")
     # What follows takes seconds to import.
     from ..models.dtypes import dtype_name, in_dtype
     from ..models.foreign_models import LossOfLogits, measurable, positions_of

@@ -1,4 +1,4 @@
-"""`run_experiments.py`: a grid of runs, in order, whatever becomes of one of them; then the report."""
+"""`run_experiments.py`: run a grid of experiments in order, then report. A run that fails does not stop the others."""
 
 import json
 import subprocess
@@ -25,47 +25,66 @@ from .shell import print_table, run_command
 
 @dataclass
 class GridArguments:
-    """Which experiments, where, and on what."""
+    """Which experiments to run, where to, and how they are launched."""
 
     grid: str = field(
-        default="experiments.json", metadata={"help": "List of configs: a path, or a name under configs/."}
+        default="experiments.json",
+        metadata={"help": "JSON file that lists the experiments: a path, or a name under configs/."},
     )
     only: list[str] | None = field(
         default=None,
-        metadata={"help": "Names of experiments, with those that they start from; * stands for anything."},
+        metadata={
+            "help": "Run only these experiments, and those whose models they start from. * stands for any text."
+        },
     )
     output_dir: Annotated[str, OUTPUT_FOLDER] | None = field(
-        default=None, metadata={"help": "Folder of the run folders. Default: model_weights; at a scale, none."}
+        default=None,
+        metadata={
+            "help": "Folder that gets one subfolder for each run. Default: model_weights. With a scale it must be "
+            "given."
+        },
     )
     accelerate_config: str | None = field(
         default=None,
         metadata={
-            "help": "Config of accelerate, by which every run is launched: a path, or a name under configs/. None: "
-            "one process, all it sees."
+            "help": "Config of accelerate with which every run is launched, for several GPUs or machines: a path, or "
+            "a name under configs/. Default: each run is one process."
         },
     )
     overwrite: bool = field(
-        default=False, metadata={"help": "Replace what had other settings; start afresh what was cut off."}
+        default=False,
+        metadata={
+            "help": "Start interrupted experiments, and those that ran with other settings, from the beginning and "
+            "replace what they left. Finished ones are still skipped."
+        },
     )
-    dry_run: bool = field(default=False, metadata={"help": "Only show what would run."})
+    dry_run: bool = field(default=False, metadata={"help": "Show what would run, without running it."})
 
 
 @dataclass
 class ScaleArguments:
-    """The same grid, smaller or larger."""
+    """Factors that make all experiments smaller or larger."""
 
-    _argument_group_name = "Smaller experiments"
+    _argument_group_name = "Smaller or larger experiments"
 
     scale: float = field(
-        default=1.0, metadata={"help": "Factor on layers, width (and with it heads and ranks), block and steps."}
+        default=1.0,
+        metadata={"help": "Multiply layers, width (with heads and ranks), block size and steps by this factor."},
     )
-    scale_layers: float | None = field(default=None, metadata={"help": "Factor on layers alone."})
-    scale_width: float | None = field(default=None, metadata={"help": "Factor on width, heads, ranks k and LoRA's."})
-    scale_block: float | None = field(default=None, metadata={"help": "Factor on the tokens of a block."})
+    scale_layers: float | None = field(
+        default=None, metadata={"help": "Factor for the number of layers, instead of scale."}
+    )
+    scale_width: float | None = field(
+        default=None, metadata={"help": "Factor for width, heads, ranks k and LoRA ranks, instead of scale."}
+    )
+    scale_block: float | None = field(default=None, metadata={"help": "Factor for the block size, instead of scale."})
     scale_steps: float | None = field(
-        default=None, metadata={"help": "Factor on steps: of training, warm-up, and between evaluations."}
+        default=None,
+        metadata={"help": "Factor for steps of training and warm-up and between evaluations, instead of scale."},
     )
-    scale_learning_rate: float = field(default=1.0, metadata={"help": "Factor on learning rates, first and last."})
+    scale_learning_rate: float = field(
+        default=1.0, metadata={"help": "Factor for the learning rate, at its peak and at its end."}
+    )
 
     def resolve(self) -> Scale:
         """Fill in what is not set."""
@@ -75,7 +94,7 @@ class ScaleArguments:
 
 
 def run_experiments(argv: list[str]) -> None:
-    """Plan, run what is not finished, say how each ended, write the report.
+    """Run the experiments that are not finished, print how each ended, write the report.
 
     Raises:
         UserError: A mistake in what was asked; or, at the end, runs that failed.
@@ -85,15 +104,15 @@ def run_experiments(argv: list[str]) -> None:
     arguments, scaling = ManualParser(
         (GridArguments, ScaleArguments),
         prog="run_experiments.py",
-        description="Run the experiments that configs/experiments.json lists;\nskip what is "
-        "finished, go on with what was cut off, end with a report.",
+        description="Run the experiments that configs/experiments.json lists, then write a report.\nFinished runs are "
+        "skipped; interrupted runs are resumed.",
         usage="%(prog)s [option ...] [-- option of train_hf.py ...]",
         examples=(
             "run_experiments.py --dry_run",
             "run_experiments.py --only 'pca_lora_*' --accelerate_config configs/accelerate/two_gpus.yaml",
             "run_experiments.py --output_dir half --scale 0.5 -- --train_file train.txt --validation_file test.txt",
         ),
-        remark="Words after -- are options of train_hf.py, for every run.",
+        remark="Options after -- are passed to train_hf.py, for every run.",
     ).parse(words)
     scale = scaling.resolve()
     check(arguments, scale, flags)
@@ -119,7 +138,7 @@ def run_experiments(argv: list[str]) -> None:
         if results:
             print(f"\nReport: {write_report(results, root / 'report')}")
     except UserError as error:
-        raise UserError(f"There is no report: {error}" + (f" And {complaint}" if failed else "")) from error
+        raise UserError(f"No report was written: {error}" + (f" Also: {complaint}" if failed else "")) from error
     if failed:
         raise UserError(complaint)
 
@@ -133,8 +152,8 @@ def check(arguments: GridArguments, scale: Scale, flags: Sequence[str]) -> None:
     """
     if launched_processes() > 1:
         raise UserError(
-            "run_experiments.py launches every run itself: start it with python, and name the launcher's config, as "
-            "in --accelerate_config configs/accelerate/two_gpus.yaml."
+            "run_experiments.py launches every run itself: start it with python and name the launcher's config, such "
+            "as --accelerate_config configs/accelerate/two_gpus.yaml."
         )
     if arguments.accelerate_config is not None:
         found = find_config(arguments.accelerate_config)
@@ -142,14 +161,14 @@ def check(arguments: GridArguments, scale: Scale, flags: Sequence[str]) -> None:
             raise UserError(f"There is no accelerate config {arguments.accelerate_config!r}.")
         from accelerate.commands.config.config_args import load_config_from_file
 
-        with blaming(f"{arguments.accelerate_config} is no config of accelerate", *REFUSED_SETTINGS):
+        with blaming(f"{arguments.accelerate_config} is not a valid config of accelerate", *REFUSED_SETTINGS):
             load_config_from_file(str(found))
     if scale != Scale() and not arguments.output_dir:
-        raise UserError("A grid at another scale needs a folder of its own: name one with --output_dir.")
+        raise UserError("A scaled grid needs a folder of its own: set --output_dir.")
     taken = {"config", "print_config", "output_dir", "run_name", "overwrite", "baseline", "compressed"}
     for name in check_words(flags):
         if name in taken:
-            raise UserError(f"--{name} after -- is not for every run alike.")
+            raise UserError(f"--{name} after -- cannot be set for all runs: the grid sets it for each.")
 
 
 DONE, FINISHED = "done", "finished before"
@@ -220,7 +239,7 @@ class _Grid:
         path = self._config(experiment)
         if path.exists() and read_json(path).get("output_dir") != experiment.config["output_dir"]:
             raise UserError(
-                f"{path} is no config of {experiment.folder}: move it away, or choose another --output_dir."
+                f"{path} was not written for {experiment.folder}: move it away, or choose another --output_dir."
             )
 
     def _train(self, experiment: Experiment) -> str:

@@ -1,4 +1,4 @@
-"""`import_checkpoint.py`: a checkpoint of nanoGPT, or of its factorized descendant, to a model folder."""
+"""`import_checkpoint.py`: convert a checkpoint of nanoGPT, or of its factorized fork, to a model folder."""
 
 import glob
 import logging
@@ -29,48 +29,56 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class ImportArguments:
-    """What to import, and where to."""
+    """Which checkpoint to convert, and where to save the model."""
 
-    checkpoint: Annotated[str, READ] = field(metadata={"help": "File of the checkpoint, as in out/ckpt.pt."})
-    output_dir: Annotated[str, OUTPUT_FOLDER] = field(metadata={"help": "Folder of the model."})
+    checkpoint: Annotated[str, READ] = field(
+        metadata={"help": "Checkpoint file, such as out/ckpt.pt. Nothing in it is executed."}
+    )
+    output_dir: Annotated[str, OUTPUT_FOLDER] = field(metadata={"help": "Folder to save the model in."})
     wte_npy: Annotated[str, READ] | None = field(
-        default=None, metadata={"help": "Embedding (V, k) instead of the checkpoint's, .npy."}
+        default=None, metadata={"help": ".npy file with an embedding (V, k) that replaces the checkpoint's."}
     )
     scale_npz: Annotated[str, READ] | None = field(
-        default=None, metadata={"help": "scale_up and scale_down instead of the checkpoint's, either way round, .npz."}
+        default=None,
+        metadata={
+            "help": ".npz file with scale_up and scale_down that replace the checkpoint's. Either may be transposed."
+        },
     )
     activation_function: str | None = field(
         default=None,
         metadata={
-            "help": "Where the checkpoint does not name it: gelu, nanoGPT's since May 2023, or gelu_new, the tanh "
-            "approximation before. None: gelu.",
+            "help": "Activation of the MLP, for checkpoints that do not name it. gelu is what nanoGPT uses since May "
+            "2023; older checkpoints need gelu_new, the tanh approximation. Default: gelu.",
             "choices": ["gelu", "gelu_new"],
         },
     )
     tokenizer: Annotated[str, READ] | None = field(
-        default=None, metadata={"help": "Folder or Hub id of the tokenizer to put beside the model."}
+        default=None, metadata={"help": "Folder or Hub id of the tokenizer to save with the model."}
     )
     cut_vocabulary: bool = field(
-        default=False, metadata={"help": "Leave out the rows that the tokenizer has no tokens for."}
+        default=False,
+        metadata={
+            "help": "Drop the embedding rows beyond the tokenizer's size, with which nanoGPT pads. Needs tokenizer."
+        },
     )
     overwrite: bool = field(
-        default=False, metadata={"help": "Replace the model in the folder; other files there stay."}
+        default=False, metadata={"help": "Replace a model that is already in output_dir. Other files there stay."}
     )
 
 
 def import_checkpoint(argv: list[str]) -> None:
-    """Load the checkpoint, fit it to the tokenizer, write the folder."""
+    """Load the checkpoint, adapt it to the tokenizer, save the model folder."""
     arguments, numbers, publishing = ManualParser(
         (ImportArguments, DtypeArguments, PublishArguments),
         prog="import_checkpoint.py",
-        description="Make a model folder of a checkpoint of nanoGPT or of its factorized descendant.",
+        description="Convert a checkpoint of nanoGPT, or of its factorized fork, to a model folder.",
         usage="%(prog)s --checkpoint FILE --output_dir FOLDER [option ...]",
         examples=(
             "import_checkpoint.py --checkpoint out/ckpt.pt --output_dir gpt_nano --tokenizer openai-community/gpt2",
         ),
     ).parse(argv)
     if arguments.cut_vocabulary and arguments.tokenizer is None:
-        raise UserError("cut_vocabulary needs a tokenizer, whose size it cuts to.")
+        raise UserError("cut_vocabulary needs a tokenizer: set tokenizer.")
     folder = Path(arguments.output_dir)
     _check_place(folder, arguments.overwrite)
     # What follows takes seconds to import.
@@ -122,9 +130,11 @@ def _check_place(folder: Path, overwrite: bool) -> None:
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return
     if not folder.is_dir() or not overwrite:
-        raise UserError(f"{folder} exists; remove it, or overwrite it if it is a model's folder.")
+        raise UserError(
+            f"{folder} exists already: remove it, or, if it holds a model, replace the model with --overwrite."
+        )
     if not (folder / CONFIG_NAME).is_file() or any(path.is_dir() for path in folder.iterdir()):
-        raise UserError(f"{folder} holds something else than a model: remove it, or choose another output_dir.")
+        raise UserError(f"{folder} contains other things than a model: remove it, or choose another output_dir.")
 
 
 def _fit(model: "FactorizedGPT2", tokenizer: "PreTrainedTokenizerBase", cut: bool) -> None:
@@ -136,9 +146,9 @@ def _fit(model: "FactorizedGPT2", tokenizer: "PreTrainedTokenizerBase", cut: boo
     surplus = model.config.vocab_size - vocabulary_size(tokenizer)
     if surplus and cut:
         model.resize_token_embeddings(vocabulary_size(tokenizer))
-        logger.info("The last %d rows of the vocabulary, which have no tokens, are left out", surplus)
+        logger.info("Dropped the last %d rows of the vocabulary, which have no tokens", surplus)
     elif surplus:
-        logger.info("The last %d rows of the vocabulary have no tokens; --cut_vocabulary leaves them out", surplus)
+        logger.info("The last %d rows of the vocabulary have no tokens; --cut_vocabulary True drops them", surplus)
     for name in ("bos_token_id", "eos_token_id"):
         for config in (model.config, model.generation_config):
             setattr(config, name, getattr(tokenizer, name))

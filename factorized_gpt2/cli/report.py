@@ -1,11 +1,12 @@
-"""`report.py`: results of runs to a table and pictures."""
+"""`report.py`: make a table and plots of the results of runs."""
 
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
 
-from ..report.reporting import read_results, results_rows, results_table, write_report
+from ..report.reporting import read_results, write_report
+from ..report.tables import legend, results_rows, results_table
 from ..settings.outputs import JsonArguments
 from ..settings.parsing import ManualParser
 from ..settings.setting_values import OUTPUT_FOLDER, READ
@@ -14,13 +15,14 @@ from .shell import run_command, write_result
 
 @dataclass
 class ReportArguments:
-    """Which results, and where to."""
+    """Where the results are, and where the report goes."""
 
     results: Annotated[str, READ] = field(
-        default="model_weights", metadata={"help": "Folder of the run folders, each with a results.json."}
+        default="model_weights", metadata={"help": "Folder that holds the run folders, each with a results.json."}
     )
     output_dir: Annotated[str, OUTPUT_FOLDER] | None = field(
-        default=None, metadata={"help": "Folder of the report. None: report/ in that one."}
+        default=None,
+        metadata={"help": "Folder to write the report into. Default: report/ in the folder of the results."},
     )
 
 
@@ -29,12 +31,12 @@ def report(argv: list[str]) -> None:
     arguments, output = ManualParser(
         (ReportArguments, JsonArguments),
         prog="report.py",
-        description="Make a table and pictures from the results.json of runs.",
+        description="Make a table and plots of finished runs, from the results.json of each.",
         examples=("report.py --results model_weights",),
     ).parse(argv)
     root = Path(arguments.results)
     results = read_results(root)
-    print(results_table(results))
+    print(f"{results_table(results)}\n\n{legend(results)}")
     write_result(output.json, "report", results_rows(results))
     print(f"\nReport: {write_report(results, Path(arguments.output_dir or root / 'report'))}")
 

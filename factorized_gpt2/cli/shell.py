@@ -71,7 +71,7 @@ def run_command(command: Callable[[list[str]], None], argv: list[str] | None = N
         if reason is None or debug:
             raise
         where = f"{error.filename}"[-MESSAGE_LENGTH // 2 :] + ": " if error.filename else ""
-        _tell(f"{where}{reason}. Mend that, and give the same command again.")
+        _tell(f"{where}{reason}. Fix that, then give the same command again.")
         return 2
     except KeyboardInterrupt:
         return 130

@@ -138,12 +138,12 @@ def remove_folder(path: Path) -> None:
 
 def _refuse_folder(path: Path) -> None:
     if path.is_dir():
-        raise UserError(f"{path} is a folder, and a file is to be written there: move it away.")
+        raise UserError(f"{path} is a folder, but a file must be written there: move the folder away.")
 
 
 def _refuse_file(path: Path) -> None:
     if os.path.lexists(path) and not path.is_dir():
-        raise UserError(f"{path} is a file, and a folder is to be written there: move it away.")
+        raise UserError(f"{path} is a file, but a folder must be written there: move the file away.")
 
 
 def _keep_others(folder: Path, successor: Path, ours: Sequence[str]) -> None:
@@ -190,7 +190,7 @@ def explaining_refusals(path: Path) -> Iterator[None]:
             reason = os.strerror(errno.ENOSPC)
         if reason is None:
             raise
-        raise UserError(f"{path} cannot be written: {reason}. Mend that, and give the same command again.") from error
+        raise UserError(f"{path} cannot be written: {reason}. Fix that, then give the same command again.") from error
 
 
 def refusal(error: Exception) -> str | None:
@@ -322,4 +322,4 @@ def _sync(descriptor: int) -> None:
 
 @cache  # once is enough
 def _warn_of_sync(reason: str) -> None:
-    logger.warning("This drive cannot be told to flush what is written (%s); a power cut may lose some of it.", reason)
+    logger.warning("This drive cannot flush files to the disk (%s); a power cut may lose recent files.", reason)

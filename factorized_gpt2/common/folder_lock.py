@@ -32,7 +32,7 @@ def run_alone(output_dir: Path) -> Iterator[bool]:
     # The whole folder may be replaced, so the lock is beside it, unless what is above it is someone else's.
     is_inside = not folder.name or (folder.parent.is_dir() and not os.access(folder.parent, os.W_OK))
     lock = folder / ".lock" if is_inside else folder.with_name(f".{folder.name}.lock")
-    refusal = f"Another process is at work in {output_dir}: wait for its end, or choose another --output_dir."
+    refusal = f"Another process is using {output_dir}: wait until it ends, or choose another --output_dir."
     with _held(lock, refusal) as is_alone:
         yield is_alone
 
@@ -49,7 +49,9 @@ def compress_alone(root: Path, wait: bool = False, names: tuple[str, ...] = _COM
     Raises:
         UserError: Another process holds it, unless `wait`; or it cannot be written.
     """
-    refusal = f"Another process writes compressed models into {root}: wait for its end, or choose another folder."
+    refusal = (
+        f"Another process is writing compressed models into {root}: wait until it ends, or choose another folder."
+    )
     with _held(root.absolute() / ".compress.lock", refusal, wait) as is_alone:
         if is_alone:
             sweep(root, *names)
@@ -85,13 +87,13 @@ def _acquired(lock: FileLock, refusal: str, wait: bool) -> bool:
         except Timeout:
             if not wait:
                 raise UserError(refusal) from None
-            logger.info("Waiting for another process that writes into %s", folder)
+            logger.info("Waiting until another process has finished writing into %s", folder)
             lock.acquire()
     except (OSError, NotImplementedError) as error:
         number = getattr(error, "errno", errno.ENOSYS)
         if number not in _NO_LOCKS:
             raise
         reason = os.strerror(number)
-        logger.warning("%s has no locks (%s): see that no other process writes there.", folder, reason)
+        logger.warning("%s does not support locks (%s): make sure that no other process writes there.", folder, reason)
         return False
     return True

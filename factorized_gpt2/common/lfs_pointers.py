@@ -16,10 +16,10 @@ def refuse_pointers(paths: Iterable[Path]) -> None:
     """
     for path in paths:
         if path.exists() and not (path.is_file() or path.is_dir()):
-            raise UserError(f"{path} is no file but a pipe, a device or the like: name a file.")
+            raise UserError(f"{path} is a pipe, a device or the like: name a file.")
         if path.is_file() and _starts_as_pointer(path):
             raise UserError(
-                f"{path} is not the file itself but the pointer that Git LFS keeps in its place: run `git lfs pull` "
+                f"{path} is only a pointer of Git LFS, not the file itself: run `git lfs pull` "
                 "in its repository, or download it again."
             )
 

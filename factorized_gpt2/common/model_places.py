@@ -42,7 +42,9 @@ def refuse_missing(name_or_path: str) -> None:
     if was_fetched:
         return
     if is_path or is_in_folder:
-        raise UserError(f"The folder {name_or_path} does not exist: make that model first, or name another.")
+        raise UserError(
+            f"The folder {name_or_path} does not exist: train or compress that model first, or name another."
+        )
     _ask_the_hub(name_or_path)
 
 

@@ -1,13 +1,10 @@
 """A trained baseline to models whose vocabulary is of integers, at a budget of bytes."""
 
-import copy
-import logging
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
-import torch
 from transformers import PreTrainedModel
 
 from ..common.errors import UserError, first_line
@@ -16,19 +13,15 @@ from ..models.dtypes import in_dtype
 from ..models.factors import Factors
 from ..models.sizes import vocabulary_width
 from ..network.coded_table import CodedTable
-from ..network.modeling_factorized_gpt2 import FactorizedGPT2
-from .calibration import spread_blocks
 from .compressor import AnyCompressor
 from .methods import CODED
 from .ranks import check_ranks
-from .vocabulary_refinement import TOKENS_PER_STEP, RefinableTable, Teacher, refine_vocabulary
+from .refinement import refine_against
+from .vocabulary_refinement import RefinableTable
 
 SEARCHED = tuple(float(f"{0.5 * 2 ** (step / 8):.3f}") for step in range(33))  # bits a weight, from 0.5 to 8
 _MOST_BITS = 16
 REFINED_BITS = 5  # a row: what its gain and bias take
-HELD_OUT = 16  # one of so many blocks decides whether what was refined is kept
-
-logger = logging.getLogger(__name__)
 
 
 class BudgetTooSmall(UserError):
@@ -117,27 +110,11 @@ class CodedCompressor(AnyCompressor[Budget]):
         return table
 
     def _refined(self, table: CodedTable) -> CodedTable:
-        tokens = TOKENS_PER_STEP * self.recipe.refine_steps
-        blocks = spread_blocks(self.text.blocks, tokens + tokens // HELD_OUT)
-        if len(blocks) < 2:
-            raise UserError(f"{self.text.name} has one block of text; refinement needs one more, to be judged by.")
-        ids = torch.stack(
-            [torch.as_tensor(blocks[number]["input_ids"], dtype=torch.int64) for number in range(len(blocks))]
-        ).to(self.device)
-        baseline = cast(FactorizedGPT2, self.baseline.model)
-        trunk = copy.deepcopy(baseline.transformer).float().to(self.device).requires_grad_(False)
-
-        def hidden(embeds: torch.Tensor) -> torch.Tensor:
-            return trunk(inputs_embeds=embeds, use_cache=False).last_hidden_state
-
-        weight = torch.from_numpy(self._matrices[0]).to(self.device)
-        text = Teacher.read(hidden, weight, ids, "Reading what is to be matched" if self.progress else None)
-        is_held_out = torch.arange(len(ids)) % HELD_OUT == min(HELD_OUT, len(ids)) - 1
-        vocabulary, steps, seed = RefinableTable(table).to(self.device), self.recipe.refine_steps, self.recipe.seed
-        before, after = refine_vocabulary(
-            vocabulary, hidden, text[~is_held_out], text[is_held_out], steps, seed, self.progress
+        vocabulary, recipe = RefinableTable(table), self.recipe
+        refine_against(
+            *(self.baseline.model, vocabulary, self.text.blocks, recipe.refine_steps, recipe.seed),
+            *(self.progress, self.device),
         )
-        logger.info("Refinement: the divergence from the baseline falls from %.3g to %.3g nats.", before, after)
         return vocabulary.table()
 
     def name_of(self, size: Budget) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Generic, Protocol, TypeVar, cast
+from typing import Any, Generic, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -37,7 +37,7 @@ from .factor_files import pca_factors
 from .methods import VARIANCE
 from .ranks import check_ranks
 from .recipe import CalibrationText, Recipe
-from .refinement import check_device, refine
+from .refinement import refine
 
 logger = logging.getLogger(__name__)
 
@@ -65,7 +65,7 @@ class AnyCompressor(ABC, Generic[Size]):
         progress: Whether long work shows a bar.
 
     Raises:
-        UserError: The recipe needs text and there is none, or refinement, which this device cannot do.
+        UserError: The recipe needs text and there is none.
     """
 
     def __init__(
@@ -82,10 +82,6 @@ class AnyCompressor(ABC, Generic[Size]):
         if recipe.needs_text and text is None:
             what = f"method {recipe.method}" if recipe.entry.needs_text else "refinement"
             raise UserError(f"{what} learns from text: set calibration_file or dataset_name.")
-        if recipe.refine_steps:
-            if not isinstance(baseline.model, FactorizedGPT2):
-                raise UserError(f"refine is for GPT-2 alone so far; {baseline.name} is another decoder.")
-            check_device(device)
         self.baseline, self.root, self.tokenizer, self.text = baseline, root, tokenizer, text
         self.recipe = replace(
             recipe,
@@ -326,8 +322,8 @@ class Compressor(AnyCompressor[int]):
             model = with_factors(self.baseline.model, factors)
         if self.recipe.refine_steps:
             model = refine(
-                cast(FactorizedGPT2, model),
-                cast(FactorizedGPT2, self.baseline.model),
+                model,
+                self.baseline.model,
                 self.text.blocks,
                 self.recipe.refine_steps,
                 self.recipe.seed,

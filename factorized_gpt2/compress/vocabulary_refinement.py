@@ -1,6 +1,6 @@
 """Refinement of a vocabulary that stands for another: what is trainable of it is fitted to the original's predictions.
 
-The trunk does not change, and of the vocabulary only few numbers do: codes of a coded table stay what they are.
+The trunk does not change, and of a coded table only few numbers do: its codes stay what they are.
 """
 
 import copy
@@ -18,7 +18,6 @@ from ..common.progress import Progress
 from ..network.coded_table import BIAS_NAT, GAIN_OCTAVE, CodedTable
 from ..trainer.distillation import divergence_rows
 
-TOKENS_PER_STEP = 1024
 LEAST_RATE = 0.05  # of the largest, at the end of the cosine
 _WARMUP = 5  # steps
 _ROWS_AT_ONCE = 512  # of logits, (rows, V)
@@ -27,7 +26,13 @@ Trunk = Callable[[torch.Tensor], torch.Tensor]  # embeddings (B, T, d) to what t
 
 
 class TrainableVocabulary(nn.Module, ABC):
-    """Both uses of a vocabulary, of which parts are trainable."""
+    """Both uses of a vocabulary, of which parts are trainable.
+
+    Attributes:
+        tokens_per_step: How many a step learns from.
+    """
+
+    tokens_per_step = 1024
 
     @abstractmethod
     def embed(self, ids: torch.Tensor) -> torch.Tensor:
@@ -35,11 +40,15 @@ class TrainableVocabulary(nn.Module, ABC):
 
     @abstractmethod
     def score(self, states: torch.Tensor) -> torch.Tensor:
-        """Compute logits (n, V) of states (n, d)."""
+        """Compute products (n, V) of states (n, d) with the head's matrix, and what bias there is in it."""
 
     @abstractmethod
-    def parameter_groups(self) -> list[dict]:
-        """Return parameters with their largest learning rates, as an optimizer takes them."""
+    def parameter_groups(self, divergence: float) -> list[dict]:
+        """Return parameters with their largest learning rates, as an optimizer takes them.
+
+        Args:
+            divergence: Of the start, in nats a token.
+        """
 
     @abstractmethod
     def round(self) -> None:
@@ -48,27 +57,24 @@ class TrainableVocabulary(nn.Module, ABC):
 
 @dataclass(frozen=True)
 class Teacher:
-    """What the original model predicts on blocks of text.
+    """The original model's vocabulary, and blocks of text to predict.
 
     Attributes:
-        weight: (V, d) float32, the original vocabulary.
+        weight: (V, d) floats, the original head.
         ids: (n, T) int64, tokens.
-        states: (n, T, d) float32, what the original head is given.
+        states: (n, T, d) floats, what the original head is given, where it is known.
+        embedding: (V, d) floats, the original embedding; `None` where it is tied.
+        finish: What makes logits of what a head computes, (n, V) to (n, V); `None`: they are the logits.
     """
 
     weight: torch.Tensor
     ids: torch.Tensor
-    states: torch.Tensor
-
-    @staticmethod
-    @torch.no_grad()
-    def read(trunk: Trunk, weight: torch.Tensor, ids: torch.Tensor, desc: str | None = None) -> "Teacher":
-        """Run the original model over blocks (n, T), one after the other."""
-        rows = Progress(ids, desc=desc, disable=desc is None)
-        return Teacher(weight, ids, torch.cat([trunk(nn.functional.embedding(row[None], weight)) for row in rows]))
+    states: torch.Tensor | None = None
+    embedding: torch.Tensor | None = None
+    finish: Callable[[torch.Tensor], torch.Tensor] | None = None
 
     def __getitem__(self, rows: slice | torch.Tensor) -> "Teacher":
-        return Teacher(self.weight, self.ids[rows], self.states[rows])
+        return replace(self, ids=self.ids[rows], states=None if self.states is None else self.states[rows])
 
     def divergence(self, vocabulary: TrainableVocabulary, trunk: Trunk, backward: bool = False) -> float:
         """Compute KL(original || small) in nats a token, logits of some rows at a time.
@@ -81,20 +87,26 @@ class Teacher:
         Returns:
             The mean over all tokens.
         """
+        finish = self.finish or (lambda logits: logits)
         hidden = trunk(vocabulary.embed(self.ids)).flatten(0, 1)
         states = hidden.detach().requires_grad_(backward)
         nats = 0.0
-        parts = (each.split(_ROWS_AT_ONCE) for each in (states, self.states.flatten(0, 1)))
+        parts = (each.split(_ROWS_AT_ONCE) for each in (states, self._read(trunk).flatten(0, 1)))
         for own, original in zip(*parts, strict=True):
-            logits = vocabulary.score(own)
+            logits = finish(vocabulary.score(own))
             with torch.no_grad():
-                divergences, gradients = divergence_rows(logits.detach(), original @ self.weight.T)
+                divergences, gradients = divergence_rows(logits.detach(), finish(original @ self.weight.T))
             nats += divergences.sum().item()
             if backward:
                 logits.backward(gradients / len(states))
         if backward:
             hidden.backward(states.grad)
         return nats / len(states)
+
+    @torch.no_grad()
+    def _read(self, trunk: Trunk) -> torch.Tensor:
+        embedding = self.weight if self.embedding is None else self.embedding
+        return trunk(nn.functional.embedding(self.ids, embedding)) if self.states is None else self.states
 
 
 def refine_vocabulary(
@@ -113,32 +125,30 @@ def refine_vocabulary(
         trunk: Of which no parameter requires a gradient.
         teacher: The text to train on; used more than once if it is too short.
         held_out: Other text, by which is decided whether the result is better than the start.
-        steps: How many, of `TOKENS_PER_STEP` tokens.
+        steps: How many, of `tokens_per_step` tokens.
         seed: Of the order of the blocks.
         progress: Whether to show a bar.
 
     Returns:
-        The divergence on `held_out` before and after, in nats a token. Where it grew, the vocabulary is what it was,
-        and both are equal.
+        The divergence on `held_out` before and after, in nats a token. Where it did not fall, the vocabulary is what
+        it was, and both are equal.
 
     Raises:
         UserError: NaN or infinity on the way.
     """
     generator = torch.Generator().manual_seed(seed)
-    before, start = _measure(vocabulary, trunk, held_out), copy.deepcopy(vocabulary.state_dict())
-    groups = vocabulary.parameter_groups()
-    optimizer = torch.optim.Adam(groups, betas=(0.9, 0.95), eps=1e-12)
+    start = copy.deepcopy(vocabulary.state_dict())
+    before = _finite(_measure(vocabulary, trunk, held_out), "before its first step")
+    optimizer = torch.optim.Adam(vocabulary.parameter_groups(before), betas=(0.9, 0.95), eps=1e-12)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _share(step, steps))
-    at_once = max(1, TOKENS_PER_STEP // teacher.ids.shape[1])
+    at_once = max(1, vocabulary.tokens_per_step // teacher.ids.shape[1])
     order = torch.empty(0, dtype=torch.int64)
-    for _ in Progress(range(steps), desc="refining", disable=not progress):
+    for step in Progress(range(steps), desc="Refining", disable=not progress):
         while len(order) < at_once:
             order = torch.cat([order, torch.randperm(len(teacher.ids), generator=generator)])
         rows, order = order[:at_once], order[at_once:]
         optimizer.zero_grad()
-        nats = teacher[rows].divergence(vocabulary, trunk, backward=True)
-        if not math.isfinite(nats):
-            raise UserError(f"Refinement failed: the divergence from the original model is {nats}.")
+        _finite(teacher[rows].divergence(vocabulary, trunk, backward=True), f"after {step} steps")
         optimizer.step()
         schedule.step()
     vocabulary.round()
@@ -147,6 +157,14 @@ def refine_vocabulary(
         vocabulary.load_state_dict(start)
         after = before
     return before, after
+
+
+def _finite(divergence: float, when: str) -> float:
+    if not math.isfinite(divergence):
+        raise UserError(
+            f"Refinement failed: the divergence from the original model is {divergence} {when}. Compress without it."
+        )
+    return divergence
 
 
 class RefinableTable(TrainableVocabulary):
@@ -192,7 +210,7 @@ class RefinableTable(TrainableVocabulary):
         products = (turned.to(self.codes.dtype) @ self.codes.T).float()
         return products * (self.steps * self.gains.exp()) + self.bias
 
-    def parameter_groups(self) -> list[dict]:
+    def parameter_groups(self, divergence: float) -> list[dict]:
         """Return parameters with their largest learning rates, as an optimizer takes them."""
         spread = float(self.mean.detach().std()) + 1e-12
         return [

@@ -17,13 +17,14 @@ from ..common.markdown import code, escaped
 from ..compress.methods import METHODS
 from ..models.adapter_folder import LIBRARY, LORA_TAG, lora_summary
 from ..models.record import RECORD_NAME
+from ..models.sizes import vocabulary_width
+from ..network.configuration_factorized_causal_lm import FactorizedCausalLMConfig
 from ..network.configuration_factorized_gpt2 import FactorizedGPT2Config
 from ..runs.results import Results, megabytes
 from ..text.loss import perplexity
 from ..text.source import TextSource
 
 TRANSFORMERS = "5.10"  # the oldest version that the code of the network runs with
-TAGS = ["factorized_gpt2", "custom_code", "text-generation"]
 
 
 @dataclass(frozen=True)
@@ -117,7 +118,7 @@ class History:
 
 def model_card(
     repo_id: str,
-    config: FactorizedGPT2Config,
+    config: FactorizedGPT2Config | FactorizedCausalLMConfig,
     size: tuple[int, int],
     history: History,
     measured: Measurement | None = None,
@@ -151,8 +152,11 @@ def model_card(
         f"tokenizer = AutoTokenizer.from_pretrained({where}, trust_remote_code=True)",
         f"model = AutoModelForCausalLM.from_pretrained({where}, trust_remote_code=True)",
     )
-    package = ("from factorized_gpt2 import FactorizedGPT2", f"model = FactorizedGPT2.from_pretrained({where})")
-    data = _metadata(name, measured, history, base_model, license, library_name="transformers", tags=TAGS)
+    base = config.get_text_config()
+    decoder = None if base is config else base.model_type
+    own_class = "FactorizedGPT2" if decoder is None else "FactorizedCausalLM"
+    package = (f"from factorized_gpt2 import {own_class}", f"model = {own_class}.from_pretrained({where})")
+    data = _metadata(name, measured, history, base_model, license, library_name="transformers", tags=_tags(decoder))
     return _card(
         data,
         f"# {name}",
@@ -176,6 +180,7 @@ def adapter_card(
     history: History,
     license: str | None = None,
     revision: str | None = None,
+    decoder: str | None = None,
 ) -> ModelCard:
     """Write the card of an adapter.
 
@@ -186,6 +191,7 @@ def adapter_card(
         history: Of the run that trained it.
         license: As in `model_card`.
         revision: As in `model_card`.
+        decoder: The `model_type` of what it adapts, apart from its vocabulary; `None`: a GPT-2.
 
     Returns:
         The card.
@@ -198,8 +204,16 @@ def adapter_card(
         "model = model.merge_and_unload()  # as small as the base, and as fast",
     )
     is_factorized = results is None or results.n_embd_wte is not None
-    adapted = "a GPT-2 with a factorized vocabulary" if is_factorized else "a GPT-2"
-    data = _metadata(name, measured, history, base_model, license, library_name=LIBRARY, tags=[*TAGS, LORA_TAG])
+    adapted = f"a {_kind(decoder)}" + (" with a factorized vocabulary" if is_factorized else "")
+    data = _metadata(
+        name,
+        measured,
+        history,
+        base_model,
+        license,
+        library_name=LIBRARY,
+        tags=[*_tags(decoder), LORA_TAG],
+    )
     return _card(
         data,
         f"# {name}",
@@ -251,19 +265,30 @@ def _metadata(
     )
 
 
-def _architecture(config: FactorizedGPT2Config) -> str:
-    shape = f"{config.n_layer} layers, width d = {config.n_embd}, V = {config.vocab_size:,} tokens"
+def _kind(decoder: str | None) -> str:
+    return "GPT-2" if decoder is None else f"{code(decoder)} model of transformers"
+
+
+def _tags(decoder: str | None) -> list[str]:
+    kinds = [FactorizedGPT2Config.model_type] if decoder is None else [FactorizedCausalLMConfig.model_type, decoder]
+    return [*kinds, "custom_code", "text-generation"]
+
+
+def _architecture(config: FactorizedGPT2Config | FactorizedCausalLMConfig) -> str:
+    base = config.get_text_config()
+    kind = f"A {_kind(None if base is config else base.model_type)}"
+    shape = f"{base.num_hidden_layers} layers, width d = {vocabulary_width(base)}, V = {base.vocab_size:,} tokens"
     if not config.is_factorized:
-        return f"A GPT-2: {shape}."
+        return f"{kind}: {shape}."
     if config.is_coded:
         return (
-            f"A GPT-2 with a vocabulary of integers: {shape}. Embedding and head share a V x k table of int8 with a "
+            f"{kind} with a vocabulary of integers: {shape}. Embedding and head share a V x k table of int8 with a "
             f"step a row, k = {config.n_embd_wte}, and a k x d and a d x k matrix lead to and from it. The file holds "
             "the table entropy-coded; in memory a number takes a byte."
         )
     head = "the first of them again" if config.tie_word_embeddings else "a k x V matrix of its own"
     return (
-        f"A GPT-2 with a factorized vocabulary: {shape}. Its token embedding is the product of a V x k and a k x d "
+        f"{kind} with a factorized vocabulary: {shape}. Its token embedding is the product of a V x k and a k x d "
         f"matrix with k = {config.n_embd_wte}; its head is a d x k matrix and {head}."
     )
 

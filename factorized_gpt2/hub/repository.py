@@ -19,7 +19,7 @@ from typing import Any
 from huggingface_hub import CommitOperationAdd, HfApi, ModelCard, RepoUrl, get_token
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
 from huggingface_hub.utils import validate_repo_id
-from transformers import GPT2Tokenizer
+from transformers import GPT2Tokenizer, PreTrainedModel
 from transformers.dynamic_module_utils import get_relative_import_files
 from transformers.tokenization_utils_base import (
     ADDED_TOKENS_FILE,
@@ -36,17 +36,25 @@ from ..models.loading import CODE_KEYS, load_complete
 from ..models.record import RECORD_NAME
 from ..models.sizes import model_size, stored_bytes
 from ..network.classification_factorized_gpt2 import FactorizedGPT2ForSequenceClassification
+from ..network.configuration_factorized_causal_lm import FactorizedCausalLMConfig
 from ..network.configuration_factorized_gpt2 import FactorizedGPT2Config
+from ..network.modeling_factorized_causal_lm import FactorizedCausalLM
 from ..network.modeling_factorized_gpt2 import FactorizedGPT2, FactorizedGPT2Model
 from ..runs.results import RESULTS_NAME
 from ..text.tokenizer_files import portable_config
 from .model_card import History, Measurement, adapter_card, model_card
 
-AUTO_CLASSES = {
-    "AutoConfig": FactorizedGPT2Config,
-    "AutoModel": FactorizedGPT2Model,
-    "AutoModelForCausalLM": FactorizedGPT2,
-    "AutoModelForSequenceClassification": FactorizedGPT2ForSequenceClassification,
+AUTO_CLASSES: dict[str, dict[str, type]] = {  # by model_type
+    FactorizedGPT2Config.model_type: {
+        "AutoConfig": FactorizedGPT2Config,
+        "AutoModel": FactorizedGPT2Model,
+        "AutoModelForCausalLM": FactorizedGPT2,
+        "AutoModelForSequenceClassification": FactorizedGPT2ForSequenceClassification,
+    },
+    FactorizedCausalLMConfig.model_type: {
+        "AutoConfig": FactorizedCausalLMConfig,
+        "AutoModelForCausalLM": FactorizedCausalLM,
+    },
 }
 
 _TOKENIZER_FILES = (
@@ -94,7 +102,7 @@ def publish(
     if not (folder / CONFIG_NAME).is_file():
         raise UserError(f"{folder} is no model folder: it has no {CONFIG_NAME}.")
     model, history = load_complete(str(folder)), History.read(folder)
-    if not isinstance(model, FactorizedGPT2):
+    if not isinstance(model, FactorizedGPT2 | FactorizedCausalLM):
         raise UserError(f"{folder} holds a {model.config.model_type!r} model; this publishes the package's own only.")
     size = model_size(model)
     with _hub(f"{folder} was not published to {repo_id}", token, repo_id, base_model) as api:
@@ -114,7 +122,8 @@ def publish(
         )
         with TemporaryDirectory() as temporary:
             stored = _as_transformers_loads_it(folder, model, Path(temporary))
-            files = _model_files(folder, stored) | {path.name: path for path in [*code_files(), *plots]}
+            code = code_files(model.config.model_type)
+            files = _model_files(folder, stored, model) | {path.name: path for path in [*code, *plots]}
             return _commit(api, url, files, card, revision)
 
 
@@ -155,18 +164,21 @@ def publish_adapter(
         if found is None:
             raise UserError(f"{base_model} is not on the Hub; publish the model that {folder} adapts first.")
         url = _make_repository(api, repo_id, private, revision)
-        card = adapter_card(url.repo_id, found, lora, history, license or base_license, revision)
+        merged = folder.parent / CONFIG_NAME
+        decoder = read_json(merged).get("base_config") if merged.is_file() else None
+        kind = decoder and decoder.get("model_type")
+        card = adapter_card(url.repo_id, found, lora, history, license or base_license, revision, kind)
         config = _as_json(lora | {"base_model_name_or_path": found})
         return _commit(api, url, {ADAPTER_CONFIG: config, ADAPTER_WEIGHTS: folder / ADAPTER_WEIGHTS}, card, revision)
 
 
-def code_files() -> list[Path]:
-    """List the files that define the network: what transformers will fetch for the classes of `auto_map`."""
-    starts = {Path(inspect.getfile(made)) for made in AUTO_CLASSES.values()}
+def code_files(model_type: str) -> list[Path]:
+    """List the files that define a network: what transformers will fetch for the classes of `auto_map`."""
+    starts = {Path(inspect.getfile(made)) for made in AUTO_CLASSES[model_type].values()}
     return sorted(starts.union(*(map(Path, get_relative_import_files(start)) for start in starts)))
 
 
-def _as_transformers_loads_it(folder: Path, model: FactorizedGPT2, temporary: Path) -> Path:
+def _as_transformers_loads_it(folder: Path, model: PreTrainedModel, temporary: Path) -> Path:
     """Return the folder; where transformers alone would not load the model from there, another that has it saved."""
     if model.name_or_path and list(folder.glob(_WEIGHTS)):
         return folder
@@ -174,14 +186,16 @@ def _as_transformers_loads_it(folder: Path, model: FactorizedGPT2, temporary: Pa
     return temporary
 
 
-def _model_files(folder: Path, stored: Path) -> dict[str, Path | bytes]:
+def _model_files(folder: Path, stored: Path, model: PreTrainedModel) -> dict[str, Path | bytes]:
     """Collect weights, configuration, tokenizer and records by their names in the repository.
 
     Args:
         folder: Of the model.
         stored: Where its weights and configuration are taken from.
+        model: It.
     """
-    auto_map = {auto: f"{Path(inspect.getfile(made)).stem}.{made.__name__}" for auto, made in AUTO_CLASSES.items()}
+    classes = AUTO_CLASSES[model.config.model_type].items()
+    auto_map = {auto: f"{Path(inspect.getfile(made)).stem}.{made.__name__}" for auto, made in classes}
     files: dict[str, Path | bytes] = {path.name: path for path in sorted(stored.glob(f"{_WEIGHTS}*"))}
     files[CONFIG_NAME] = _as_json(_without_code(read_json(stored / CONFIG_NAME)) | {"auto_map": auto_map})
     for name in (GENERATION_CONFIG_NAME, *_TOKENIZER_FILES):
@@ -210,8 +224,14 @@ def _without_code(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _as_json(content: dict[str, Any]) -> bytes:
-    kept = {name: value for name, value in content.items() if name not in _OF_THIS_MACHINE}
-    return (json.dumps(kept, indent=2, sort_keys=True) + "\n").encode()
+    def kept(found: dict[str, Any]) -> dict[str, Any]:
+        return {
+            name: kept(value) if isinstance(value, dict) else value
+            for name, value in found.items()
+            if name not in _OF_THIS_MACHINE
+        }
+
+    return (json.dumps(kept(content), indent=2, sort_keys=True) + "\n").encode()
 
 
 def _without_paths(value: Any) -> Any:

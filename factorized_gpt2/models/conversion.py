@@ -67,7 +67,7 @@ def to_gpt2(model: FactorizedGPT2) -> GPT2LMHeadModel:
         ValueError: A weight that is missing, not accounted for or of the wrong shape, by name; a bias on the head.
     """
     if model.config.lm_head_bias:
-        raise ValueError("The head has a bias, which GPT-2's has no place for.")
+        raise ValueError("The head has a bias, which GPT-2's head cannot have.")
     model = model.dequantize() if model.config.is_coded else model
     config = model.config
     state = dict(model.state_dict())
@@ -234,7 +234,7 @@ def factor_weights(
     if isinstance(factors, CodedTable):
         found = (len(factors.codes), len(factors.mean))
         if found != shape:
-            raise ValueError(f"The coded table stands for a matrix of shape {found}, the model's is {shape}.")
+            raise ValueError(f"The coded table is for a matrix of shape {found}, but the model's has {shape}.")
         if must_untie:
             raise ValueError("A coded table is for a head that is tied, but the model's is not.")
         names = vocabulary_names(trunk)

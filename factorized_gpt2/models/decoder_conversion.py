@@ -31,7 +31,8 @@ def from_causal_lm(model: PreTrainedModel, factors: Factors | CodedTable) -> Fac
     Args:
         model: A decoder of transformers with one token embedding and one linear head. It is not changed.
         factors: Of its vocabulary matrices; with an `lm_head` of their own they untie a tied model. A coded table of
-            the matrix, which must be tied, makes a vocabulary of integers. A bias of the head stays as it is.
+            the matrix, which must be tied, makes a vocabulary of integers. A bias of the head stays, and one that a
+            table brings is added to it.
 
     Returns:
         A new model in evaluation mode, in the dtype and on the device of `model`.
@@ -43,19 +44,23 @@ def from_causal_lm(model: PreTrainedModel, factors: Factors | CodedTable) -> Fac
     tied = is_tied(embedding, head)
     shape = embedding.num_embeddings, embedding.embedding_dim
     weights = factor_weights(factors, shape, must_untie=not tied, trunk="")
+    own = None if head.bias is None else head.bias.detach().float().cpu()
+    biases = [bias for bias in (own, weights.pop("lm_head.bias", None)) if bias is not None]
     replaced = {id(parameter) for part in (embedding, head) for parameter in part.parameters()}
     state = model.state_dict(keep_vars=True)
     decoder = {f"model.{name}": weight for name, weight in state.items() if id(weight) not in replaced}
     table = factors if isinstance(factors, CodedTable) else None
+    base_config = copy.deepcopy(model.config)
+    base_config.name_or_path = ""  # it is another model
     config = FactorizedCausalLMConfig(
-        base_config=copy.deepcopy(model.config),
+        base_config=base_config,
         n_embd_wte=factors.codes.shape[1] if isinstance(factors, CodedTable) else factors.rank,
         vocabulary_dtype=None if table is None else "int8",
-        lm_head_bias=head.bias is not None,
+        lm_head_bias=bool(biases),
         tie_word_embeddings=tied and getattr(factors, "lm_head", None) is None,
     )
-    if head.bias is not None:
-        weights["lm_head.bias"] = head.bias.detach()
+    if biases:
+        weights["lm_head.bias"] = sum(biases[1:], biases[0])
     made = cast(FactorizedCausalLM, _load(FactorizedCausalLM, config, decoder | weights, model))
     if table is not None:
         cast(CodedEmbedding, made.wte).stored = without_codes(table)
@@ -87,7 +92,7 @@ def to_causal_lm(model: FactorizedCausalLM) -> PreTrainedModel:
     values = {id(embedding.weight): table, id(head.weight): state["lm_head.weight"] @ state["scale_down.weight"]}
     bias = state.get("lm_head.bias")
     if bias is not None and head.bias is None:
-        raise ValueError(f"The head has a bias, which that of {type(shell).__name__} has no place for.")
+        raise ValueError(f"The head has a bias, which the head of {type(shell).__name__} cannot have.")
     values |= {} if head.bias is None else {id(head.bias): torch.zeros(len(table)) if bias is None else bias}
     named = {name: id(weight) for name, weight in shell.named_parameters(remove_duplicate=False)}
     weights = {name: values[key] for name, key in named.items() if key in values}

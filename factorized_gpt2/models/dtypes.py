@@ -34,5 +34,5 @@ def in_dtype(model: Model, name: str | None) -> Model:
     largest = torch.finfo(dtype).max
     for weight_name, weight in model.named_parameters():
         if weight.detach().abs().max() > largest:
-            raise UserError(f"The weight {weight_name!r} is too large for dtype {name}; bfloat16 holds it.")
+            raise UserError(f"The weight {weight_name!r} is too large for dtype {name}; use bfloat16.")
     return model.to(dtype)

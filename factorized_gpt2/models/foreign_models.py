@@ -104,7 +104,7 @@ class LossOfLogits(nn.Module):
                 f"{name} cannot be evaluated in blocks of {block_size} tokens: {first_line(error)}"
             ) from error
         if (first - second).abs().max() > torch.finfo(self.model.dtype).eps ** _ROUNDING * first.std():
-            raise UserError(f"{name} is no causal language model: what it predicts depends on later tokens.")
+            raise UserError(f"{name} is not a causal language model: its predictions depend on later tokens.")
 
     def _last_logits(self, ids: torch.Tensor) -> torch.Tensor:
         """Compute float32 logits (n, V) of the last positions but one."""

@@ -66,9 +66,15 @@ def check_tokenizer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) 
     """
     vocab_size, tokens = model.config.get_text_config().vocab_size, vocabulary_size(tokenizer)
     if tokens > vocab_size:
-        raise UserError(f"The tokenizer has {tokens} tokens, the model only {vocab_size}; name the model's own.")
+        raise UserError(
+            f"The tokenizer has {tokens} tokens, the model only {vocab_size}: name the model's own tokenizer."
+        )
     if vocab_size - tokens > _PADDING:
-        logger.warning("The tokenizer has %d tokens, the model %d: is it the model's own?", tokens, vocab_size)
+        logger.warning(
+            "The tokenizer has %d tokens, the model %d: check that this is the model's own tokenizer.",
+            tokens,
+            vocab_size,
+        )
     ours, named = tokenizer.eos_token_id, model.config.eos_token_id
     if ours is not None and named is not None and ours not in (named if isinstance(named, list) else [named]):
         logger.warning(
@@ -107,7 +113,7 @@ def load_compressed(name_or_path: str) -> FactorizedGPT2 | FactorizedCausalLM:
     """
     model = load_complete(name_or_path)
     if not getattr(model.config, "is_factorized", False):
-        raise UserError(f"{name_or_path} is not factorized; compress.py makes it so.")
+        raise UserError(f"{name_or_path} is not factorized: compress it with compress.py first.")
     return model.eval()
 
 
@@ -156,10 +162,12 @@ def _mend_generation_config(config: GenerationConfig, name_or_path: str) -> None
         unused = [name for name in idle if getattr(config, name, None) not in (None, False)]
         for name in unused:
             setattr(config, name, getattr(GenerationConfig(), name))
-        with blaming(f"The generation_config.json of {name_or_path} is not valid; mend or remove it", ValueError):
+        with blaming(f"The generation_config.json of {name_or_path} is not valid; fix or remove it", ValueError):
             config.validate(strict=True)
         logger.warning(
-            "%s sets %s, which nothing there uses: left out of what is made of it.", name_or_path, ", ".join(unused)
+            "%s sets %s, which has no effect there: it is left out of models made from it.",
+            name_or_path,
+            ", ".join(unused),
         )
 
 
@@ -177,7 +185,7 @@ def load_causal_lm(name_or_path: str) -> PreTrainedModel:
     """
     config = _load_config(name_or_path)
     if config.is_encoder_decoder or type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
-        raise UserError(f"{name_or_path} is a {config.model_type!r} model, which is no causal language model.")
+        raise UserError(f"{name_or_path} is a {config.model_type!r} model, which is not a causal language model.")
     model = _load(AutoModelForCausalLM, config, name_or_path, ("missing_keys", "mismatched_keys")).eval()
     if getattr(model, "loss_type", None) is None:
         model.loss_type = "ForCausalLM"  # which transformers falls back to, with a warning
@@ -200,7 +208,7 @@ def _load_config(name_or_path: str) -> PretrainedConfig:
 def _refuse_adapter(name_or_path: str) -> None:
     if find_adapter_config_file(name_or_path) is not None:
         raise UserError(
-            f"{name_or_path} is an adapter, no model by itself: if train_hf.py made it, name the folder above it, "
+            f"{name_or_path} is an adapter, not a model: if train_hf.py made it, name the folder above it, "
             "which holds the merged model; else merge it into its base with PEFT (`merge_and_unload`) and save that."
         )
 
@@ -212,7 +220,7 @@ def _load(
     if isinstance(config, GPT2Config) and 0 < stored < least_parameters(config):  # which would be made before it fails
         raise UserError(
             f"{name_or_path}: config.json describes at least {least_parameters(config):,} weights, and the files of "
-            f"weights have {stored:,} bytes; they do not belong together."
+            f"weights have {stored:,} bytes; they do not belong together: check that the download is complete."
         )
     if isinstance(config, GPT2Config):
         model, loading = _load_as_stored(model_class, name_or_path, config)
@@ -228,12 +236,12 @@ def _load(
         if weight.dtype == torch.int8:  # the codes of a vocabulary of integers
             continue
         if weight.dtype not in _DTYPES:
-            raise UserError(f"The weight {name!r} of {name_or_path} is of {weight.dtype}, not of plain floats.")
+            raise UserError(f"The weight {name!r} of {name_or_path} has type {weight.dtype}, not a plain float type.")
         if not torch.isfinite(weight).all():
             raise UserError(f"The weight {name!r} of {name_or_path} contains NaN or infinity.")
     if beside:
         logger.warning(
-            "%s has another head beside its language model, and is taken without: %s", name_or_path, some_names(beside)
+            "%s has another head next to its language model, which is ignored: %s", name_or_path, some_names(beside)
         )
     if (
         isinstance(config, GPT2Config)
@@ -242,7 +250,8 @@ def _load(
         and model.lm_head.weight is not model.transformer.wte.weight
     ):
         logger.warning(
-            "%s has a head of its own, though its config says that it is tied: the head is kept, untied.", name_or_path
+            "%s has a separate head, although its config says that the head is tied: the separate head is kept.",
+            name_or_path,
         )
         model.config.tie_word_embeddings = False
         model.name_or_path = ""
@@ -271,7 +280,7 @@ def _load_as_stored(
             model.config.dtype = named
             return model.to(named), loading
         logger.warning(
-            "The weights of %s are %s, though its config says %s: they are kept as they are.",
+            "The weights of %s are %s, although its config says %s: they are kept as they are.",
             *(name_or_path, *(str(dtype).removeprefix("torch.") for dtype in (model.dtype, named))),
         )
         model.name_or_path = ""
@@ -312,7 +321,7 @@ def load_weights(model_class: Any, name_or_path: str, **options: Any) -> tuple[A
             return model_class.from_pretrained(name_or_path, trust_remote_code=False, **options)
         except UnpicklingError as error:
             raise UserError(
-                f"The weights of {name_or_path} are a pickle that holds more than weights, which is not loaded "
+                f"The weights of {name_or_path} are a pickle file with more than weights in it. It is not loaded "
                 "because it could do anything; ask whoever made it for safetensors."
             ) from error
 

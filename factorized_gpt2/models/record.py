@@ -83,5 +83,8 @@ def recorded_spectrum(folder: str) -> list[float] | None:
     """Read from the record of the compressed model that a run starts from what each rank keeps."""
     spectrum = compression_record(folder).get("spectrum")
     if not (spectrum is None or (isinstance(spectrum, list) and all(isinstance(share, float) for share in spectrum))):
-        raise UserError(f"The spectrum in {Path(folder) / RECORD_NAME} is no list of shares; compress once more.")
+        raise UserError(
+            f"The spectrum in {Path(folder) / RECORD_NAME} is not a list of numbers between 0 and 1: compress the "
+            f"model again."
+        )
     return spectrum

@@ -34,9 +34,9 @@ def fit_trl_head(model: nn.Module) -> nn.Module:
     """
     inner = next((module for module in model.modules() if isinstance(module, FactorizedGPT2)), None)
     if inner is None:
-        raise ValueError(f"{type(model).__name__} holds no FactorizedGPT2.")
+        raise ValueError(f"{type(model).__name__} contains no FactorizedGPT2.")
     if "forward" not in vars(inner):
-        raise ValueError("trl has not replaced the model's forward: make the trainer first.")
+        raise ValueError("trl has not replaced the model's forward yet: create the trainer first.")
     of_trl = inner.forward.__func__
 
     @functools.wraps(type(inner).forward)

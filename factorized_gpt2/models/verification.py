@@ -58,12 +58,14 @@ def verify_saved(folder: Path, probe: torch.Tensor, expected: torch.Tensor, devi
         RuntimeError: The reloaded model's logits differ.
     """
     if not torch.isfinite(expected).all():
-        raise UserError(f"The model for {name} computes NaN or infinity and is not kept: see what it was made from.")
+        raise UserError(
+            f"The model for {name} computes NaN or infinity and was not saved: check the model it was made from."
+        )
     reloaded = nn.Module.to(AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=False), device)
     difference = (probe_logits(reloaded, probe) - expected).abs().max().item()
     if not difference <= TOLERANCE * max(1.0, expected.abs().max().item()):
         raise RuntimeError(
-            f"The model saved for {name} is not the one that was made: logits differ by {difference:.2e}. "
+            f"The model saved for {name} does not equal the model in memory: logits differ by {difference:.2e}. "
             "It is not kept."
         )
     return difference

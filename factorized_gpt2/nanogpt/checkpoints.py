@@ -135,10 +135,10 @@ def _read_checkpoint(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any
         if not isinstance(content.get(name), dict):
             raise UserError(f"{path} is not a checkpoint of nanoGPT: it has no {name!r}.")
     if content.get("nan") is True:
-        raise UserError(f"{path} was saved when its loss had become NaN; take an earlier checkpoint.")
+        raise UserError(f"{path} was saved when its loss had become NaN; use an earlier checkpoint.")
     unknown = sorted(repr(name) for name in content.keys() - _CONTENT if content[name] is not None)
     if unknown:
-        raise UserError(f"{path} holds {', '.join(unknown[:3])}, which a checkpoint of nanoGPT does not.")
+        raise UserError(f"{path} holds {', '.join(unknown[:3])}, which a checkpoint of nanoGPT does not contain.")
     return content["model"], content["model_args"]
 
 
@@ -191,7 +191,7 @@ class _Weights:
         if self._left:
             names = sorted(self._left)
             more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-            raise UserError(f"No place for the weights {', '.join(map(repr, names[:3]))}{more}.")
+            raise UserError(f"Unknown weights: {', '.join(map(repr, names[:3]))}{more}.")
 
 
 def _vocabulary(left: _Weights, network: OldNetwork) -> dict[str, torch.Tensor]:
@@ -201,7 +201,10 @@ def _vocabulary(left: _Weights, network: OldNetwork) -> dict[str, torch.Tensor]:
         left.take(name, network.vocab_size, rank or width) for name in ("transformer.wte.weight", "lm_head.weight")
     )
     if network.tied and not torch.equal(wte, head):
-        raise UserError("The weight 'lm_head.weight' is not 'transformer.wte.weight', but is said to be tied to it.")
+        raise UserError(
+            "The weight 'lm_head.weight' differs from 'transformer.wte.weight', although the options say that they "
+            "are tied."
+        )
     state = {
         "transformer.wte.weight": wte,
         "lm_head.weight": head,
@@ -215,7 +218,8 @@ def _vocabulary(left: _Weights, network: OldNetwork) -> dict[str, torch.Tensor]:
         )
         if network.scales_tied and not torch.equal(scale_up, scale_down):
             raise UserError(
-                "'transformer.scale_down.weight' is not 'transformer.scale_up.weight', but said to be tied."
+                "'transformer.scale_down.weight' differs from 'transformer.scale_up.weight', although the options say "
+                "that they are tied."
             )
         state |= {"transformer.scale_up.weight": scale_up, "scale_down.weight": scale_down.T.contiguous()}
         if SCALE_BIAS in left:

@@ -53,12 +53,14 @@ def replace_vocabulary(
         vocab_size, rank = wte.shape
         is_alone = scale_npz is None and not options.get("n_embd_wte")
         if is_alone and rank != width:
-            raise UserError(f"{wte_npy} is {rank} wide, the checkpoint {width}: its scale matrices are needed too.")
+            raise UserError(
+                f"{wte_npy} has width {rank}, but the checkpoint has {width}: give the scale matrices (scale_npz) too."
+            )
         options |= {"vocab_size": vocab_size, "n_embd_wte": None if is_alone else rank, "wte_weight_tying": True}
     if scale_npz is not None:
         arrays, rank = _read_npz(Path(scale_npz)), options.get("n_embd_wte")
         if not rank:
-            raise UserError(f"{scale_npz} is of no use without a wte: the checkpoint is not factorized.")
+            raise UserError(f"{scale_npz} has no effect without wte_npy, because the checkpoint is not factorized.")
         for name in _SCALES:
             new[f"transformer.{name}.weight"] = _oriented(arrays[name], width, rank, f"{name} in {scale_npz}")
         scale_up, scale_down = (new[f"transformer.{name}.weight"] for name in _SCALES)
@@ -91,7 +93,7 @@ def old_factors(source: FactorizedGPT2 | Factors) -> dict[str, np.ndarray]:
         if not source.config.is_factorized:
             raise UserError("The model is not factorized.")
         if source.config.is_coded:
-            raise UserError("The model's vocabulary is of integers: `dequantize()` makes floats of it.")
+            raise UserError("The model has an integer vocabulary: convert it to floats with `dequantize()` first.")
         tied, up = source.config.tie_word_embeddings, source.transformer.scale_up
         wte, scale_up, scale_down = (
             _array(module.weight) for module in (source.transformer.wte, up, source.scale_down)
@@ -101,7 +103,9 @@ def old_factors(source: FactorizedGPT2 | Factors) -> dict[str, np.ndarray]:
         tied, mean = source.lm_head is None, source.mean
         wte, scale_up, scale_down = source.wte, source.scale_up, source.scale_down.T
     if not tied:
-        raise UserError("The head has a matrix of its own (lm_head); whoever imports wte ties the head to it.")
+        raise UserError(
+            "The head has its own matrix (lm_head), which these files cannot store: they always have a tied head."
+        )
     if mean.any():
         wte = np.concatenate([wte, np.ones_like(wte[:, :1])], axis=1)
         scale_up = np.concatenate([scale_up, mean[None]])
@@ -161,7 +165,7 @@ def _read_npz(path: Path) -> dict[str, torch.Tensor]:
             raise UserError(f"{path} has no {name!r}.")
     unknown = sorted(arrays.keys() - _PROTOCOL)
     if unknown:
-        raise UserError(f"{path} holds {unknown[0]!r}, which has no place in a model.")
+        raise UserError(f"{path} holds {unknown[0]!r}, which is not known here.")
     return {
         name: _tensor(arrays[name], f"{name} in {path}") for name in (*_SCALES, "mean", "lm_head") if name in arrays
     }
@@ -169,7 +173,7 @@ def _read_npz(path: Path) -> dict[str, torch.Tensor]:
 
 def _tensor(array: np.ndarray, what: str) -> torch.Tensor:
     if array.dtype.kind != "f":
-        raise UserError(f"{what} is of {array.dtype}, not of floats.")
+        raise UserError(f"{what} has type {array.dtype}, not a float type.")
     with np.errstate(over="ignore"):  # what becomes infinite is refused with the weights
         return torch.from_numpy(np.ascontiguousarray(array, dtype=np.float32))
 

@@ -114,16 +114,18 @@ def _activation(options: Mapping[str, Any], asked: str | None) -> str:
 def _refuse_other_networks(options: Mapping[str, Any]) -> None:
     for name, value in options.items():
         if not isinstance(name, str):
-            raise UserError(f"The option {_shown(name)} is not named by a word.")
+            raise UserError(f"The name of the option {_shown(name)} is not text.")
         if not isinstance(value, bool | int | float | str | list | tuple | None):
-            raise UserError(f"{name!r} is a {type(value).__name__}, which is no value of an option.")
+            raise UserError(f"{name!r} is a {type(value).__name__}, which is not valid for an option.")
         if name in _REQUIRED:
             if value != _REQUIRED[name] and not (value is None and name.startswith("linear_variant_")):
                 raise UserError(f"{name}={_shown(value)} is not supported, only {name}={_REQUIRED[name]!r}.")
         elif name in _READ or name in _IDLE or name.startswith(_IDLE_PREFIXES) or name.endswith(_IDLE_SUFFIXES):
             continue
         elif value is not None and value is not False and value != []:
-            raise UserError(f"{_shown(name)[1:-1]}={_shown(value)} is not supported: GPT-2 has no such thing.")
+            raise UserError(
+                f"{_shown(name)[1:-1]}={_shown(value)} is not supported: GPT-2 has nothing that corresponds to it."
+            )
 
 
 def _size(options: Mapping[str, Any], name: str, default: int | None = None) -> int:

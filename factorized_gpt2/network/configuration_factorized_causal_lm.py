@@ -12,7 +12,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 class FactorizedCausalLMConfig(PreTrainedConfig):
     """The configuration of a decoder, and what stands in the place of its vocabulary's matrices.
 
-    Fields that are not here are those of `base_config`: `config.hidden_size` is `config.base_config.hidden_size`.
+    Fields that are not here are those of `base_config`, to read and to set: `config.hidden_size` is
+    `config.base_config.hidden_size`.
 
     Args:
         base_config: Of a causal language model of transformers, or a dict of its fields with its `model_type`.
@@ -52,6 +53,14 @@ class FactorizedCausalLMConfig(PreTrainedConfig):
             raise AttributeError(f"{type(self).__name__} has no attribute {name!r}.")
         return getattr(base, name)
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        base = self.__dict__.get("base_config")
+        is_own = name.startswith("_") or name in self.__dict__ or hasattr(type(self), name)
+        if not is_own and isinstance(base, PreTrainedConfig) and hasattr(base, name):
+            setattr(base, name, value)
+        else:
+            super().__setattr__(name, value)
+
     def get_text_config(self, *_: Any, **__: Any) -> PreTrainedConfig:
         """Return the configuration of the decoder, which caches and the vocabulary's size are made by."""
         return cast(PreTrainedConfig, self.base_config)
@@ -75,7 +84,7 @@ class FactorizedCausalLMConfig(PreTrainedConfig):
         if self.vocabulary_dtype not in (None, "int8"):
             raise ValueError(f'vocabulary_dtype must be "int8", or None for floats; got {self.vocabulary_dtype!r}.')
         if self.is_coded and not (self.tie_word_embeddings and self.scale_up_bias):
-            raise ValueError("A vocabulary of integers needs tie_word_embeddings and scale_up_bias.")
+            raise ValueError("An integer vocabulary needs tie_word_embeddings and scale_up_bias.")
 
 
 # `Trainer` shifts labels that it smooths for the models in this table alone, though others can be registered.

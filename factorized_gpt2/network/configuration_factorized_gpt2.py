@@ -59,9 +59,9 @@ class FactorizedGPT2Config(GPT2Config):
             raise ValueError(f'vocabulary_dtype must be "int8", or None for floats; got {self.vocabulary_dtype!r}.')
         if self.is_coded:
             if self.n_embd_wte is None or self.n_embd_wte < 1:
-                raise ValueError(f"A vocabulary of integers needs n_embd_wte, of 1 or more; got {self.n_embd_wte}.")
+                raise ValueError(f"An integer vocabulary needs n_embd_wte, of 1 or more; got {self.n_embd_wte}.")
             if not (self.tie_word_embeddings and self.scale_up_bias):
-                raise ValueError("A vocabulary of integers needs tie_word_embeddings and scale_up_bias.")
+                raise ValueError("An integer vocabulary needs tie_word_embeddings and scale_up_bias.")
         elif self.n_embd_wte is not None and not 1 <= self.n_embd_wte <= self.n_embd:
             raise ValueError(
                 f"n_embd_wte must lie between 1 and n_embd ({self.n_embd}), or be None for an unfactorized model; "

@@ -124,10 +124,10 @@ class FactorizedCausalLM(FactorizedHead, StoresVocabulary, PreTrainedModel, Gene
             A new model in evaluation mode; this one is not changed.
 
         Raises:
-            ValueError: The vocabulary is of floats already.
+            ValueError: The vocabulary already consists of floats.
         """
         if not self.config.is_coded:
-            raise ValueError("The vocabulary is of floats already.")
+            raise ValueError("The vocabulary already consists of floats.")
         model, config = copy.deepcopy(self), copy.deepcopy(self.config)
         config.vocabulary_dtype = None
         state = {

@@ -317,10 +317,10 @@ class FactorizedGPT2(FactorizedHead, FactorizedGPT2PreTrainedModel, GenerationMi
             A new model in evaluation mode; this one is not changed.
 
         Raises:
-            ValueError: The vocabulary is of floats already.
+            ValueError: The vocabulary already consists of floats.
         """
         if not self.config.is_coded:
-            raise ValueError("The vocabulary is of floats already.")
+            raise ValueError("The vocabulary already consists of floats.")
         config, state = copy.deepcopy(self.config), dict(self.state_dict())
         config.vocabulary_dtype = None
         wte = head = cast(CodedEmbedding, self.transformer.wte).dense()

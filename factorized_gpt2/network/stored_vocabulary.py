@@ -66,7 +66,7 @@ class StoresVocabulary(_Model):
             return state
         names = vocabulary_names(trunk, prefix)
         if not self.config.is_coded:
-            raise ValueError("The file holds a vocabulary of integers, but the configuration says floats.")
+            raise ValueError("The file has an integer vocabulary, but the configuration says floats.")
         absent = {
             *(() if hasattr(self, "lm_head") else names.tied),
             *((names.scale_down,) if getattr(self, "scale_down", None) is None else ()),
@@ -108,7 +108,7 @@ def _open_files(paths: list[str], opened: ExitStack) -> dict[str, Any]:
     state: dict[str, Any] = {}
     for path in paths:
         if Path(path).suffix != ".safetensors":
-            raise ValueError(f"A vocabulary of integers is read from safetensors alone, not from {Path(path).name}.")
+            raise ValueError(f"An integer vocabulary can only be read from safetensors, not from {Path(path).name}.")
         file = opened.enter_context(safe_open(path, framework="pt"))
         is_stream = {name: name.endswith(f"wte.{_STREAM}") for name in file.keys()}  # noqa: SIM118
         state |= {name: file.get_tensor(name) if is_stream[name] else file.get_slice(name) for name in is_stream}

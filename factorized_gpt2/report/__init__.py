@@ -1,4 +1,8 @@
-"""Results to a table and pictures. Read `reporting`, then `plots`."""
+"""Results to a table and pictures. Read `reporting`, then `studies`, `tables` and `plots`.
+
+`reporting` writes a report; `studies` puts runs beside their baselines, which `lineage` finds, and seeds together;
+`tables` lays them out; `plots` and `curves` draw them, in the styles of `drawing`.
+"""
 
 from ..common.lazy import exporting
 

@@ -1,4 +1,4 @@
-"""Results to pictures, for print: axes labelled, told apart in grey, as PNG and as SVG.
+"""Results to pictures: loss against rank and size, and what a rank leaves out. `curves` draws the training.
 
 Only what draws imports matplotlib.
 """
@@ -8,155 +8,137 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..common.errors import blaming, one_line
-from ..common.files import replacing_file
 from ..runs.families import FAMILIES
-from ..runs.results import Results
+from .drawing import LOSS_LABEL, RANK_LABEL, RANK_MARKERS, STYLES, plain, saved_axes
+from .studies import Entry, Study, distinctions, front
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-_STYLES = {  # told apart in grey by marker and dash
-    "lowrank-scratch": {"marker": "s", "linestyle": "--", "color": "0.45"},
-    "evaluation": {"marker": "1", "linestyle": ":", "color": "0.3"},
-    "lora": {"marker": "+", "linestyle": "-", "color": "0.3"},
-    "finetune": {"marker": "x", "linestyle": "-.", "color": "0.3"},
-    "pca-nofinetune": {"marker": "^", "linestyle": ":", "color": "tab:orange"},
-    "pca-lora": {"marker": "o", "linestyle": "-", "color": "tab:blue"},
-    "pca-finetune": {"marker": "D", "linestyle": "-.", "color": "tab:green"},
-    "weighted-nofinetune": {"marker": "<", "linestyle": ":", "color": "tab:olive"},
-    "weighted-lora": {"marker": "h", "linestyle": "-", "color": "tab:olive"},
-    "weighted-finetune": {"marker": "8", "linestyle": "-.", "color": "tab:olive"},
-    "joint-nofinetune": {"marker": ">", "linestyle": ":", "color": "tab:pink"},
-    "joint-lora": {"marker": "H", "linestyle": "-", "color": "tab:pink"},
-    "joint-finetune": {"marker": "2", "linestyle": "-.", "color": "tab:pink"},
-    "tokenwise-nofinetune": {"marker": "d", "linestyle": ":", "color": "tab:cyan"},
-    "tokenwise-lora": {"marker": "p", "linestyle": "-", "color": "tab:cyan"},
-    "tokenwise-finetune": {"marker": "3", "linestyle": "-.", "color": "tab:cyan"},
-    "coded-nofinetune": {"marker": "|", "linestyle": ":", "color": "tab:gray"},
-    "coded-lora": {"marker": "4", "linestyle": "-", "color": "tab:gray"},
-    "coded-finetune": {"marker": "*", "linestyle": "-.", "color": "tab:gray"},
-    "compressed-nofinetune": {"marker": "v", "linestyle": ":", "color": "tab:red"},
-    "compressed-lora": {"marker": "P", "linestyle": "-", "color": "tab:purple"},
-    "compressed-finetune": {"marker": "X", "linestyle": "-.", "color": "tab:brown"},
-}
-_RANK_MARKERS = "osD^vPX*"
-
-RANK_LABEL = "rank k of the token embedding"
-LOSS_LABEL = "validation loss [nats / token]"
+_VARIANTS: tuple[dict[str, Any], ...] = (
+    {"markersize": 6},
+    {"markersize": 9, "linewidth": 0.8},
+    {"markersize": 4, "linewidth": 2.5},
+)
+_CLOSE = 0.05  # share of an axis within which two ticks would overlap
+_ASIDE = 0.03  # octaves between lines that have bars, which would cover one another
+_SAME_SIZE = 0.01  # share of a model that its files add at most
 
 
-def plot_loss_against_rank(results: Sequence[Results], path: Path) -> None:
-    """Plot validation loss against k, a line a family, the baseline as a level.
+def plot_loss_against_rank(studies: Sequence[Study], path: Path) -> None:
+    """Plot validation loss against k, a line a family, the baseline as a level, a panel a study.
 
     Args:
-        results: In order of k within a family.
+        studies: Those without a rank, and the models whose size is told in bits, are left out.
         path: Image to write; `.png` and `.svg` both come of it.
     """
-    with _saved_axes(path) as (axes,):
-        ranks = sorted({row.n_embd_wte for row in results if row.n_embd_wte})
-        for label, style, rows in _lines([row for row in results if row.n_embd_wte]):
-            points = [(row.n_embd_wte, row.eval_loss) for row in rows]
-            axes.plot(*zip(*points, strict=True), label=label, **style)
-        _draw_baseline(axes, results)
-        axes.set_xscale("log", base=2)
-        axes.set_xticks(ranks, labels=map(str, ranks))
-        axes.set_xlabel(RANK_LABEL)
-        axes.set_ylabel(LOSS_LABEL)
-        axes.legend(frameon=False)
+    drawn = [study for study in studies if any(map(has_rank, study.others))]
+    with saved_axes(path, len(drawn), columns=2) as panels:
+        for axes, study in zip(panels, drawn, strict=True):
+            entries = [entry for entry in study.others if has_rank(entry)]
+            lines = list(_lines(entries))
+            has_bars = any(len(entry.runs) > 1 for entry in entries)
+            for number, (label, style, rows) in enumerate(lines):
+                aside = 2 ** (_ASIDE * (number - (len(lines) - 1) / 2)) if has_bars else 1
+                places = [aside * (entry.run.n_embd_wte or 0) for entry in rows]
+                _draw_entries(axes, places, rows, label=label, **style)
+            draw_level(axes, study.baseline)
+            ranks = sorted({entry.run.n_embd_wte or 0 for entry in entries})
+            axes.set_xscale("log", base=2)
+            axes.set_xticks(ranks, labels=map(str, ranks), rotation=45 if len(ranks) > 8 else 0)
+            axes.set_xlabel(RANK_LABEL)
+            axes.set_ylabel(LOSS_LABEL)
+            axes.set_title(plain(study.label), fontsize=10)
 
 
-def plot_loss_against_size(results: Sequence[Results], path: Path) -> None:
-    """Plot validation loss against megabytes of parameters, with the models that no other beats on both.
+def has_rank(entry: Entry) -> bool:
+    """Tell whether a model's size is told by its rank."""
+    return entry.run.n_embd_wte is not None and not entry.run.family.startswith("coded")
+
+
+def plot_loss_against_size(studies: Sequence[Study], path: Path) -> None:
+    """Plot validation loss against megabytes in memory and on disk, with the models that no other beats on both.
 
     Args:
-        results: Any number of runs.
+        studies: A row of panels each; one panel is for both sizes where they are the same.
         path: Image to write; `.png` and `.svg` both come of it.
     """
-    with _saved_axes(path) as (axes,):
-        front = _pareto_front([(row.bytes / 1e6, row.eval_loss) for row in results])
-        axes.plot(*zip(*front, strict=True), color="0.8", linewidth=6, zorder=0, label="no model is better on both")
-        for label, style, rows in _lines(results):
-            points = [(row.bytes / 1e6, row.eval_loss) for row in rows]
-            axes.plot(*zip(*points, strict=True), label=label, **style)
-            for row, point in zip(rows, points, strict=True):
-                if row.n_embd_wte and row.family.endswith("-nofinetune"):
-                    axes.annotate(
-                        f"k = {row.n_embd_wte}", point, xytext=(4, 6), textcoords="offset points", fontsize=8
-                    )
-        for row, which in _baselines(results):
-            axes.plot(row.bytes / 1e6, row.eval_loss, "k*", markersize=11, linestyle="", label=f"baseline{which}")
-        axes.margins(0.1)
-        axes.set_xlabel("parameters [MB]")
-        axes.set_ylabel(LOSS_LABEL)
-        axes.legend(frameon=False)
+    measures = {"bytes": "parameters in memory [MB]", "disk_bytes": "files of weights on disk [MB]"}
+    entries = [entry for study in studies for entry in study.entries]
+    pairs = [(entry.mean("bytes") or 0, entry.mean("disk_bytes")) for entry in entries]
+    if all(disk is None for _, disk in pairs):
+        del measures["disk_bytes"]
+    elif all(disk is not None and abs(disk - size) < _SAME_SIZE * size for size, disk in pairs):
+        measures = {"disk_bytes": "weights, in memory and on disk [MB]"}
+    wanted = [(study, measure) for study in studies for measure in measures]
+    with saved_axes(path, len(wanted), columns=2) as panels:
+        for axes, (study, measure) in zip(panels, wanted, strict=True):
+            sized = [entry for entry in study.entries if entry.mean(measure) is not None]
+            _draw_sizes(axes, sized, measure, has_bits=measure == list(measures)[-1])
+            axes.set_xlabel(measures[measure])
+            axes.set_ylabel(LOSS_LABEL)
+            axes.set_title(plain(study.label), fontsize=10)
 
 
-def plot_training_curves(results: Sequence[Results], path: Path) -> None:
-    """Plot validation loss (marked) and training loss (thin) against tokens, a panel for each family that trains.
+def _draw_sizes(axes: Axes, entries: Sequence[Entry], measure: str, has_bits: bool) -> None:
+    """Draw one panel; label the ranks above it and, where asked to, the bits at the points."""
+    megabytes = {entry: (entry.mean(measure) or 0) / 1e6 for entry in entries}
+    points = [(megabytes[entry], entry.loss) for entry in entries]
+    best = [points[number] for number in front(points)]
+    if best:
+        axes.plot(*zip(*best, strict=True), color="0.85", linewidth=7, zorder=0, label="no model is better on both")
+    for label, style, rows in _lines([entry for entry in entries if entry.run.family != "baseline"]):
+        _draw_entries(axes, [megabytes[entry] for entry in rows], rows, label=label, **style)
+    for entry in entries:
+        if entry.run.family == "baseline":
+            style = {"color": "black", "marker": "*", "markersize": 11, "linestyle": ""}
+            _draw_entries(axes, [megabytes[entry]], [entry], label="baseline", **style)
+    by_bits = {entry.run.bits_per_weight: entry for entry in sorted(entries, key=lambda entry: -entry.loss)}
+    labelled = {
+        bits: entry for bits, entry in by_bits.items() if has_bits and bits is not None and math.isfinite(entry.loss)
+    }
+    axes.margins(x=0.18 if labelled else 0.08, y=0.1)
+    _label_ranks(axes, {megabytes[entry]: entry.run.n_embd_wte or 0 for entry in entries if has_rank(entry)})
+    for bits, entry in labelled.items():
+        axes.annotate(
+                f"{bits:.2g} bits", (megabytes[entry], entry.loss), xytext=(-4, -3), textcoords="offset points",
+                ha="right", va="top", fontsize=8, bbox={"boxstyle": "square,pad=0", "color": "white", "alpha": 0.7},
+            )  # fmt: skip
+
+
+def _label_ranks(axes: Axes, ranks: dict[float, int]) -> None:
+    """Write k above the sizes of the models that have it, where there is room."""
+    low, high = axes.get_xlim()
+    shown: list[float] = []
+    for size in sorted(ranks):
+        if not shown or size - shown[-1] > _CLOSE * (high - low):
+            shown.append(size)
+    if shown:
+        above = axes.secondary_xaxis("top")
+        above.set_xticks(shown, labels=[str(ranks[size]) for size in shown], fontsize=8)
+        above.set_xlabel("rank k", fontsize=8)
+
+
+def plot_spectra(spectra: Sequence[tuple[str, Sequence[Sequence[float]], Sequence[int]]], path: Path) -> None:
+    """Plot what each rank leaves out of the variance of several baselines' embeddings.
 
     Args:
-        results: Runs with curves; those without are left out.
+        spectra: A panel each: its title; shares kept at rank 1, 2, ..., in [0, 1], of every seed; the ranks to mark.
         path: Image to write; `.png` and `.svg` both come of it.
     """
-    trained = [row for row in results if row.has_curve]
-    panels = {"from a random start": [row for row in trained if row.family in ("baseline", "lowrank-scratch")]}
-    for family in _STYLES:
-        if family != "lowrank-scratch":
-            panels[FAMILIES[family]] = [row for row in trained if row.family == family]
-    panels = {title: rows for title, rows in panels.items() if rows}
-    ranks = sorted({row.n_embd_wte for row in trained if row.n_embd_wte})
-    with _saved_axes(path, panels=max(1, len(panels))) as all_axes:
-        from matplotlib import colormaps
-
-        shades = {rank: colormaps["viridis"](index / len(ranks)) for index, rank in enumerate(ranks)}
-        for axes, (title, rows) in zip(all_axes, panels.items(), strict=False):
-            for row in rows:
-                rank = row.n_embd_wte
-                color = shades[rank] if rank else "black"
-                marker = _RANK_MARKERS[ranks.index(rank) % len(_RANK_MARKERS)] if rank else "x"
-                tokens = (row.tokens_per_step or 0) / 1e6
-                label = f"k = {rank}" if rank else "not factorized"
-                if row.training_curve:
-                    steps, losses = zip(*row.training_curve, strict=True)
-                    thin: dict[str, Any] = {
-                        "linewidth": 0.8,
-                        "alpha": 0.5,
-                        "label": None if row.validation_curve else label,
-                    }
-                    axes.plot([step * tokens for step in steps], losses, color=color, **thin)
-                if row.validation_curve:
-                    steps, losses = zip(*row.validation_curve, strict=True)
-                    axes.plot(
-                        [step * tokens for step in steps],
-                        losses,
-                        color=color,
-                        marker=marker,
-                        markersize=4,
-                        label=label,
-                    )
-            measured = [loss for row in rows for _, loss in row.validation_curve if math.isfinite(loss or math.nan)]
-            if measured:  # the first training losses, far above, would press the rest together
-                axes.set_ylim(top=max(measured) + 0.05 * (max(measured) - min(measured)) + 0.1)
-            if title != "from a random start":
-                _draw_baseline(axes, results)
-            axes.set_title(title, fontsize=10)
-            axes.set_xlabel("training tokens [millions]")
-            axes.set_ylabel("loss [nats / token]")
-            axes.legend(frameon=False, title="validation (thin: training)", title_fontsize=8, fontsize=8)
+    every = sorted({rank for _, _, ranks in spectra for rank in ranks})
+    markers = dict(zip(every, itertools.cycle(RANK_MARKERS), strict=False))
+    with saved_axes(path, len(spectra), columns=2) as panels:
+        for axes, (title, shares, ranks) in zip(panels, spectra, strict=True):
+            marked = {rank: markers[rank] for rank in ranks}
+            _draw_spectrum(axes, shares, marked, "variance", with_shares=len(spectra) == 1)
+            axes.set_title(plain(title), fontsize=10)
 
 
-def plot_spectrum(
-    shares: Sequence[float],
-    ranks: Sequence[int],
-    method: str,
-    path: Path,
-    others: Sequence[tuple[Sequence[float], Sequence[int]]] = (),
-) -> None:
+def plot_spectrum(shares: Sequence[float], ranks: Sequence[int], method: str, path: Path) -> None:
     """Plot what each rank leaves out of the quantity that a method maximises.
 
     Args:
@@ -164,23 +146,28 @@ def plot_spectrum(
         ranks: Those to mark; those beyond the shares are left out.
         method: The method's name: `pca` keeps a share of the variance, the others of their objective.
         path: Image to write; `.png` and `.svg` both come of it.
-        others: Shares and ranks of further baselines, each drawn as a line of its own.
     """
-    with _saved_axes(path) as (axes,):
-        dashes = itertools.cycle(("-", "--", ":", "-."))
-        for (kept, marked), dash in zip([(shares, ranks), *others], dashes, strict=False):
-            left_out = [1 - share for share in kept if share < 1 - 1e-6]  # the scale is logarithmic
-            of_width = f"d = {len(kept)}" if others else None
-            axes.plot(range(1, len(left_out) + 1), left_out, dash, color="black", linewidth=1.2, label=of_width)
-            known = [rank for rank in marked if rank <= len(kept)]
-            for rank, marker in zip(known, itertools.cycle(_RANK_MARKERS), strict=False):
-                label = f"k = {rank}: {kept[rank - 1]:.3f} kept"
-                axes.plot(rank, max(1 - kept[rank - 1], 1e-6), marker, label=label)
-        axes.set_yscale("log")
-        axes.set_xlabel(RANK_LABEL)
-        axes.set_ylabel(f"share of the {'variance' if method == 'pca' else 'objective'} left out")
-        if axes.get_legend_handles_labels()[1]:
-            axes.legend(frameon=False)
+    with saved_axes(path) as (axes,):
+        marked = dict(zip(ranks, itertools.cycle(RANK_MARKERS), strict=False))
+        _draw_spectrum(axes, [shares], marked, "variance" if method == "pca" else "objective", with_shares=True)
+
+
+def _draw_spectrum(
+    axes: Axes, spectra: Sequence[Sequence[float]], markers: dict[int, str], quantity: str, with_shares: bool
+) -> None:
+    for shares in spectra:
+        left_out = [1 - share for share in shares if share < 1 - 1e-6]  # the scale is logarithmic
+        axes.plot(range(1, len(left_out) + 1), left_out, "-", color="black", linewidth=1.2)
+    first = spectra[0]
+    for number, (rank, marker) in enumerate(markers.items()):
+        if rank <= len(first):
+            label = f"k = {rank}: {first[rank - 1]:.3f} kept" if with_shares else f"k = {rank}"
+            axes.plot(
+                rank, max(1 - first[rank - 1], 1e-6), marker, color=f"C{number}" if with_shares else "0.3", label=label
+            )
+    axes.set_yscale("log")
+    axes.set_xlabel(RANK_LABEL)
+    axes.set_ylabel(f"share of the {quantity} left out")
 
 
 def plot_loss_against_bytes(
@@ -195,7 +182,7 @@ def plot_loss_against_bytes(
         label: How the models were compressed.
         path: Image to write; `.png` and `.svg` both come of it.
     """
-    with _saved_axes(path) as (axes,):
+    with saved_axes(path) as (axes,):
         # On a logarithmic scale, a model that loses nothing stands at the lower edge.
         drawn = [(size / 1e6, max(increase, 1e-4), name) for size, increase, name in sorted(points)]
         axes.plot([size for size, _, _ in drawn], [increase for _, increase, _ in drawn], "o-", label=label)
@@ -207,59 +194,33 @@ def plot_loss_against_bytes(
         axes.margins(0.1)
         axes.set_xlabel("parameters [MB]")
         axes.set_ylabel("loss beyond the baseline's [nats / token]")
-        axes.legend(frameon=False)
 
 
-def _lines(results: Sequence[Results]) -> Iterator[tuple[str, dict, list[Results]]]:
-    """Yield a label, a style and the runs of every line: a family, or the part of it that starts from one baseline."""
-    several = len({row.baseline for row in results} - {None}) > 1
-    for family, style in _STYLES.items():
-        rows = [row for row in results if row.family == family]
-        for number, baseline in enumerate(dict.fromkeys(row.baseline for row in rows)):
-            whence = f", from {_plain(baseline)}" if several and baseline else ""
-            hollow = {"markerfacecolor": "white"} if number % 2 else {}
-            yield FAMILIES[family] + whence, style | hollow, [row for row in rows if row.baseline == baseline]
+def draw_level(axes: Axes, baseline: Entry | None) -> None:
+    """Draw the baseline's loss as a level, and where it has several seeds the band that they span."""
+    if baseline is None:
+        return
+    axes.axhline(baseline.loss, color="black", linewidth=1, label="baseline (not factorized)")
+    if len(baseline.runs) > 1:
+        axes.axhspan(*baseline.losses, color="black", alpha=0.12, linewidth=0)
 
 
-def _baselines(results: Sequence[Results]) -> list[tuple[Results, str]]:
-    """List the baselines, each with what tells it from the others where there are several."""
-    rows = [row for row in results if row.family == "baseline"]
-    return [(row, f" {_plain(row.settings.get('output_dir'))}" if len(rows) > 1 else "") for row in rows]
+def _lines(entries: Sequence[Entry]) -> Iterator[tuple[str, dict[str, Any], list[Entry]]]:
+    """Yield a label, a style and the entries of every line: a family, or the part of it that was treated alike."""
+    for family, style in STYLES.items():
+        its = [entry for entry in entries if entry.run.family == family]
+        told = distinctions(its)
+        for distinction, variant in zip(dict.fromkeys(told), itertools.cycle(_VARIANTS), strict=False):
+            label = FAMILIES[family] + (f", {distinction}" if distinction else "")
+            rows = [entry for entry, of in zip(its, told, strict=True) if of == distinction]
+            yield label, style | variant, rows
 
 
-def _plain(name: object) -> str:
-    """Keep a name from being taken for mathematics, and from filling the picture."""
-    return one_line(name)[-40:].replace("$", r"\$")
-
-
-def _draw_baseline(axes: Axes, results: Sequence[Results]) -> None:
-    for row, which in _baselines(results):
-        axes.axhline(row.eval_loss, color="black", linewidth=1, label=f"baseline{which} (not factorized)")
-
-
-def _pareto_front(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
-    """Keep the points (size, loss) that no other point beats on both, by size."""
-    front: list[tuple[float, float]] = []
-    for size, loss in sorted(points):
-        if not front or loss < front[-1][1]:
-            front.append((size, loss))
-    return front
-
-
-@contextmanager
-def _saved_axes(path: Path, panels: int = 1) -> Iterator[list[Axes]]:
-    """Yield axes to draw on; save their figure when the block ends well."""
-    with blaming("Plots are drawn with the package matplotlib", ImportError):
-        from matplotlib import rc_context
-        from matplotlib.figure import Figure
-    # Not through pyplot, which has a backend and figures that are to be closed.
-    figure = Figure(figsize=(6.4 if panels == 1 else 4.8 * panels, 4.2), layout="constrained")
-    (row,) = figure.subplots(ncols=panels, squeeze=False)
-    for axes in row:
-        axes.grid(alpha=0.3)
-    yield list(row)
-    with replacing_file(path.with_suffix(".png")) as temporary:
-        figure.savefig(temporary, dpi=150)
-    # Without a date and random names, the same results give the same file.
-    with replacing_file(path.with_suffix(".svg")) as temporary, rc_context({"svg.hashsalt": path.stem}):
-        figure.savefig(temporary, metadata={"Date": None})
+def _draw_entries(axes: Axes, places: Sequence[float], entries: Sequence[Entry], **style: Any) -> None:
+    """Draw the mean losses of entries, and bars from the lowest to the highest where there are several seeds."""
+    axes.plot(places, [entry.loss for entry in entries], **style)
+    for place, entry in zip(places, entries, strict=True):
+        if len(entry.runs) > 1:
+            lowest, highest = entry.losses
+            reach = [[entry.loss - lowest], [highest - entry.loss]]
+            axes.errorbar(place, entry.loss, reach, color=style["color"], capsize=3, linestyle="", linewidth=1)

@@ -4,7 +4,7 @@ from typing import Any, Protocol
 
 from ..common.errors import UserError
 from ..settings.text_arguments import DataArguments
-from .fields import AdapterArguments, DistillationArguments, ModelArguments
+from .fields import ALL_LINEAR, AdapterArguments, DistillationArguments, ModelArguments
 
 
 class TrainingSettings(Protocol):
@@ -47,7 +47,7 @@ def check_together(
         other = "baseline" if model.baseline else "n_embd_wte"
         raise UserError(f"{other} contradicts compressed: the compressed model is what the run starts from.")
     if model.dequantize and not model.compressed:
-        raise UserError("dequantize is for a compressed model: set compressed.")
+        raise UserError("dequantize needs a compressed model: set compressed.")
     if is_from_scratch and data.tokenizer is None:
         raise UserError("Without a baseline, tokenizer must name one (a folder or Hub id).")
     if is_from_scratch and not training.do_train:
@@ -57,17 +57,19 @@ def check_together(
     if distillation.distillation_weight and is_from_scratch and not distillation.teacher:
         raise UserError("distillation_weight needs a teacher: name one, or a baseline.")
     if distillation.distillation_weight and training.label_smoothing_factor:
-        raise UserError("label_smoothing_factor does nothing beside distillation_weight: set one of them to 0.")
+        raise UserError(
+            "label_smoothing_factor has no effect together with distillation_weight: set one of them to 0."
+        )
     if distillation.teacher and not distillation.distillation_weight:
-        raise UserError("teacher does nothing while distillation_weight is 0.")
-    head_is_trained = not adapter.lora_rank or {"wte", "lm_head"} & set(adapter.lora_target_modules)
+        raise UserError("teacher has no effect while distillation_weight is 0.")
+    head_is_trained = not adapter.lora_rank or {"wte", "lm_head", ALL_LINEAR} & set(adapter.lora_target_modules)
     if training.loss_backend == "attention" and training.do_train and head_is_trained:
         raise UserError(
             "loss_backend=attention needs a head that is not trained: LoRA whose lora_target_modules leave out wte "
-            "and lm_head. loss_backend=auto takes it where it can."
+            "and lm_head. loss_backend=auto uses it where it can."
         )
     if data.streaming and training.max_steps < 1:
-        raise UserError("streaming needs max_steps: a stream does not say where it ends.")
+        raise UserError("streaming needs max_steps, because the length of a stream is not known.")
     if training.do_train and training.max_steps < 1 and training.num_train_epochs <= 0:
         raise UserError("Nothing to train: set max_steps or num_train_epochs.")
     if not (data.dataset_name or data.validation_file):
@@ -87,7 +89,7 @@ def check_resolved(training: TrainingSettings) -> None:
     """
     # The best model is the one of least loss; its metric is the run's result.
     if training.metric_for_best_model not in (None, "loss", "eval_loss") or training.greater_is_better:
-        raise UserError("metric_for_best_model must be loss, of which less is better (greater_is_better=false).")
+        raise UserError("metric_for_best_model must be loss, with greater_is_better=false.")
     if training.save_strategy == "best" and training.metric_for_best_model is None:
         raise UserError("save_strategy=best needs metric_for_best_model=loss.")
     if training.auto_find_batch_size and training.effective_batch_size is not None:

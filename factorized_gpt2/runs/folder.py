@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 from peft.utils import CONFIG_NAME as ADAPTER_CONFIG
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import CONFIG_NAME
 
 from ..common.errors import UserError
@@ -14,9 +14,9 @@ from ..common.files import filling_folder, read_json, remove_folder, write_json
 from ..common.fingerprints import weights_fingerprint
 from ..common.run_record import SETTINGS_NAME, run_id
 from ..common.weight_files import weight_files
+from ..models.foreign_models import positions_of
 from ..models.record import RECORD_NAME, compressed_folder
 from ..models.verification import verify_saved
-from ..network.modeling_factorized_gpt2 import FactorizedGPT2
 from ..text.tokenizer_files import save_tokenizer
 from ..trainer.checkpoints import refuse_others
 from .identity import Differences, differences, identity
@@ -56,7 +56,7 @@ def claim(run: Run) -> Results | None:
     if results is not None and results.fingerprint not in (None, weights_fingerprint(str(output_dir))):
         raise UserError(
             f"{output_dir} is finished, but its weights were changed or removed since: choose another --output_dir, "
-            "or run it again with --overwrite_output_dir."
+            "or run it again with --overwrite."
         )
     return results
 
@@ -75,10 +75,12 @@ def _compare(run: Run, with_dataset: bool = False) -> Differences:
 def _tell(found: Differences, output_dir: Path) -> None:
     if found.harmless:
         names = ", ".join(found.harmless[:5]) + (" and more" if len(found.harmless) > 5 else "")
-        logger.info("%s was begun with another %s, which makes no difference to its result.", output_dir, names)
+        logger.info("%s was started with another %s, which does not change the result.", output_dir, names)
     if found.unknown:
         names = ", ".join(found.unknown)
-        logger.warning("%s does not say what identifies %s: see that nothing was edited since.", output_dir, names)
+        logger.warning(
+            "%s has no record of the content of %s: make sure that nothing was edited since.", output_dir, names
+        )
 
 
 def _refuse_foreign(run: Run) -> None:
@@ -89,7 +91,8 @@ def _refuse_foreign(run: Run) -> None:
     names = sorted(path.name for path in output_dir.glob("[!.]*"))
     if names:
         raise UserError(
-            f"{output_dir} holds {names[0]} and is no run's folder: choose another --output_dir, or empty this one."
+            f"{output_dir} holds {names[0]} and is not the folder of a run: choose another --output_dir, or empty "
+            f"this one."
         )
 
 
@@ -140,7 +143,7 @@ def mark(run: Run) -> None:
 
 def finish(
     output_dir: Path,
-    model: FactorizedGPT2,
+    model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     probe: torch.Tensor,
     expected: torch.Tensor,
@@ -165,7 +168,7 @@ def finish(
     """
     with filling_folder(output_dir, last=CONFIG_NAME) as temporary:  # without its config, no model is loaded
         model.save_pretrained(temporary)
-        save_tokenizer(tokenizer, temporary, model.config.n_positions)
+        save_tokenizer(tokenizer, temporary, positions_of(model.config))
         difference = verify_saved(Path(temporary), probe, expected, model.device, name=output_dir)
     logger.info("Saved and reloaded %s: logits differ by at most %.1e", output_dir, difference)
     return sum(path.stat().st_size for path in weight_files(output_dir))

@@ -123,7 +123,7 @@ def load_grid(name: str, scale: Scale | None = None, root: Path | None = None) -
     configs = {entry.removesuffix(".json"): _typed(entry, load_config(str(folder / entry))) for entry in listed}
     for entry, config in configs.items():
         if not config.get("output_dir"):
-            raise UserError(f"{entry} of {name} has no output_dir, by which others could start from it.")
+            raise UserError(f"{entry} of {name} has no output_dir: set one in its config.")
         if Path(config["output_dir"]).name in ("", ".."):  # the run would work outside of the grid's folder
             raise UserError(f"{entry} of {name}: output_dir {config['output_dir']!r} does not name a folder.")
     owners = {Path(config["output_dir"]): entry for entry, config in configs.items()}
@@ -131,7 +131,9 @@ def load_grid(name: str, scale: Scale | None = None, root: Path | None = None) -
     folders = [Path(config["output_dir"]) for config in scaled.values()]
     shared = next((path for path in folders if folders.count(path) > 1), None)
     if shared:
-        raise UserError(f"Two experiments of {name} have the folder {shared}: at this scale, ranks coincide.")
+        raise UserError(
+            f"Two experiments of {name} have the folder {shared}, because their ranks are equal at this scale."
+        )
     experiments = []
     for entry, config in scaled.items():
         start = next((key for key in ("compressed", "baseline") if config.get(key)), None)
@@ -189,7 +191,7 @@ def _number(entry: str, name: str, value: Any) -> float:
         number = math.nan if isinstance(value, bool) else float(value)
         check_values({name: number}, limits())
     except (TypeError, ValueError, OverflowError, UserError) as error:
-        raise UserError(f"{entry}: {name}={value!r} is no number that it can be.") from error
+        raise UserError(f"{entry}: {name}={value!r} is not a valid number.") from error
     return int(number) if number.is_integer() else number
 
 
@@ -220,4 +222,4 @@ def _in_order(experiments: list[Experiment]) -> list[Experiment]:
     try:
         return [by_name[name] for name in TopologicalSorter(graph).static_order()]
     except CycleError as error:
-        raise UserError(f"Experiments start from each other: {', '.join(error.args[1])}.") from error
+        raise UserError(f"Experiments start from each other in a circle: {', '.join(error.args[1])}.") from error

@@ -58,13 +58,18 @@ def _check_sharding(training: RunArguments, model: PreTrainedModel) -> None:
     asked = config.get("transformer_layer_cls_to_wrap") or []
     asked = [asked] if isinstance(asked, str) else asked
     if not (isinstance(asked, list) and all(isinstance(name, str) for name in asked)):
-        raise UserError(f"transformer_layer_cls_to_wrap is {asked!r}, and no name of a class or list of them.")
+        raise UserError(
+            f"transformer_layer_cls_to_wrap is {asked!r}, which is not a name of a class or a list of names."
+        )
     wrapped = [name.strip() for name in (*names.split(","), *asked)]
     own = {type(module).__name__ for module in model.modules()}
     for name in filter(None, wrapped):
         if name not in own:
             blocks = ", ".join(model._no_split_modules)
-            raise UserError(f"transformer_layer_cls_to_wrap names {name}; this model is made of {blocks}, name that.")
+            raise UserError(
+                f"transformer_layer_cls_to_wrap names {name}, but the layers of this model are {blocks}: name that "
+                "class."
+            )
 
 
 def _rehearse_schedule(training: RunArguments, optimizer: torch.optim.Optimizer) -> None:

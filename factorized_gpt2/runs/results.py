@@ -13,7 +13,7 @@ from ..text.source import TextSource
 RESULTS_NAME = "results.json"
 
 
-def megabytes(size: int) -> str:
+def megabytes(size: float) -> str:
     """Write bytes in MB: with one decimal from 10 MB on, below with three, below 10 kB with six, so that none is 0."""
     return f"{size / 1e6:.{1 if size >= 1e7 else 3 if size >= 1e4 else 6}f}"
 
@@ -42,6 +42,7 @@ class Results:
         device: What it ran on, such as "cpu" or a GPU's name.
         processes: How many processes trained.
         disk_bytes: Of the model's weight files.
+        bits_per_weight: Budget of a coded vocabulary, bytes on disk times 8 / (V d); `None` for one of floats.
         peak_memory_bytes: Largest amount that the first process held: of the GPU's memory, without CUDA of its own.
         seconds: Wall-clock time of the run in its last sitting, from reading the text to the saved model.
         train_loss: Last logged training loss, nats a token; `None` when nothing was trained.
@@ -76,6 +77,7 @@ class Results:
     device: str | None = None
     processes: int = 1
     disk_bytes: int | None = None
+    bits_per_weight: float | None = None
     peak_memory_bytes: int | None = None
     seconds: float | None = None
     train_loss: float | None = None

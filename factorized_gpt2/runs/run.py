@@ -23,11 +23,12 @@ from ..models.record import compression_record, recorded_spectrum
 from ..models.sizes import model_size
 from ..models.verification import probe_logits
 from ..network.attention_loss import LARGEST_WIDTH, attention_runs
+from ..network.modeling_factorized_causal_lm import FactorizedCausalLM
 from ..network.modeling_factorized_gpt2 import FactorizedGPT2
 from ..text.blocks import Blocks, collate_blocks, load_blocks, some_of, stream_blocks
 from ..text.loss import perplexity
 from ..text.tokenizers import load_tokenizer
-from ..trainer.adapters import add_lora, lora_targets, merge
+from ..trainer.adapters import add_lora, merge
 from ..trainer.interruption import StopWhenSaved
 from ..trainer.progress import LogLines
 from ..trainer.trainer import FactorizedTrainer
@@ -38,7 +39,7 @@ from .provenance import device_name, git_commit, peak_memory_bytes, versions
 from .rehearsal import rehearse
 from .results import Results
 from .settings import Run
-from .start import block_size_of, build_model, distillation_of
+from .start import adapted_modules, block_size_of, build_model, distillation_of
 from .tracking import finish_tracking, start_tracking
 
 logger = logging.getLogger(__name__)
@@ -75,7 +76,7 @@ def _run_alone(run: Run, may_sweep: bool = False) -> Results:
     if may_sweep:  # now that the folder is known to be the run's
         sweep(output_dir)
     if finished is not None:
-        logger.info("%s is finished already; --overwrite runs it again.", output_dir)
+        logger.info("%s is finished already; --overwrite True runs it again.", output_dir)
         return finished
     set_seed(run.training.seed)
     with run.training.main_process_first(desc="preparing model and data"):
@@ -88,18 +89,20 @@ def _run_alone(run: Run, may_sweep: bool = False) -> Results:
         distillation = distillation_of(run, start.config.vocab_size)
     start.loss_backend = run.training.loss_backend
     _check_loss_backend(run, start)
-    use_cache = start.config.use_cache  # which Trainer switches off for good
+    use_cache = getattr(start.config, "use_cache", None)  # which Trainer switches off for good
     spectrum = recorded_spectrum(run.model.compressed or start.name_or_path)
     rank = start.config.n_embd_wte if start.config.is_factorized else None
-    family = run.family(start.config.is_factorized, compression_record(run.model.compressed).get("method"))
-    run.training.run_name = run.training.run_name or run_name(family, rank, run.adapter.lora_rank)
-    model: FactorizedGPT2 | PeftModel = start
+    made = compression_record(run.model.compressed)
+    family = run.family(start.config.is_factorized, made.get("method"), bool(made.get("refine_steps")))
+    bits = _budget(made) if start.config.is_coded else None
+    run.training.run_name = run.training.run_name or run_name(family, rank, run.adapter.lora_rank, bits)
+    model: FactorizedGPT2 | FactorizedCausalLM | PeftModel = start
     if run.adapter.lora_rank:
         lora = run.adapter
-        lora_targets(start, lora.lora_rank, lora.lora_target_modules)  # before anything is written
+        targets = adapted_modules(run, start)  # before anything is written
         _keep_base(asked, start)
         start.name_or_path = whole_path(start.name_or_path)
-        model = add_lora(start, lora.lora_rank, lora.lora_alpha, lora.lora_dropout, lora.lora_target_modules)
+        model = add_lora(start, lora.lora_rank, lora.lora_alpha, lora.lora_dropout, targets)
     if run.training.should_save:
         require_space(output_dir, least_bytes(model, run.training), "the run")
     with blaming("The Trainer cannot use these settings", *REFUSED_SETTINGS):
@@ -152,6 +155,7 @@ def _run_alone(run: Run, may_sweep: bool = False) -> Results:
         device=device_name(run.training.device),
         processes=run.training.world_size,
         disk_bytes=disk_bytes,
+        bits_per_weight=bits,
         peak_memory_bytes=peak_memory,
         spectrum=spectrum,
         seconds=time.perf_counter() - began,
@@ -171,6 +175,12 @@ def _run_alone(run: Run, may_sweep: bool = False) -> Results:
     return results
 
 
+def _budget(record: dict[str, Any]) -> float | None:
+    """Read from a compressed model's record what its coded vocabulary was allowed to take."""
+    bits = record.get("bits_per_weight")
+    return bits if isinstance(bits, int | float) else None
+
+
 def _lineage(run: Run, output_dir: Path) -> dict[str, str]:
     """Identify what a run's start was once compressed from, and the model that the run left."""
     made_from = compression_record(run.model.compressed).get("baseline_content")
@@ -179,17 +189,35 @@ def _lineage(run: Run, output_dir: Path) -> dict[str, str]:
     return {kind: content for kind, content in found.items() if isinstance(content, str)}
 
 
-def _check_loss_backend(run: Run, model: FactorizedGPT2) -> None:
-    device, width = run.training.device.type, model.config.embedding_size
+def _check_loss_backend(run: Run, model: FactorizedGPT2 | FactorizedCausalLM) -> None:
+    device, width = run.training.device.type, model.config.n_embd_wte or model.config.hidden_size
     dtype = torch.float16 if run.training.fp16 or run.training.bf16 else torch.float32
     if model.loss_backend == "attention" and not attention_runs(device, dtype, width):
         raise UserError(
-            f"loss_backend=attention needs fp16 or bf16 on CUDA, and a head at most {LARGEST_WIDTH} wide; this one is "
-            f"{width} wide, in {str(dtype).removeprefix('torch.')}."
+            f"loss_backend=attention needs fp16 or bf16 on CUDA, and a head of width {LARGEST_WIDTH} at most; this "
+            f"one has "
+            f"width {width}, in {str(dtype).removeprefix('torch.')}."
         )
+    _try_loss(model)
 
 
-def _keep_base(run: Run, model: FactorizedGPT2) -> None:
+@torch.no_grad()
+def _try_loss(model: FactorizedGPT2 | FactorizedCausalLM) -> None:
+    """Compute a loss, by which a decoder finds out what follows its head, before random numbers count."""
+    asked, ids = model.loss_backend, torch.zeros(1, 2, dtype=torch.long)
+    if asked == "cut_cross_entropy":  # not on a CPU; the other needs the same of a head
+        model.loss_backend = "attention"
+    try:
+        model.eval()(ids, labels=ids, skip_logits=True)
+    except ValueError as error:
+        raise UserError(
+            f"loss_backend={asked} needs logits that are a product with one matrix of floats; this model's are more."
+        ) from error
+    finally:
+        model.loss_backend = asked
+
+
+def _keep_base(run: Run, model: FactorizedGPT2 | FactorizedCausalLM) -> None:
     """Save the model under an adapter where no folder holds it yet, so that the adapter can name what it adapts."""
     if model.name_or_path:
         return

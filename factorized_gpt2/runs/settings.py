@@ -14,7 +14,7 @@ from transformers.activations import ACT2FN
 
 from ..common.errors import UserError
 from ..common.files import read_json
-from ..network.blockwise_loss import cut_cross_entropy_runs
+from ..network.blockwise_loss import cut_cross_entropy_is_exact, cut_cross_entropy_runs
 from ..settings.devices import launched_processes
 from ..settings.setting_values import check_values
 from ..settings.text_arguments import DataArguments
@@ -43,7 +43,7 @@ class RunArguments(TrainingFields, TrainingArguments):  # type: ignore[misc]  # 
         # A CPU asked for in so many words can do these two.
         if not has_cuda and (self.fp16 or ((self.bf16 or self.torch_compile) and not self.use_cpu)):
             if os.environ.get("LOCAL_RANK", "0") == "0":
-                logger.warning("No CUDA on this machine: training in float32, not compiled.")
+                logger.warning("No CUDA on this machine: training in float32, without compiling.")
             self.fp16 = False
             self.bf16 = self.bf16 and self.use_cpu
             self.torch_compile = self.torch_compile and self.use_cpu
@@ -71,16 +71,18 @@ class RunArguments(TrainingFields, TrainingArguments):  # type: ignore[misc]  # 
         if mode not in _WANDB_MODES:
             raise UserError(f"WANDB_MODE is {mode!r} in the environment; W&B knows {', '.join(_WANDB_MODES)}.")
         if os.environ.get("WANDB_DISABLED", "").lower() in YES:
-            logger.info("WANDB_DISABLED is set: nothing is reported to W&B.")
+            logger.info("WANDB_DISABLED is set: nothing is logged to W&B.")
             self.report_to = [name for name in self.report_to if name != "wandb"]
 
     def _take_up_the_launchers_precision(self) -> None:
         """Count `accelerate launch --mixed_precision` as the setting that it stands for."""
         if os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() in YES:
-            raise UserError("The launcher asks for DeepSpeed, which these runs do not take: shard by FSDP instead.")
+            raise UserError("The launcher asks for DeepSpeed, which is not supported here: use FSDP instead.")
         precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no").lower()
         if precision not in ("no", "fp16", "bf16"):
-            raise UserError(f"The launcher asks for mixed_precision {precision}; these runs take no, fp16 and bf16.")
+            raise UserError(
+                f"The launcher asks for mixed_precision {precision}; only no, fp16 and bf16 are supported."
+            )
         if precision != "no" and not (self.fp16 or self.bf16):
             setattr(self, precision, True)
 
@@ -94,7 +96,7 @@ class RunArguments(TrainingFields, TrainingArguments):  # type: ignore[misc]  # 
             # transformers takes True as well as the words that it declares.
             self.fsdp = True if str(self.fsdp).lower() in YES else None  # type: ignore[assignment]
         if self.fsdp_config and not self.fsdp:
-            raise UserError("fsdp_config counts where fsdp is set, and it is not: add --fsdp True, or leave it out.")
+            raise UserError("fsdp_config has no effect without fsdp: add --fsdp True, or leave fsdp_config out.")
         if isinstance(self.fsdp_config, str) and not self.fsdp_config.startswith("{"):
             self.fsdp_config = read_json(Path(self.fsdp_config))
 
@@ -104,9 +106,9 @@ class RunArguments(TrainingFields, TrainingArguments):  # type: ignore[misc]  # 
             per_device = self.per_device_train_batch_size
             fitting = [n for n in range(1, 65) if effective_batch_size % (n * per_device) == 0]
             raise UserError(
-                f"effective_batch_size={effective_batch_size} cannot be had from {per_pass // per_device} device(s) "
+                f"effective_batch_size={effective_batch_size} is not possible with {per_pass // per_device} device(s) "
                 f"with per_device_train_batch_size={per_device}; "
-                f"device counts that fit: {', '.join(map(str, fitting)) or 'none'}."
+                f"numbers of devices that work: {', '.join(map(str, fitting)) or 'none'}."
             )
         return effective_batch_size // per_pass
 
@@ -127,12 +129,13 @@ class Run:
         """Folder or Hub id of the weights that the run starts from; `None` for a random start."""
         return self.model.compressed or self.model.baseline
 
-    def family(self, is_factorized: bool, method: str | None = None) -> str:
+    def family(self, is_factorized: bool, method: str | None = None, is_refined: bool = False) -> str:
         """Name what this run does: the protocol's word for it, or one like it.
 
         Args:
             is_factorized: Whether its model is.
             method: How the compressed model that it starts from was made, as far as its folder says.
+            is_refined: Whether it was refined then.
 
         Returns:
             A key of `FAMILIES`.
@@ -140,7 +143,8 @@ class Run:
         if self.is_from_scratch:
             return "lowrank-scratch" if is_factorized else "baseline"
         made_by = (method or UNKNOWN_METHOD) if self.model.compressed else "pca"
-        return family_of(made_by if is_factorized else None, self.training.do_train, bool(self.adapter.lora_rank))
+        made_by = made_by if is_factorized else None
+        return family_of(made_by, self.training.do_train, bool(self.adapter.lora_rank), is_refined)
 
     @property
     def is_from_scratch(self) -> bool:
@@ -210,7 +214,14 @@ def _check(run: Run) -> None:
     check_together(model, run.adapter, run.distillation, run.data, training)
     check_resolved(training)
     if model.activation_function not in (None, *ACT2FN):
-        raise UserError(f"activation_function={model.activation_function!r} is none of {', '.join(sorted(ACT2FN))}.")
+        raise UserError(
+            f"activation_function={model.activation_function!r} is not one of {', '.join(sorted(ACT2FN))}."
+        )
     on_cuda, half = training.device.type == "cuda", training.fp16 or training.bf16
     if training.loss_backend == "cut_cross_entropy" and not cut_cross_entropy_runs(on_cuda, half):
         raise UserError("loss_backend=cut_cross_entropy needs CUDA, fp16 or bf16, and the package cut-cross-entropy.")
+    if training.loss_backend == "cut_cross_entropy" and not cut_cross_entropy_is_exact():
+        logger.warning(
+            "The installed cut-cross-entropy sums gradients in half precision: in bf16 they are off by up to 5 %. "
+            "Its later releases sum in float32; loss_backend=blockwise does so too."
+        )

@@ -5,21 +5,24 @@ from pathlib import Path
 
 import psutil
 from huggingface_hub.errors import StrictDataclassError
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from ..common.errors import UserError
 from ..common.folder_lock import compress_alone
 from ..compress.compressor import Compressor
 from ..compress.recipe import Recipe
+from ..models.foreign_models import positions_of
 from ..models.loading import check_tokenizer, load_baseline, load_compressed
 from ..models.record import teacher_of
 from ..models.sizes import least_parameters
 from ..network.configuration_factorized_gpt2 import FactorizedGPT2Config
+from ..network.modeling_factorized_causal_lm import FactorizedCausalLM
 from ..network.modeling_factorized_gpt2 import FactorizedGPT2
+from ..settings.text_arguments import block_size_for
 from ..text.tokenizers import vocabulary_size
-from ..trainer.adapters import DROPOUTS, set_dropout, untie_head
-from ..trainer.distillation import Distillation
-from .fields import ModelArguments
+from ..trainer.adapters import ALL_LINEAR, DROPOUTS, lora_targets, set_dropout, untie_head
+from ..trainer.distillation import Distillation, has_plain_logits
+from .fields import LORA_TARGETS, ModelArguments
 from .settings import Run
 
 logger = logging.getLogger(__name__)
@@ -27,7 +30,7 @@ logger = logging.getLogger(__name__)
 _POSITIONS = 1024  # of a model from scratch for which no block size is set
 
 
-def build_model(run: Run, tokenizer: PreTrainedTokenizerBase) -> FactorizedGPT2:
+def build_model(run: Run, tokenizer: PreTrainedTokenizerBase) -> FactorizedGPT2 | FactorizedCausalLM:
     """Make the model that a run starts from.
 
     That is a compressed model, the baseline, or, when `n_embd_wte` is smaller than its width, the model that PCA makes
@@ -40,13 +43,14 @@ def build_model(run: Run, tokenizer: PreTrainedTokenizerBase) -> FactorizedGPT2:
         UserError: Settings that contradict the baseline or the tokenizer.
     """
     arguments = run.model
+    model: FactorizedGPT2 | FactorizedCausalLM
     if run.is_from_scratch:
         block_size = run.data.block_size or _POSITIONS
         model = FactorizedGPT2(_scratch_config(arguments, tokenizer, block_size))
     else:
         model = _trained_start(run, tokenizer)
         if arguments.dropout is not None:
-            set_dropout(model, arguments.dropout)
+            _set_dropout(model, arguments.dropout)
     if not arguments.tie_word_embeddings and model.config.is_coded:
         raise UserError("A vocabulary of integers is tied: leave tie_word_embeddings as it is, or set dequantize.")
     if not arguments.tie_word_embeddings and model.config.tie_word_embeddings:
@@ -55,29 +59,45 @@ def build_model(run: Run, tokenizer: PreTrainedTokenizerBase) -> FactorizedGPT2:
     return model.float() if run.training.do_train else model  # optimizers and merges need more than half precision
 
 
-def block_size_of(run: Run, model: FactorizedGPT2) -> int:
-    """Say how many tokens a block has: as asked, else as many as the model has positions."""
-    return run.data.block_size or model.config.n_positions
+def block_size_of(run: Run, model: FactorizedGPT2 | FactorizedCausalLM) -> int:
+    """Say how many tokens a block has: as asked, else as many as the model has positions, unless they are very many.
+
+    Raises:
+        UserError: More than there are positions.
+    """
+    return block_size_for(run.data.block_size, positions_of(model.config), run.start or "The model")
 
 
-def _gpt2(model: PreTrainedModel, name: str) -> FactorizedGPT2:
-    if not isinstance(model, FactorizedGPT2):
-        raise UserError(
-            f"{name} is a {type(model).__name__}; train_hf.py trains GPT-2s, and a factorized decoder of another kind "
-            "is trained by transformers' Trainer, with or without PEFT."
-        )
-    return model
+def adapted_modules(run: Run, model: FactorizedGPT2 | FactorizedCausalLM) -> list[str]:
+    """Name the modules that get adapters, if they all can have them; see `lora_targets`."""
+    asked = run.adapter.lora_target_modules
+    if not isinstance(model, FactorizedGPT2) and set(asked) == set(LORA_TARGETS):
+        asked = [ALL_LINEAR]
+    targets = lora_targets(model, run.adapter.lora_rank, asked)
+    if ALL_LINEAR in asked:
+        logger.info("LoRA adapters on %s", ", ".join(targets))
+    return targets
 
 
-def _trained_start(run: Run, tokenizer: PreTrainedTokenizerBase) -> FactorizedGPT2:
+def _set_dropout(model: FactorizedGPT2 | FactorizedCausalLM, probability: float) -> None:
+    names = set_dropout(model, probability)
+    if not names:
+        logger.warning("dropout=%g is ignored: the model's config has none.", probability)
+    elif not set(DROPOUTS) <= set(names):
+        logger.info("dropout=%g sets %s; the model has no other.", probability, ", ".join(names))
+
+
+def _trained_start(run: Run, tokenizer: PreTrainedTokenizerBase) -> FactorizedGPT2 | FactorizedCausalLM:
     arguments, training = run.model, run.training
     baseline = None if arguments.compressed else load_baseline(arguments.baseline)
-    loaded = baseline.model if baseline else load_compressed(arguments.compressed)
-    model = _gpt2(loaded, baseline.name if baseline else arguments.compressed)
+    model = baseline.model if baseline else load_compressed(arguments.compressed)
     check_tokenizer(model, tokenizer)
-    if block_size_of(run, model) > model.config.n_positions:
+    if run.data.block_size is not None:
+        block_size_of(run, model)
+    if arguments.n_embd_wte is None and not isinstance(model, FactorizedGPT2 | FactorizedCausalLM):
         raise UserError(
-            f"block_size {run.data.block_size} exceeds the {model.config.n_positions} positions of the baseline."
+            f"{arguments.baseline} is a {type(model).__name__}: set n_embd_wte, the rank to factorize it at; "
+            "unfactorized, train_hf.py trains GPT-2s alone."
         )
     if arguments.dequantize:
         if not model.config.is_coded:
@@ -94,7 +114,7 @@ def _trained_start(run: Run, tokenizer: PreTrainedTokenizerBase) -> FactorizedGP
             with compress_alone(root, wait=True):
                 ((_, made, _),) = compressor.load_or_make([arguments.n_embd_wte])
             logger.info("The compressed baseline is beside the run's folder, for other runs to start from: %s", folder)
-        model = _gpt2(made, str(folder))
+        model = made
         model.name_or_path = str(folder)
     return model
 
@@ -139,9 +159,12 @@ def distillation_of(run: Run, vocab_size: int) -> Distillation | None:
     if name is None:
         raise UserError(f"{run.model.compressed} does not say what it was compressed from: name a teacher.")
     teacher = load_baseline(name)
-    config = _gpt2(teacher.model, name).config
+    config = teacher.model.config
     if config.vocab_size != vocab_size:
         raise UserError(f"The teacher {teacher.name} has {config.vocab_size} tokens, the model {vocab_size}.")
-    if config.n_positions < run.data.block_size:
-        raise UserError(f"block_size {run.data.block_size} exceeds the {config.n_positions} positions of the teacher.")
-    return Distillation(_gpt2(teacher.model, name), asked.distillation_weight, asked.distillation_temperature)
+    positions = positions_of(config)
+    if positions is not None and positions < run.data.block_size:
+        raise UserError(f"block_size {run.data.block_size} exceeds the {positions} positions of the teacher.")
+    if not has_plain_logits(teacher.model):
+        raise UserError(f"The teacher {teacher.name} scales or caps its logits, which distillation does not know.")
+    return Distillation(teacher.model, asked.distillation_weight, asked.distillation_temperature)

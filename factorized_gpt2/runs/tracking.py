@@ -40,7 +40,7 @@ def start_tracking(training: RunArguments) -> None:
         (Path(training.output_dir) / "wandb" / _UNFINISHED).unlink(missing_ok=True)
     run = _opened(mode, init)
     if run.offline:
-        logger.info("W&B records offline under %s", Path(run.dir).parent)
+        logger.info("W&B logs offline, to %s", Path(run.dir).parent)
     elif run.url:
         logger.info("W&B: %s", run.url)
 
@@ -67,8 +67,8 @@ def _opened(mode: str, init: dict[str, Any]) -> Any:
         return wandb.init(**init | {"mode": mode})
     except (wandb.errors.Error, ValueError) as error:
         if mode == "offline":
-            raise UserError(f"W&B takes no such run (project, run_name): {first_line(error)}") from error
-        logger.warning("W&B cannot be reached (%s); the run is recorded offline.", first_line(error))
+            raise UserError(f"W&B does not accept this project or run_name: {first_line(error)}") from error
+        logger.warning("W&B cannot be reached (%s); the run is logged offline.", first_line(error))
         return _opened("offline", init)
 
 

@@ -55,7 +55,7 @@ def with_present_names(words: Sequence[str]) -> list[str]:
     """
     if any(word.startswith("--") and setting_name(word) == _TOKEN for word in words):
         raise UserError(
-            f"{_TOKEN} is not taken: process lists, shell histories and files would show it. Log in with "
+            f"{_TOKEN} is not accepted: process lists, shell histories and files would show it. Log in with "
             "`hf auth login`, or set HF_TOKEN."
         )
     words = _with_repository(with_new_names(words, _NEW_NAMES))
@@ -109,20 +109,29 @@ def parser_of(training: type) -> ManualParser:
     parser = ManualParser(
         (*PARTS, training),
         prog="train_hf.py",
-        description="Train, fine-tune with LoRA or evaluate a GPT-2 with a factorized vocabulary.",
+        description="Train a GPT-2 with a full or factorized vocabulary, or heal a compressed\n"
+        "GPT-2 or other decoder with LoRA or full fine-tuning.",
         usage="%(prog)s --config NAME [option ...]",
         examples=(
             "train_hf.py --config baseline.json",
             "train_hf.py --config pca_lora_k64.json --train_file train.txt --validation_file held_out.txt",
             "train_hf.py --config pca_lora_k64.json --learning_rate 1e-3 --print_config",
         ),
-        remark="All options can stand in a JSON config, by the same names; flags override it, and null takes one\n"
-        "back. The same command goes on with a run that was cut off, and does not repeat one that is finished.",
+        remark="All options can be set in a JSON config under the same names. Options\n"
+        "on the command line override the config; the value null unsets an option.\n"
+        "To resume an interrupted run, give the same command again. A finished run is\n"
+        "not repeated.",
         refused=refused(),
         elsewhere=ELSEWHERE,
     )
-    parser.add_argument("--config", metavar="NAME", help="JSON config: a path, or a name under configs/.")
-    parser.add_argument(PRINT_CONFIG, action="store_true", help="Print, as a JSON config, what would run, and end.")
+    parser.add_argument(
+        "--config",
+        metavar="NAME",
+        help="JSON config: a path, or a name under configs/. May be given several times; the last one wins.",
+    )
+    parser.add_argument(
+        PRINT_CONFIG, action="store_true", help="Print all settings of this run as a JSON config, without running it."
+    )
     return parser
 
 

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 
 class Command(NamedTuple):
-    """A command: what does it in a checkout, its name once installed, and what it is for."""
+    """A command: its script in a checkout, its name once installed, and its purpose."""
 
     script: str
     installed: str
@@ -15,13 +15,13 @@ class Command(NamedTuple):
 
 
 COMMANDS = (
-    Command("compress.py", "factorized-gpt2-compress", "make a trained GPT-2 smaller, at one rank or several"),
-    Command("train_hf.py", "factorized-gpt2-train", "train, heal with LoRA or evaluate one model"),
-    Command("evaluate_models.py", "factorized-gpt2-evaluate", "measure models on one text"),
-    Command("import_checkpoint.py", "factorized-gpt2-import", "make a model folder of a checkpoint of nanoGPT"),
-    Command("run_experiments.py", "factorized-gpt2-experiments", "do a grid of runs, and report on them"),
-    Command("report.py", "factorized-gpt2-report", "make a table and pictures of finished runs"),
-    Command("make demo", "factorized-gpt2-demo", "go through all of it on a small GPT-2, offline, in minutes"),
+    Command("compress.py", "factorized-gpt2-compress", "make a trained model smaller, to one size or several"),
+    Command("train_hf.py", "factorized-gpt2-train", "train a model, or heal a compressed one"),
+    Command("evaluate_models.py", "factorized-gpt2-evaluate", "measure loss and size of models on a text"),
+    Command("import_checkpoint.py", "factorized-gpt2-import", "convert a nanoGPT checkpoint to a model folder"),
+    Command("run_experiments.py", "factorized-gpt2-experiments", "run a list of experiments and report on them"),
+    Command("report.py", "factorized-gpt2-report", "make a table and plots of finished runs"),
+    Command("make demo", "factorized-gpt2-demo", "do all of this with a small GPT-2, offline, in minutes"),
 )
 
 
@@ -53,4 +53,4 @@ def as_called(text: str) -> str:
 def listing() -> str:
     """Lay out the commands, a line each."""
     lines = [f"  {command.installed:29}{command.script:22}{command.purpose}" for command in COMMANDS]
-    return "\n".join(["Commands, and what does the same in a checkout; each has --help:", "", *lines])
+    return "\n".join(["Commands, with the script that does the same in a checkout. Each has --help.", "", *lines])

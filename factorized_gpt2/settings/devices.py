@@ -1,4 +1,4 @@
-"""The device that a command computes on, and the numbers it computes with. Torch is imported where it is asked."""
+"""The device and the number type that a command computes with. Torch is imported only where it is needed."""
 
 import os
 from dataclasses import dataclass, field
@@ -42,19 +42,22 @@ def find_device(name: str) -> "torch.device":
     elif name == "cuda":
         wanted = "cuda:0"
     if wanted not in present:
-        raise UserError(f"device={name} is not there: this machine has {', '.join(present)}.")
+        raise UserError(f"device={name} is not available: this machine has {', '.join(present)}.")
     return torch.device(wanted)
 
 
 @dataclass
 class DeviceArguments:
-    """Where a command computes."""
+    """Which device a command computes on."""
 
     _argument_group_name = "Device"
 
     device: str = field(
         default="auto",
-        metadata={"help": "cpu, cuda, cuda:N or mps. auto: the first GPU of CUDA if there is one, else the CPU."},
+        metadata={
+            "help": "Device to compute on: cpu, cuda, cuda:N, mps or auto. auto takes the first CUDA GPU, or the CPU "
+            "if there is none."
+        },
     )
 
     @property
@@ -72,10 +75,14 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 @dataclass
 class DtypeArguments:
-    """In which numbers a model is."""
+    """Number type of a model's weights."""
 
-    _argument_group_name = "Numbers"
+    _argument_group_name = "Number type"
 
     dtype: str | None = field(
-        default=None, metadata={"help": "Type of the weights. None: as the model has them.", "choices": list(DTYPES)}
+        default=None,
+        metadata={
+            "help": "Round the weights to this type. Default: keep the model's own type.",
+            "choices": list(DTYPES),
+        },
     )

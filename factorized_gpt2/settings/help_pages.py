@@ -1,17 +1,17 @@
-"""How `--help` looks: a page to read rather than a dump of the parser."""
+"""The layout of `--help`."""
 
 import argparse
 from collections.abc import Sequence
 
 EXIT_STATUS = """\
-Exit status: 0 when it ended well; 2 after bad input, which one line on stderr names; 130 after Ctrl-C and 143 after
-SIGTERM; 1 after a defect of this program."""
+Exit status: 0 after success; 2 after bad input, with one line on stderr that
+says what is wrong; 130 after Ctrl-C; 143 after SIGTERM; 1 after a bug."""
 
 _KINDS = {"int": "N", "float": "X", "str": "TEXT", "string_to_bool": "true|false", "dict": "JSON"}  # by type's name
 
 
 class HelpPage(argparse.RawDescriptionHelpFormatter):
-    """One spelling of every option, what kind of value it takes, and its default where there is one to tell."""
+    """Shows every option once, with the kind of its value, and its default if it has one."""
 
     def _format_action_invocation(self, action: argparse.Action) -> str:
         if not action.option_strings or action.nargs == 0:
@@ -29,13 +29,13 @@ class HelpPage(argparse.RawDescriptionHelpFormatter):
 
 
 def hide_negations(parser: argparse.ArgumentParser) -> None:
-    """Leave `--no_x` out of the page: `--x false` says the same."""
+    """Hide the options `--no_x`, which mean the same as `--x false`."""
     for action in parser._actions:
         if action.option_strings and action.option_strings[0].startswith("--no_"):
             action.help = argparse.SUPPRESS
 
 
 def epilog(examples: Sequence[str], remark: str = "") -> str:
-    """Write what stands at the end of a page: a remark, examples, exit status."""
+    """Write the end of a page: a remark, examples, the exit status."""
     shown = "Examples:\n" + "\n".join(f"  python {example}" for example in examples) if examples else ""
     return "\n\n".join(part for part in (remark, shown, EXIT_STATUS) if part)

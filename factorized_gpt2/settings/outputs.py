@@ -1,4 +1,4 @@
-"""Where a command leaves what it makes, beside its folder."""
+"""Settings for publishing on the Hub and for results in JSON, which several commands share."""
 
 from dataclasses import dataclass, field
 from typing import Annotated
@@ -8,23 +8,30 @@ from .setting_values import OUTPUT_FILE
 
 @dataclass
 class PublishArguments:
-    """Where on the Hub what is made goes, if anywhere."""
+    """Whether and where the models that are made are published on the Hub."""
 
     _argument_group_name = "Publishing"
 
     push_to_hub: str | None = field(
-        default=None, metadata={"help": "USER/NAME; of several, each becomes NAME-k and its rank, or -b and its bits."}
+        default=None,
+        metadata={
+            "help": "USER/NAME: publish the model in this repository of the Hub. Of several models, each gets a "
+            "repository of its own: NAME-k64 for rank 64, NAME-b1.75 for 1.75 bits per weight."
+        },
     )
-    private: bool = field(default=False, metadata={"help": "Let no one else see it."})
+    private: bool = field(default=False, metadata={"help": "Publish in a private repository."})
 
 
 @dataclass
 class JsonArguments:
-    """The result for programs to read. It is a file: on stdout, what a command says as it works would be between."""
+    """The result as JSON for other programs. It goes to a file, because stdout also holds progress messages."""
 
-    _argument_group_name = "Result for programs"
+    _argument_group_name = "Result as JSON"
 
     json: Annotated[str, OUTPUT_FILE] | None = field(
         default=None,
-        metadata={"help": "File to write the table into: figures unrounded, sizes in bytes, versions of libraries."},
+        metadata={
+            "help": "Also write the result table into this JSON file: unrounded figures, sizes in bytes, versions of "
+            "the libraries."
+        },
     )

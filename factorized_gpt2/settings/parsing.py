@@ -75,7 +75,7 @@ def load_config(name: str, heirs: tuple[Path, ...] = ()) -> dict[str, Any]:
     return load_config(str(found.parent / parent), (*heirs, found.resolve())) | config
 
 
-_DEBUG_HELP = "Show where an error comes from, with its traceback."
+_DEBUG_HELP = "Print the traceback of an error, for bug reports."
 
 
 _NOTHING: tuple[Any, ...] = (None, "", False, [], [""])  # ways to leave an option out
@@ -177,7 +177,7 @@ class ManualParser(HfArgumentParser):
             if isinstance(default, str) and callable(kind):
                 default = kind(default)  # as argparse does
             if value != default and (default or value not in _NOTHING):
-                raise UserError(f"{name} is not taken: {reason}")
+                raise UserError(f"{name} is not accepted: {reason}")
 
     def refuse_unknown(self, names: Iterable[str], kind: str) -> None:
         """Refuse names that are no argument, and say which known one is nearest."""

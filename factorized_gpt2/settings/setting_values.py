@@ -96,7 +96,7 @@ def _check_number(name: str, number: float, limit: Limit | None) -> None:
     if isinstance(limit, Range) and not limit.has(number):
         raise UserError(f"{name} must {limit}, got {number}.")
     if abs(number) > (_LARGEST_INT if isinstance(number, int) else _LARGEST_FLOAT):
-        raise UserError(f"{name} is larger than any number of its kind that can be computed with: {number}.")
+        raise UserError(f"{name} is too large to compute with: {number}.")
 
 
 def _check_text(name: str, text: str) -> None:
@@ -112,18 +112,18 @@ def _check_path(name: str, path: str, writes: str) -> None:
     if not path:
         raise UserError(f"{name} is empty.")
     if writes and not Path(path).absolute().name:
-        raise UserError(f"{name}={path} is the root of all folders; name one in it.")
+        raise UserError(f"{name}={path} is the root folder: name a folder inside it.")
     try:
         mode = os.stat(path).st_mode
     except FileNotFoundError:
         if writes == "folder" and os.path.islink(path):
-            raise UserError(f"{name}={path} is a link to a folder that does not exist; name another.") from None
+            raise UserError(f"{name}={path} is a link to a folder that does not exist: name another.") from None
         return
     except OSError as error:
         if isinstance(error, NotADirectoryError) and not writes:
             return  # as good as not there, which whoever reads it will say
         raise UserError(f"{name}={path} cannot be used: {error.strerror}.") from error
     if writes == "folder" and not stat.S_ISDIR(mode):
-        raise UserError(f"{name}={path} is a file, not a folder; name another.")
+        raise UserError(f"{name}={path} is a file, not a folder: name a folder.")
     if writes == "file" and not stat.S_ISREG(mode):  # a terminal or a pipe would be replaced
-        raise UserError(f"{name}={path} is no regular file; name another.")
+        raise UserError(f"{name}={path} is not a regular file: name another.")

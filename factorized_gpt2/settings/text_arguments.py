@@ -1,4 +1,4 @@
-"""Which text a command reads: the settings that several of them share."""
+"""Settings for the text that a command reads, which several commands share."""
 
 import logging
 import re
@@ -22,22 +22,55 @@ def check_pattern(name: str, pattern: str | None) -> None:
     try:
         re.compile(pattern or "")
     except re.error as error:
-        raise UserError(f"{name}={pattern!r} is no regular expression: {error}.") from error
+        raise UserError(f"{name}={pattern!r} is not a regular expression: {error}.") from error
+
+
+def block_size_for(asked: int | None, positions: int | None, name: str) -> int:
+    """Check a block size against a model's positions, which it is by default, unless they are very many.
+
+    Args:
+        asked: Tokens of a block; `None` for the default.
+        positions: How many there are; `None` where the model does not say.
+        name: What to call the model.
+
+    Raises:
+        UserError: It does not fit, or neither it nor the positions are known.
+    """
+    block_size = asked
+    if block_size is None:
+        if positions is None:
+            raise UserError(f"{name} does not say how many tokens it reads at once: set block_size.")
+        block_size = positions
+        if positions > _MOST_POSITIONS:
+            block_size = _BLOCK_OF_MANY
+            logger.info(
+                "%s has %d positions: it reads blocks of %d tokens; set block_size to change that.",
+                *(name, positions, block_size),
+            )
+    if positions is not None and not 2 <= block_size <= positions:
+        raise UserError(f"block_size must lie between 2 and the model's {positions} positions, got {block_size}.")
+    return block_size
 
 
 @dataclass
 class TextArguments:
-    """Where text comes from and how it falls into documents."""
+    """Where text comes from, and where its documents start."""
 
-    dataset_name: str | None = field(default=None, metadata={"help": "Dataset on the Hub."})
-    dataset_config_name: str | None = field(default=None, metadata={"help": "Its configuration."})
-    text_column: str = field(default="text", metadata={"help": "Column of the text (JSON, parquet, Hub)."})
+    dataset_name: str | None = field(default=None, metadata={"help": "Dataset of the Hub to read text from."})
+    dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of that dataset."})
+    text_column: str = field(
+        default="text",
+        metadata={"help": "Column or JSON key that holds the text, in datasets and in JSON and parquet files."},
+    )
     document_start: str | None = field(
         default=None,
-        metadata={"help": "Regular expression; a row that it matches starts a document. None: every row is one."},
+        metadata={
+            "help": "Regular expression: a row that matches it starts a new document. Default: every row is a "
+            "document."
+        },
     )
     dataset_document_start: str | None = field(
-        default=None, metadata={"help": "The same for the dataset alone, not for local files. None: document_start."}
+        default=None, metadata={"help": "The same for the dataset only, not for local files. Default: document_start."}
     )
 
     def __post_init__(self) -> None:
@@ -59,40 +92,52 @@ class TextArguments:
 
 @dataclass
 class DataArguments(TextArguments):
-    """Text and tokenizer of a run."""
+    """Text, tokenizer and block size of a run."""
 
     _argument_group_name = "Text"
 
     train_file: list[Annotated[str, READ]] | None = field(
         default=None,
-        metadata={"help": "Local .txt, .jsonl, .parquet files, or .bin of token ids, instead of the dataset's split."},
+        metadata={
+            "help": "Local .txt, .jsonl or .parquet files, or .bin files of token ids, to train on instead of the "
+            "dataset."
+        },
     )
     validation_file: list[Annotated[str, READ]] | None = field(
         default=None,
-        metadata={"help": "Local files instead of the dataset's validation split. Also: eval_file."},
+        metadata={
+            "help": "Local files to validate on instead of the dataset's validation split. --eval_file means the same."
+        },
     )
     tokenizer: Annotated[str, READ] | None = field(
-        default=None, metadata={"help": "Folder or Hub id of the tokenizer. None: the baseline's."}
+        default=None,
+        metadata={
+            "help": "Folder or Hub id of the tokenizer. Default: the tokenizer of the model that the run starts from."
+        },
     )
     block_size: Annotated[int, BLOCK] | None = field(
         default=None,
-        metadata={"help": "Tokens a block. None: the positions of the model it starts from; from scratch, 1024."},
+        metadata={
+            "help": "Tokens per block (context length). Default: as many as the starting model reads at once, but "
+            "1024 where that is more than 4096; from scratch, 1024."
+        },
     )
     preprocessing_num_workers: Annotated[int, Range(1, 1024)] | None = field(
-        default=None, metadata={"help": "Processes that tokenize."}
+        default=None, metadata={"help": "How many processes tokenize the text. Default: one."}
     )
     streaming: bool = field(
         default=False,
         metadata={
-            "help": "Read and tokenize the training text while training, for text larger than the disk. Needs "
-            "max_steps. What a run that was cut off has seen is read over again."
+            "help": "Read and tokenize the training text during training, for text larger than the disk. Needs "
+            "max_steps. A run that resumes reads again, and skips, the text it has already seen."
         },
     )
     shuffle_buffer: Annotated[int, COUNT] = field(
-        default=10_000, metadata={"help": "Blocks in memory among which a stream draws the next."}
+        default=10_000, metadata={"help": "Streaming shuffles within a buffer of this many blocks, held in memory."}
     )
     max_eval_samples: Annotated[int, COUNT] | None = field(
-        default=None, metadata={"help": "Evaluate on the first blocks of the validation split only. None: all."}
+        default=None,
+        metadata={"help": "Evaluate only on this many blocks, the first of the validation text. Default: all."},
     )
 
     def source(self, split: str) -> TextSource:
@@ -102,18 +147,26 @@ class DataArguments(TextArguments):
 
 @dataclass
 class EvaluationArguments(TextArguments):
-    """Text to measure models on that are already there."""
+    """Text on which models are evaluated."""
 
-    _argument_group_name = "Text to evaluate on"
+    _argument_group_name = "Evaluation text"
 
     eval_file: list[Annotated[str, READ]] | None = field(
-        default=None, metadata={"help": "Local .txt, .jsonl, .parquet or .bin files instead of a dataset."}
+        default=None,
+        metadata={"help": "Local .txt, .jsonl, .parquet or .bin files to evaluate on, instead of a dataset."},
     )
-    split: str = field(default="validation", metadata={"help": "Split of the dataset."})
+    split: str = field(default="validation", metadata={"help": "Split of the dataset to evaluate on."})
     block_size: Annotated[int, BLOCK] | None = field(
-        default=None, metadata={"help": "Tokens a block. None: the model's positions, of more than 4096 only 1024."}
+        default=None,
+        metadata={
+            "help": "Tokens per block (context length). Default: as many as the model reads at once, but 1024 if that "
+            "is more than 4096."
+        },
     )
-    eval_batch_size: Annotated[int, COUNT] = field(default=4, metadata={"help": "Blocks a forward pass."})
+    eval_batch_size: Annotated[int, COUNT] = field(
+        default=4,
+        metadata={"help": "Blocks per forward pass. The result is the same for any value; memory and speed differ."},
+    )
 
     @property
     def is_asked_for(self) -> bool:
@@ -125,26 +178,5 @@ class EvaluationArguments(TextArguments):
         return self.source_of(self.eval_file, self.split)
 
     def block_size_for(self, positions: int | None, name: str = "The model") -> int:
-        """Check the block size against a model's positions, which it is by default, unless they are very many.
-
-        Args:
-            positions: How many there are; `None` where the model does not say.
-            name: What to call the model.
-
-        Raises:
-            UserError: It does not fit, or neither it nor the positions are known.
-        """
-        block_size = self.block_size
-        if block_size is None:
-            if positions is None:
-                raise UserError(f"{name} does not say how many tokens it reads at once: set block_size.")
-            block_size = positions
-            if positions > _MOST_POSITIONS:
-                block_size = _BLOCK_OF_MANY
-                logger.info(
-                    "%s has %d positions: it is evaluated in blocks of %d tokens; block_size sets another number.",
-                    *(name, positions, block_size),
-                )
-        if positions is not None and not 2 <= block_size <= positions:
-            raise UserError(f"block_size must lie between 2 and the model's {positions} positions, got {block_size}.")
-        return block_size
+        """Choose or check the block size, as the function of that name does."""
+        return block_size_for(self.block_size, positions, name)

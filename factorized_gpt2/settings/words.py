@@ -66,7 +66,7 @@ def with_new_names(words: Sequence[str], new_names: Mapping[str, str]) -> list[s
 
 def tell_new_name(old: str, new: str) -> None:
     """Say what stands for an old way of asking, which is still understood."""
-    logger.warning("%s is now %s; the old name is taken until the next release.", old, new)
+    logger.warning("%s is now called %s; the old name works until the next release.", old, new)
 
 
 def as_flags(config: Mapping[str, Any]) -> list[str]:
@@ -80,7 +80,7 @@ def as_flags(config: Mapping[str, Any]) -> list[str]:
         if isinstance(value, list):
             for item in value:
                 if not isinstance(item, str | int | float) or str(item).startswith("--"):
-                    raise UserError(f"{name} holds {item!r}, which is no value of it.")
+                    raise UserError(f"{name} holds {item!r}, which is not a valid value for it.")
             words += [f"--{name}", *map(str, value)]
         elif isinstance(value, dict):
             words.append(f"--{name}={json.dumps(value)}")

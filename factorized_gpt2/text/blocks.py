@@ -106,7 +106,9 @@ def stream_blocks(
         UserError: The text cannot be read, or the tokenizer has no end of text.
     """
     if source.is_tokenized:
-        raise UserError(f"streaming does nothing for {source.name}: token ids are read while training anyway.")
+        raise UserError(
+            f"streaming has no effect on {source.name}: token ids are always read during training. Leave it out."
+        )
     settings = {"block_size": block_size, "eos_token_id": end_of_text(tokenizer), "keep_tail": False}
     loaded = source.load(streaming=True)
     tokenized = tuple(_tokenize(text, document_start, tokenizer) for text, document_start in loaded)
@@ -238,7 +240,7 @@ def _pack(
 ) -> Iterator[dict]:
     rest = np.empty(0, np.int32)
     # Which a stream finds out while it trains, by the errors of any reader of files.
-    with blaming("The text cannot be read to its end", Exception):
+    with blaming("The text cannot be read to the end", Exception):
         for stream in _token_stream(tokenized, eos_token_id):
             tokens = np.concatenate([rest, stream])
             whole = len(tokens) - len(tokens) % block_size

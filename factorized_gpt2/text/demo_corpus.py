@@ -39,7 +39,9 @@ def python_documents() -> list[str]:
             documents += _docstrings(path)
     documents = list(dict.fromkeys(documents))
     if sum(map(len, documents)) < 500_000:
-        raise UserError("This Python comes without its documentation texts; name text files of your own instead.")
+        raise UserError(
+            "This Python was installed without its documentation, which is the text of the demo: use another Python."
+        )
     return documents
 
 

@@ -25,7 +25,7 @@ def parts_of_documents(rows: Sequence[str | None], document_start: re.Pattern | 
     """
     texts = [text or "" for text in rows]
     if not all(isinstance(text, str) for text in texts):
-        raise UserError("The column of text does not hold text alone.")
+        raise UserError("The text column contains something other than text.")
     starts = [document_start is not None and bool(document_start.match(text)) for text in texts]
     if document_start is not None and document_start.pattern:
         texts = [text if text.endswith("\n") else text + "\n" for text in texts]  # rows are parts of one text

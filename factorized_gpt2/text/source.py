@@ -76,7 +76,7 @@ class TextSource:
         names = [name for name in self.files if is_token_file(name)]
         if names and len(names) < len(self.files):
             other = next(name for name in self.files if not is_token_file(name))
-            raise UserError(f"{names[0]} holds token ids, {other} text: give files of one kind.")
+            raise UserError(f"{names[0]} contains token ids, {other} text: give files of one kind only.")
         return bool(names)
 
     def load(self, streaming: bool = False) -> list[tuple[Dataset | IterableDataset, re.Pattern | None]]:
@@ -108,7 +108,7 @@ class TextSource:
             if not path.is_file():
                 raise UserError(f"The file {name} does not exist.")
             if is_token_file(name):
-                raise UserError(f"{name} holds token ids: this needs text.")
+                raise UserError(f"{name} contains token ids, but this needs text.")
             loaded.append((self._load_file(path, streaming), pattern if kind_of(path) == "text" else every_row))
         return loaded
 
@@ -133,7 +133,8 @@ class TextSource:
         column = self.text_column
         if any((Path(name) / file).is_file() for file in ("state.json", "dataset_dict.json")):
             raise UserError(
-                f"{name} was written by save_to_disk and is no dataset as on the Hub: write it with to_parquet, and "
+                f"{name} was written by save_to_disk and is not a dataset as on the Hub: write it with to_parquet, "
+                f"and "
                 f"name that file ({_FILE_SETTINGS})."
             )
         with _reading(name):
@@ -176,7 +177,7 @@ class TextSource:
 def datasets_package() -> ModuleType:
     """Import `datasets`, or say in one line that reading text needs it."""
     with blaming(
-        f"Text is read with the package datasets, which files of token ids ({TOKEN_SUFFIX}) do without", ImportError
+        f"Text is read with the package datasets, which files of token ids ({TOKEN_SUFFIX}) do not need", ImportError
     ):
         import datasets
     return datasets
@@ -197,7 +198,7 @@ def _require_cache() -> None:
     except OSError as error:
         raise UserError(
             f"{folder}, where texts are cached, cannot be written ({error.strerror}): set HF_DATASETS_CACHE, or "
-            "HF_HOME, to a folder that can."
+            "HF_HOME, to a folder that is writable."
         ) from error
 
 

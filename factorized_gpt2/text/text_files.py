@@ -42,8 +42,8 @@ def kind_of(path: Path) -> str:
     kind = _KINDS.get(suffix)
     if kind is None or (kind == "parquet" and packing):
         raise UserError(
-            f"{path}: unknown kind of file {suffix + packing!r}; known are {', '.join(sorted(_KINDS))}, and all but "
-            f".parquet packed: {', '.join(_OPENERS)}."
+            f"{path}: unknown kind of file {suffix + packing!r}; known are {', '.join(sorted(_KINDS))}; all but "
+            f".parquet may be compressed: {', '.join(_OPENERS)}."
         )
     return kind
 
@@ -105,5 +105,5 @@ def _open_zstd(path: str) -> BinaryIO:
     import pyarrow
 
     if not pyarrow.Codec.is_available("zstd"):
-        raise UserError(f"{path} cannot be read: this pyarrow comes without zstd; unpack the file.")
+        raise UserError(f"{path} cannot be read: the installed pyarrow does not support zstd: uncompress the file.")
     return pyarrow.input_stream(path, compression="zstd")

@@ -103,14 +103,14 @@ def write_token_file(path: Path, tokens: Iterable[np.ndarray], vocab_size: int) 
     """
     if vocab_size > LARGEST_VOCABULARY:
         raise UserError(
-            f"{path}: token ids are written as uint16, which holds {LARGEST_VOCABULARY:,}; the tokenizer has "
+            f"{path}: token ids are stored as uint16, which allows {LARGEST_VOCABULARY:,} tokens; the tokenizer has "
             f"{vocab_size:,}."
         )
     written = 0
     with replacing_file(path) as temporary, temporary.open("wb") as file:
         for piece in tokens:
             if len(piece) and not 0 <= piece.min() <= piece.max() < vocab_size:
-                raise UserError(f"{path}: an id of the text lies outside of the tokenizer's {vocab_size:,}.")
+                raise UserError(f"{path}: the text has a token id beyond the tokenizer's {vocab_size:,} tokens.")
             file.write(piece.astype(_TYPE).tobytes())
             written += len(piece)
     return written
@@ -125,13 +125,13 @@ def _check(name: str, vocab_size: int) -> None:
         raise UserError(f"The file {name} does not exist.")
     size = path.stat().st_size
     if size % _TYPE.itemsize:
-        raise UserError(f"{name} has {size:,} bytes, an odd number: it is no file of uint16 token ids.")
+        raise UserError(f"{name} has {size:,} bytes, an odd number: it is not a file of uint16 token ids.")
     with blaming(f"{name} cannot be read", OSError, ValueError):
         tokens = np.memmap(path, _TYPE, mode="r") if size else np.empty(0, _TYPE)
         for start in range(0, len(tokens), _CHECKED_AT_ONCE):
             largest = int(tokens[start : start + _CHECKED_AT_ONCE].max())
             if largest >= vocab_size:
                 raise UserError(
-                    f"{name} holds the token id {largest}, and the tokenizer has {vocab_size} ids: it was written "
-                    "with another tokenizer, or is no file of uint16 token ids."
+                    f"{name} contains the token id {largest}, but the tokenizer has {vocab_size} ids: it was written "
+                    "with another tokenizer, or is not a file of uint16 token ids."
                 )

@@ -52,14 +52,14 @@ def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
         tokenizer = tokenizer_class.from_pretrained(name_or_path, trust_remote_code=False)
         vocabulary = tokenizer.get_vocab()
         if vocabulary.keys() <= set(tokenizer.all_special_tokens):  # what transformers makes of no files at all
-            raise UserError(f"{culprit}: there are none of the files that make one.")
+            raise UserError(f"{culprit}: it has none of the files of a tokenizer.")
         _name_ends(tokenizer, vocabulary, name_or_path)
     templates = tokenizer.chat_template if isinstance(tokenizer.chat_template, dict) else {}
     tokenizer.init_kwargs.pop("auto_map", None)  # names code, and what is saved must not pass a stranger's on
     for name in templates:  # each becomes a file wherever the tokenizer is saved
         if Path(name).name != name:
             raise UserError(
-                f"The tokenizer {name_or_path!r} has a chat template {name!r}, which is no name of a file."
+                f"The tokenizer {name_or_path!r} has a chat template {name!r}, which cannot be a file name."
             )
     return tokenizer
 

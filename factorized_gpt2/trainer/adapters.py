@@ -1,22 +1,28 @@
-"""LoRA on a factorized GPT-2: what is adapted, how it starts, how it merges."""
+"""LoRA on a factorized model: what is adapted, how it starts, how it merges."""
 
 import math
+import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from peft import LoraConfig, PeftModel, TaskType, get_peft_model
 from peft.tuners.lora.layer import Embedding as LoraEmbedding
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from ..common.errors import UserError
+from ..network.decoder_slots import Slot
+from ..network.modeling_factorized_causal_lm import FactorizedCausalLM
 from ..network.modeling_factorized_gpt2 import FactorizedGPT2
 
-DROPOUTS = ("resid_pdrop", "embd_pdrop", "attn_pdrop")
+DROPOUTS = ("resid_pdrop", "embd_pdrop", "attn_pdrop")  # of a GPT-2
+ALL_LINEAR = "all-linear"
+_OTHER_DROPS = re.compile("layerdrop|classifier|summary")  # of whole layers, or of heads that are not here
 
 
 def add_lora(
-    model: FactorizedGPT2, rank: int, alpha: float, dropout: float, target_modules: Sequence[str]
+    model: FactorizedGPT2 | FactorizedCausalLM, rank: int, alpha: float, dropout: float, target_modules: Sequence[str]
 ) -> PeftModel:
     """Freeze a model and attach LoRA adapters that leave its outputs as they are.
 
@@ -29,8 +35,7 @@ def add_lora(
         rank: Rank of the adapters.
         alpha: Numerator of their scale.
         dropout: Dropout before A, on linear layers.
-        target_modules: Names of modules, such as `wte` or `q_proj`. `scale_up` and `scale_down` are passed over where
-            the model is not factorized.
+        target_modules: As `lora_targets` takes them.
 
     Returns:
         The adapted model.
@@ -45,6 +50,8 @@ def add_lora(
         lora_alpha=alpha,  # type: ignore[arg-type]  # PEFT divides by it, and takes floats as well as its `int`
         lora_dropout=dropout,
         target_modules=targets,
+        # What stands in a decoder for its embedding and head may have the name of what is adapted.
+        exclude_modules=[name for name, module in model.named_modules() if isinstance(module, Slot)] or None,
     )
     with warnings.catch_warnings():
         # PEFT cannot know that this head follows wte's adapter, and warns of tied weights.
@@ -58,23 +65,34 @@ def add_lora(
     return adapted
 
 
-def lora_targets(model: FactorizedGPT2, rank: int, target_modules: Sequence[str]) -> list[str]:
+def lora_targets(model: FactorizedGPT2 | FactorizedCausalLM, rank: int, target_modules: Sequence[str]) -> list[str]:
     """Name the modules that get adapters, if they all can have them.
+
+    Args:
+        model: To be adapted.
+        rank: Of the adapters.
+        target_modules: Names of modules, such as `wte` or `q_proj`. `all-linear` stands for every linear layer of the
+            decoder, `scale_up`, `scale_down` and, unless it is of integers, `wte`. `scale_up` and `scale_down` are
+            passed over where the model is not factorized.
 
     Raises:
         UserError: A name that no linear layer or embedding has, a vocabulary of integers, the head while it is tied,
             or a rank beyond the widest layer.
     """
-    widest = model.config.n_inner or 4 * model.config.n_embd
+    linear = {name: module for name, module in _linear_layers(model.get_decoder()) if name != "scale_up"}
+    widest = max(max(module.weight.shape) for module in linear.values())
     if rank > widest:
         raise UserError(f"lora_rank {rank} is larger than the model's widest layer, of {widest}.")
     present = {
         name.rsplit(".", 1)[-1]
         for name, module in model.named_modules()
-        if isinstance(module, nn.Linear | nn.Embedding)
+        if isinstance(module, nn.Linear | nn.Embedding | Conv1D)
     }
+    vocabulary = ("scale_up", "scale_down") if model.config.is_coded else ("wte", "scale_up", "scale_down")
+    every = [*vocabulary, *dict.fromkeys(_short(name) for name in linear)]
+    asked = [name for target in target_modules for name in (every if target == ALL_LINEAR else [target])]
     absent_by_design = () if model.config.is_factorized else ("scale_up", "scale_down")
-    targets = [name for name in target_modules if name not in absent_by_design]
+    targets = [name for name in dict.fromkeys(asked) if name not in absent_by_design]
     codes = sorted({"wte", "lm_head"}.intersection(targets)) if model.config.is_coded else []
     if codes:
         raise UserError(
@@ -82,7 +100,7 @@ def lora_targets(model: FactorizedGPT2, rank: int, target_modules: Sequence[str]
             "floats of it with dequantize=true."
         )
     for name in targets:
-        if name not in present:
+        if name not in present and name not in every:
             raise UserError(
                 f"lora_target_modules: the model has no linear layer or embedding {name!r}; it has "
                 f"{', '.join(sorted(present))}."
@@ -95,7 +113,16 @@ def lora_targets(model: FactorizedGPT2, rank: int, target_modules: Sequence[str]
     return targets
 
 
-def merge(adapted: PeftModel) -> FactorizedGPT2:
+def _linear_layers(trunk: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    return ((name, module) for name, module in trunk.named_modules() if isinstance(module, nn.Linear | Conv1D))
+
+
+def _short(name: str) -> str:
+    """Shorten a module's name to what it has in common with those of the other layers: a number alone says nothing."""
+    return re.search(r"[^.]*(\.\d+)*$", name)[0]
+
+
+def merge(adapted: PeftModel) -> FactorizedGPT2 | FactorizedCausalLM:
     """Add the adapters into the weights and return the plain model, of the same size as before they were attached.
 
     Raises:
@@ -104,11 +131,11 @@ def merge(adapted: PeftModel) -> FactorizedGPT2:
     return adapted.merge_and_unload(safe_merge=True).eval()
 
 
-def untie_head(model: FactorizedGPT2) -> None:
+def untie_head(model: FactorizedGPT2 | FactorizedCausalLM) -> None:
     """Give the head a matrix of its own, a copy of `wte`, in place."""
     if model.config.tie_word_embeddings:
         model.config.tie_word_embeddings = False
-        model.lm_head.weight = nn.Parameter(model.transformer.wte.weight.detach().clone())
+        model.lm_head.weight = nn.Parameter(model.get_input_embeddings().weight.detach().clone())
         model.all_tied_weights_keys = {}
 
 
@@ -120,9 +147,23 @@ def _start_like_linear(module: LoraEmbedding) -> None:
         nn.init.zeros_(module.lora_embedding_B[name])
 
 
-def set_dropout(model: FactorizedGPT2, probability: float) -> None:
-    """Set every dropout of a model, in its configuration (which attention reads) and in its modules."""
-    model.config.update(dict.fromkeys(DROPOUTS, probability))
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = probability
+def set_dropout(model: FactorizedGPT2 | FactorizedCausalLM, probability: float) -> list[str]:
+    """Set every dropout of a model, in its configuration and in its modules, in place.
+
+    Returns:
+        What the configuration calls those that it has.
+    """
+    fields = model.config.get_text_config().to_dict()
+    numbers = {name for name, value in fields.items() if type(value) in (float, int)}
+    names = sorted(name for name in numbers if "drop" in name and not _OTHER_DROPS.search(name))
+    chosen = dict.fromkeys(names, probability)
+    model.config.get_text_config().update(chosen)
+    with torch.device("meta"):
+        rebuilt = type(model)(model.config)
+    # Some modules read the configuration as they compute, others kept its numbers when they were built.
+    for module, made in zip(model.modules(), rebuilt.modules(), strict=True):
+        vars(module).update({name: value for name, value in vars(made).items() if isinstance(value, float)})
+        config = vars(module).get("config")
+        if config is not None:
+            config.get_text_config().update(chosen)
+    return names

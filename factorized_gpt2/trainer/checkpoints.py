@@ -19,6 +19,7 @@ from ..common.files import explaining_refusals, put_in_place, read_json, remove_
 from ..common.leftovers import marked_for_all
 from ..common.run_record import run_id
 from ..models.adapter_folder import ADAPTER_CONFIG, complete_adapter
+from ..models.foreign_models import positions_of
 from ..text.tokenizer_files import make_portable
 
 logger = logging.getLogger(__name__)
@@ -132,7 +133,7 @@ class CheckpointingTrainer(Trainer):
             return
         folder = Path(output_dir or self.args.output_dir)
         if (folder / TOKENIZER_CONFIG_FILE).exists():
-            make_portable(folder, self.model.config.n_positions)
+            make_portable(folder, positions_of(self.model.config))
         if (folder / ADAPTER_CONFIG).exists():
             complete_adapter(folder, folder if self._staging is None else Path(self.args.output_dir, folder.name))
 

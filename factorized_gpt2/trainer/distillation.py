@@ -4,9 +4,9 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from ..network.blockwise_loss import RowLoss, cross_entropy_rows
-from ..network.modeling_factorized_gpt2 import FactorizedGPT2
 from ..text.blocks import IGNORED_LABEL
 
 
@@ -33,17 +33,26 @@ def divergence_rows(
     return divergences * temperature**2, student.exp_().sub_(probabilities).mul_(temperature)
 
 
+@torch.no_grad()
+def has_plain_logits(model: PreTrainedModel) -> bool:
+    """Tell whether a decoder's logits are what its head computes, with neither a scale nor a cap after it."""
+    ids = torch.zeros(1, 2, dtype=torch.long, device=model.device)
+    states = model.get_decoder()(ids, use_cache=False).last_hidden_state
+    return torch.allclose(model(ids, use_cache=False).logits, model.get_output_embeddings()(states), rtol=1e-4)
+
+
 @dataclass(frozen=True)
 class Distillation:
     """A teacher, and how much of the loss it gives.
 
     Attributes:
-        teacher: Without adapters. Its parameters take no gradient; put into evaluation mode.
+        teacher: A decoder whose logits are what its head computes (`has_plain_logits`), not factorized and without
+            adapters. Its parameters take no gradient; put into evaluation mode.
         weight: w in [0, 1] of `(1 - w) * cross_entropy + w * KL(teacher || student)`.
         temperature: Of both distributions in the divergence.
     """
 
-    teacher: FactorizedGPT2
+    teacher: PreTrainedModel
     weight: float
     temperature: float = 1.0
 
@@ -64,17 +73,19 @@ class Distillation:
         Returns:
             The loss of rows; its sum is in nats.
         """
-        hidden_states = self.teacher.transformer(input_ids, use_cache=False).last_hidden_state
-        states = self.teacher.to_head_width(hidden_states).flatten(0, 1)  # [B * T, k]
-        head, kind = self.teacher.get_output_embeddings().weight, input_ids.device.type
+        states = self.teacher.get_decoder()(input_ids, use_cache=False).last_hidden_state.flatten(0, 1)  # [B * T, d]
+        head, kind = self.teacher.get_output_embeddings(), input_ids.device.type
         # The blocks come later, without autocast: cast once here for all of them.
-        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else head.dtype
-        states, head = states.to(dtype), head.to(dtype)
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else head.weight.dtype
+        states, weight = states.to(dtype), head.weight.to(dtype)
+        bias = None if head.bias is None else head.bias.to(dtype)
         next_labels = nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORED_LABEL).flatten()
 
         def mixed_rows(logits: torch.Tensor, rows: slice) -> tuple[torch.Tensor, torch.Tensor]:
             counts = (next_labels[rows, None] != IGNORED_LABEL).float()
-            losses, gradients = divergence_rows(logits, states[rows] @ head.T, self.temperature)
+            losses, gradients = divergence_rows(
+                logits, nn.functional.linear(states[rows], weight, bias), self.temperature
+            )
             if self.weight == 1:
                 logits.copy_(gradients)
                 return losses * counts, counts

@@ -14,10 +14,12 @@ from peft import PeftModel
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.utils.data import DataLoader, Dataset
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
 from ..common.errors import UserError
-from ..network.modeling_factorized_gpt2 import FactorizedGPT2, FactorizedGPT2Block
+from ..network.modeling_factorized_causal_lm import FactorizedCausalLM
+from ..network.modeling_factorized_gpt2 import FactorizedGPT2
 from ..text.blocks import some_of
 from ..text.loss import LossSum, perplexity, sum_loss
 from .checkpoints import CheckpointingTrainer
@@ -73,10 +75,11 @@ class FactorizedTrainer(CheckpointingTrainer):
             for block in self._blocks():
                 block.compile(backend=args.torch_compile_backend, mode=args.torch_compile_mode)
 
-    def _blocks(self) -> list[FactorizedGPT2Block]:
-        return [module for module in self.model.modules() if isinstance(module, FactorizedGPT2Block)]
+    def _blocks(self) -> list[GradientCheckpointingLayer]:
+        """List the layers of the decoder, which transformers makes of this class whatever the architecture."""
+        return [module for module in self.model.modules() if isinstance(module, GradientCheckpointingLayer)]
 
-    def trained_model(self) -> FactorizedGPT2 | PeftModel:
+    def trained_model(self) -> FactorizedGPT2 | FactorizedCausalLM | PeftModel:
         """Take the trained model out of what trains it: whole, in float32, on every process. All must call it."""
         if self._whole is None:
             for block in self._blocks():  # whoever uses the model may have other shapes, and compile it for them

@@ -215,7 +215,7 @@ TABLE = {
     ),
     "an empty name of a config": ("train", ("--config", ""), None, "There is no config ''"),
     "a folder for a config": ("train", ("--config", "."), None, "There is no config '.'"),
-    "the root for a folder": ("train", ("--output_dir", "/"), None, "output_dir=/ is the root of all folders"),
+    "the root for a folder": ("train", ("--output_dir", "/"), None, "output_dir=/ is the root folder"),
     "a file in a model's place": (
         "compress",
         ("--output_dir", "."),
@@ -303,8 +303,8 @@ def odd_paths(material, tmp_path, monkeypatch):
     [
         ("evaluate", ["--eval_file", "text.jsonl"], "text.jsonl is a folder, not a file"),
         ("evaluate", ["--eval_file", "tokens.bin"], "tokens.bin is a folder, not a file"),
-        ("evaluate", ["--eval_file", "pipe.jsonl"], "pipe.jsonl is no file but a pipe"),
-        ("evaluate", ["--eval_file", "pipe.bin"], "pipe.bin is no file but a pipe"),
+        ("evaluate", ["--eval_file", "pipe.jsonl"], "pipe.jsonl is a pipe"),
+        ("evaluate", ["--eval_file", "pipe.bin"], "pipe.bin is a pipe"),
         ("evaluate", ["--eval_file", "broken"], "The file broken does not exist"),
         ("evaluate", ["--models", "pipe.bin"], "pipe.bin is a file, not the folder of a model"),
         ("compress", ["--output_dir", "broken"], "output_dir=broken is a link to a folder that does not exist"),

@@ -106,7 +106,7 @@ def test_refinement_keeps_to_the_budget_and_brings_the_model_nearer(words, tmp_p
         (("--bits_per_weight", 2, "--vocabulary_mb", 1), "needs one of bits_per_weight, vocabulary_mb"),
         (("--method", "coded"), "needs one of bits_per_weight"),
         (("--bits_per_weight", 2, "--method", "joint"), "are for method coded, not for joint"),
-        (("--bits_per_weight", 2, "--tie_word_embeddings", "false"), "codes one matrix for both sides"),
+        (("--bits_per_weight", 2, "--tie_word_embeddings", "false"), "needs a tied head"),
         (("--bits_per_weight", 2, 2), "a budget is given twice in 2.0 2.0"),
         (("--bits_per_weight", 99), "99 bits a weight are out of range"),
         (("--bits_per_weight", 2, "--ranks", 99), "Rank 99 is out of range"),
@@ -144,7 +144,7 @@ def test_a_run_adapts_the_trunk_and_floats_on_demand(words, tmp_path, corpus):  
     ):
         with pytest.raises(UserError, match=complaint):
             run("refused", *rest)
-    with pytest.raises(UserError, match="dequantize is for a compressed model"):
+    with pytest.raises(UserError, match="dequantize needs a compressed model"):
         parse_run(train_words(corpus, tmp_path / "x", "--n_embd", 32, "--tokenizer", "x", "--dequantize", True))
 
 

@@ -61,7 +61,7 @@ def test_the_demo_runs_to_its_end(tmp_path, capsys, drawn_pictures):
     assert (tmp_path / "demo/loss_against_rank.png").read_bytes().startswith(b"\x89PNG")
     for row in results:
         assert f"{row.eval_loss:.4f}" in printed
-    assert re.search(r"takes about \d+ (s|min) here", printed)
+    assert re.search(r"will take about \d+ (s|min) on this machine", printed)
     assert re.search(r"\[#+\.+\] 5 of 9, .* left: Refining", printed)
     assert "gpt_coded_nofinetune_b2" in printed
     sentences = re.findall(r"  gpt_\w+: ['\"]Return a list of", printed)

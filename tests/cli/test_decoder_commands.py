@@ -16,9 +16,8 @@ from factorized_gpt2.cli.evaluate import evaluate
 from factorized_gpt2.common.errors import UserError
 from factorized_gpt2.compress.calibration import calibrate
 from factorized_gpt2.models.loading import load_baseline, load_compressed
-from factorized_gpt2.runs.run import run_experiment
-from factorized_gpt2.runs.settings import parse_run
 
+_REFINED = ("tokenwise", "coded")
 KINDS = ["llama", "gemma3_text", "opt", "phi"]
 
 
@@ -65,8 +64,9 @@ def test_compressed_by_every_method(kind, folders, corpus, text, tmp_path, capsy
     if kind == "phi":  # whose head has a matrix of its own
         with pytest.raises(UserError, match="has a head of its own; method coded codes one matrix"):
             compress(words(folders / kind, tmp_path, *methods.pop("coded")))
-    with pytest.raises(UserError, match="refine is for GPT-2 alone"):
-        compress(words(folders / kind, tmp_path, *methods["tokenwise"], "--refine", 2))
+    methods |= {
+        f"{method}_refined": (*options, "--refine", 6) for method, options in methods.items() if method in _REFINED
+    }
     increases = {}
     for method, options in methods.items():
         compress(words(folders / kind, tmp_path, *options, "--json", tmp_path / "rows.json"))
@@ -75,13 +75,15 @@ def test_compressed_by_every_method(kind, folders, corpus, text, tmp_path, capsy
         assert row["vocabulary_bytes"] < baseline["vocabulary_bytes"]  # codes may be more, and are bytes
         model = load_compressed(row["folder"])
         assert isinstance(model, FactorizedCausalLM)
-        assert model.config.is_coded == (method == "coded")
+        assert model.config.is_coded == ("coded" in method)
         evaluate(["--models", row["folder"], *text, "--json", str(tmp_path / "loss.json")])
         (found,) = json.loads((tmp_path / "loss.json").read_text())["rows"]
         assert found["loss"] == pytest.approx(row["loss"], abs=1e-5)
         capsys.readouterr()
         compress(words(folders / kind, tmp_path, *options))  # reused: nothing is computed again
         assert "Loading" not in capsys.readouterr().out
+    for method in filter(increases.__contains__, _REFINED):
+        assert increases[f"{method}_refined"] != increases[method]
     if "coded" in increases:
         assert abs(increases["coded"]) < 0.2
 
@@ -136,17 +138,3 @@ def test_what_cannot_be_factorized_is_named(tmp_path):
     with pytest.raises(UserError, match="mamba cannot be factorized: MambaForCausalLM is recurrent") as caught:
         load_baseline(str(tmp_path / "mamba"))
     assert "\n" not in str(caught.value)
-
-
-def test_what_cannot_be_published_is_not_made_first(folders, tmp_path, monkeypatch):
-    monkeypatch.setattr("factorized_gpt2.cli.compressing.check_access", lambda *_: None)
-    with pytest.raises(UserError, match="push_to_hub is for GPT-2 alone"):
-        compress(words(folders / "llama", tmp_path, "--ranks", 8, "--push_to_hub", "me/small"))
-    assert not list(tmp_path.glob("gpt_*"))
-
-
-def test_runs_are_for_gpt2(folders, corpus, tmp_path):
-    texts = ("--train_file", corpus / "train.jsonl", "--validation_file", corpus / "validation.jsonl")
-    asked = ("--baseline", folders / "llama", "--output_dir", tmp_path / "run", "--do_train", *texts, "--max_steps", 1)
-    with pytest.raises(UserError, match=r"llama is a LlamaForCausalLM; train_hf\.py trains GPT-2s"):
-        run_experiment(parse_run([str(word) for word in (*asked, "--report_to", "none", "--block_size", 8)]))

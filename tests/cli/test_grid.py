@@ -350,13 +350,13 @@ def test_only_some_run_with_what_they_start_from_and_flags_reach_them_all(grid):
         (["--grid", "experimants.json"], "Did you mean 'experiments.json'"),
         (["--accelerate_config", "nowhere.yaml"], "There is no accelerate config 'nowhere.yaml'"),
         (["--seed=3"], "Unknown argument '--seed'"),
-        (["--scale_width", "0.004"], "have the folder .*_scratch_k1: at this scale, ranks coincide"),
+        (["--scale_width", "0.004"], "have the folder .*_scratch_k1, because their ranks are equal at this scale"),
         (["--only", "baseline", "pca_k64"], "No experiment is called 'pca_k64'; there are baseline, lowrank"),
-        (["--", "--seed=3", "--output_dir=x"], "^--output_dir after -- is not for every run alike"),
-        *((["--", f"--{name}=x"], f"^--{name} after -- is not") for name in ("config", "run_name", "baseline")),
-        (["--", "--compressed=x"], "^--compressed after -- is not"),
-        (["--", "--overwrite"], "^--overwrite after -- is not"),
-        (["--", "--print_config"], "^--print_config after -- is not"),
+        (["--", "--seed=3", "--output_dir=x"], "^--output_dir after -- cannot be set for all runs"),
+        *((["--", f"--{name}=x"], f"^--{name} after -- cannot be set") for name in ("config", "run_name", "baseline")),
+        (["--", "--compressed=x"], "^--compressed after -- cannot be set"),
+        (["--", "--overwrite"], "^--overwrite after -- cannot be set"),
+        (["--", "--print_config"], "^--print_config after -- cannot be set"),
         (["--", "--max_stepz=5"], "Unknown argument '--max_stepz'. Did you mean 'max_steps'"),
         (["--", "--max_steps=many"], "max_steps.*invalid int value: 'many'"),
     ],
@@ -429,7 +429,7 @@ def test_a_small_grid_from_end_to_end(tmp_path, corpus, monkeypatch, capsys):
 
 
 def test_a_scaled_grid_needs_a_folder_of_its_own(grid):
-    with pytest.raises(UserError, match="needs a folder of its own: name one with --output_dir"):
+    with pytest.raises(UserError, match="needs a folder of its own: set --output_dir"):
         run_experiments(["--scale", "0.5", "--dry_run"])
 
 
@@ -438,7 +438,9 @@ def test_one_damaged_result_does_not_hide_what_failed(grid):
     damaged = grid.root / "gpt_other"
     damaged.mkdir(parents=True)
     (damaged / "results.json").write_text('{"run_name": 1}')
-    with pytest.raises(UserError, match=r"There is no report: .*gpt_other.* And 1 of 2 .* lowrank_scratch_k128\."):
+    with pytest.raises(
+        UserError, match=r"No report was written: .*gpt_other.* Also: 1 of 2 .* lowrank_scratch_k128\."
+    ):
         grid("--only", "baseline", "lowrank_scratch_k128")
     assert grid.trained == ["gpt_baseline", "gpt_lowrank_scratch_k32"]
 

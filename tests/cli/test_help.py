@@ -47,7 +47,7 @@ def test_a_page_begins_with_usage_and_ends_with_exit_status(pages, name):
     lines = pages[name].splitlines()
     assert lines[0].startswith(f"usage: {name} ")
     assert lines[2]
-    assert "Exit status: 0 when it ended well; 2 after bad input" in pages[name]
+    assert "Exit status: 0 after success; 2 after bad input" in pages[name]
     assert all(len(line) <= 120 or line.lstrip().startswith("--") for line in lines)  # of choices there may be many
 
 
@@ -81,7 +81,7 @@ def test_examples_use_options_that_exist(pages, name):
 
 def test_headings_lead_through_the_options_of_a_run(pages):
     headings = re.findall(r"^(\w.*):$", pages["train_hf.py"], re.MULTILINE)
-    assert headings[:5] == ["options", "The model and its start", "LoRA adapters", "Distillation", "Text"]
+    assert headings[:5] == ["options", "Model", "LoRA adapters", "Distillation", "Text"]
 
 
 def test_the_page_of_a_run_shows_what_a_run_honours(pages):

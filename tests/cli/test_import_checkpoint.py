@@ -94,7 +94,7 @@ def test_a_pipe_in_a_file_s_place_is_not_waited_for(option, tmp_path, capsys):
     files = {"checkpoint": path, "wte_npy": tmp_path / "wte.npy", "scale_npz": tmp_path / "scales.npz"}
     words = [word for name, file in (files | {option: tmp_path / "pipe"}).items() for word in (f"--{name}", file)]
     assert run_import(*words, "--output_dir", tmp_path / "model") == 2
-    assert "pipe is no file but a pipe, a device or the like" in capsys.readouterr().err.splitlines()[-1]
+    assert "pipe is a pipe, a device or the like" in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_a_tokenizer_that_is_too_large(tmp_path, corpus, capsys):

@@ -253,7 +253,7 @@ def test_a_drive_that_cannot_flush_is_written_to_with_a_warning(tmp_path, monkey
             fill(folder, x="x")
     assert tree(tmp_path) == {"a/x": "x", "b/x": "x"}
     assert [record.getMessage() for record in caplog.records] == [
-        f"This drive cannot be told to flush what is written ({os.strerror(number)}); a power cut may lose some of it."
+        f"This drive cannot flush files to the disk ({os.strerror(number)}); a power cut may lose recent files."
     ]
 
 
@@ -270,7 +270,7 @@ def test_a_disk_that_fails_to_flush_is_a_refusal(tmp_path, monkeypatch):
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EDQUOT])
 def test_a_refusal_of_the_system_is_a_line(tmp_path, number):
     with (
-        pytest.raises(UserError, match=f"a cannot be written: {os.strerror(number)}. Mend"),
+        pytest.raises(UserError, match=f"a cannot be written: {os.strerror(number)}. Fix"),
         replacing_file(tmp_path / "a"),
     ):
         raise OSError(number, os.strerror(number))
@@ -350,7 +350,7 @@ def test_a_folder_in_a_file_s_place_is_refused_and_stays(tmp_path):
         (replacing_folder(tmp_path / "a"), lambda path: fill(path, model="new")),
         (filling_folder(tmp_path / "a", last="config"), lambda path: fill(path, model="new", config="new", a="new")),
     ):
-        with pytest.raises(UserError, match="model is a folder, and a file is to be written there"), writer as path:
+        with pytest.raises(UserError, match="model is a folder, but a file must be written there"), writer as path:
             write(path)
         assert tree(tmp_path) == before
         assert not list(tmp_path.glob(".*"))
@@ -358,7 +358,7 @@ def test_a_folder_in_a_file_s_place_is_refused_and_stays(tmp_path):
 
 def test_a_pipe_is_not_waited_for(tmp_path):
     os.mkfifo(tmp_path / "run.json")
-    with pytest.raises(UserError, match=r"run\.json is no file but a pipe"):
+    with pytest.raises(UserError, match=r"run\.json is a pipe"):
         read_json(tmp_path / "run.json")
     os.mkfifo(tmp_path / "model.safetensors")
     assert weight_files(tmp_path) == []
@@ -366,7 +366,7 @@ def test_a_pipe_is_not_waited_for(tmp_path):
 
 def test_a_file_in_a_folder_s_place_is_refused_and_stays(tmp_path):
     place = fill(tmp_path, a="mine") / "a"
-    with pytest.raises(UserError, match="a is a file, and a folder is to be written there"), replacing_folder(place):
+    with pytest.raises(UserError, match="a is a file, but a folder must be written there"), replacing_folder(place):
         pytest.fail("nothing may be made")
     assert tree(tmp_path) == {"a": "mine"}
 

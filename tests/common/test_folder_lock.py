@@ -52,7 +52,7 @@ def test_a_folder_is_held_by_one_process(tmp_path, hold):
     folder = tmp_path / "models/run"
     holder = hold(run_alone, folder)
     with (
-        pytest.raises(UserError, match=r"Another process is at work in .*run: .* another --output_dir"),
+        pytest.raises(UserError, match=r"Another process is using .*run: .* another --output_dir"),
         run_alone(folder),
     ):
         pytest.fail("two at once")
@@ -76,7 +76,7 @@ def test_a_lock_dies_with_its_holder(tmp_path, hold):
 
 def test_who_compresses_is_refused_or_waits(tmp_path, hold, caplog, monkeypatch):
     holder = hold(compress_alone, tmp_path)
-    with pytest.raises(UserError, match="Another process writes compressed models into"), compress_alone(tmp_path):
+    with pytest.raises(UserError, match="Another process is writing compressed models into"), compress_alone(tmp_path):
         pytest.fail("two at once")
     caplog.set_level("INFO", "factorized_gpt2")
     monkeypatch.setattr(caplog.handler, "emit", lambda record: holder.release())  # when it says that it waits
@@ -123,7 +123,9 @@ def test_where_there_are_no_locks_work_goes_on_with_a_warning(tmp_path, monkeypa
     with compress_alone(tmp_path):
         assert left.exists()  # perhaps another machine's
     assert [path.name for path in tmp_path.iterdir()] == [left.name]
-    assert f"has no locks ({os.strerror(number)}): see that no other process writes there." in caplog.text
+    assert (
+        f"does not support locks ({os.strerror(number)}): make sure that no other process writes there." in caplog.text
+    )
 
 
 def test_what_cannot_be_written_is_refused(tmp_path):

@@ -34,8 +34,8 @@ def table(weight):
 
 
 @pytest.fixture(scope="module")
-def teacher(trunk, weight):
-    return Teacher.read(trunk, weight, torch.randint(VOCAB, (24, 32), generator=torch.Generator().manual_seed(0)))
+def teacher(weight):
+    return Teacher(weight, torch.randint(VOCAB, (24, 32), generator=torch.Generator().manual_seed(0)))
 
 
 def test_it_computes_what_the_table_stands_for(table):
@@ -83,7 +83,7 @@ def test_equal_seeds_give_equal_bytes(trunk, table, teacher):
 
 def test_a_result_that_is_worse_is_not_kept(trunk, table, teacher, monkeypatch):
     refinable = RefinableTable(table)
-    monkeypatch.setattr(refinable, "parameter_groups", lambda: [{"params": [refinable.bias], "lr": 100.0}])
+    monkeypatch.setattr(refinable, "parameter_groups", lambda _: [{"params": [refinable.bias], "lr": 100.0}])
     before, after = refine_vocabulary(refinable, trunk, teacher[slice(0, 4)], teacher[slice(20, 24)], steps=2)
     assert before == after
     assert refinable.table().to_bytes() == table.to_bytes()

@@ -118,7 +118,7 @@ def test_positions(kind, settings, positions):
 @pytest.mark.parametrize("kind", ["Bert", "Roberta", "Electra"])
 def test_a_model_that_looks_ahead_is_refused(kind):
     model = model_of(kind, **WIDE, is_decoder=False)
-    with pytest.raises(UserError, match=f"^{kind} is no causal language model: what it predicts depends on later"):
+    with pytest.raises(UserError, match=f"^{kind} is not a causal language model: its predictions depend on later"):
         LossOfLogits(model).check(12, kind)
 
 
@@ -169,9 +169,9 @@ def test_the_command_measures_them_all(folder, corpus, capsys):
     [
         ("Bloom", r"{} does not say how many tokens it reads at once: set block_size\."),
         ("Mamba", r"{} does not say how many tokens it reads at once: set block_size\."),
-        ("Bert", r"{} is no causal language model: what it predicts depends on later tokens\."),
-        ("T5", r"{} is a 't5' model, which is no causal language model\."),
-        ("EncoderDecoder", r"{} is a 'bart' model, which is no causal language model\."),
+        ("Bert", r"{} is not a causal language model: its predictions depend on later tokens\."),
+        ("T5", r"{} is a 't5' model, which is not a causal language model\."),
+        ("EncoderDecoder", r"{} is a 'bart' model, which is not a causal language model\."),
     ],
 )
 def test_the_command_refuses_in_a_line(folder, corpus, name, complaint):
@@ -183,8 +183,6 @@ def test_the_command_refuses_in_a_line(folder, corpus, name, complaint):
 def test_a_block_of_very_many_positions_is_smaller_and_said_to_be(positions, size, caplog):
     with caplog.at_level("INFO"):
         assert EvaluationArguments().block_size_for(positions, "some_model") == size
-    said = [
-        "some_model has 131072 positions: it is evaluated in blocks of 1024 tokens; block_size sets another number."
-    ]
+    said = ["some_model has 131072 positions: it reads blocks of 1024 tokens; set block_size to change that."]
     assert caplog.messages == (said if size == 1024 else [])
     assert EvaluationArguments(block_size=131072).block_size_for(131072) == 131072

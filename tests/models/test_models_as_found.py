@@ -59,7 +59,7 @@ def test_a_head_of_its_own_is_kept_whatever_the_config_says(load, tmp_path, capl
     model = load(str(tmp_path))
     assert torch.equal(model.lm_head.weight, head)
     assert not model.config.tie_word_embeddings
-    assert [record.levelno for record in caplog.records if "has a head of its own" in record.message] == [
+    assert [record.levelno for record in caplog.records if "has a separate head" in record.message] == [
         logging.WARNING
     ]
 
@@ -116,7 +116,7 @@ def test_a_value_head_is_left_out_and_named(prefix, tmp_path, caplog):
     head = {"v_head.summary.weight": torch.zeros(1, 32), "v_head.summary.bias": torch.zeros(1)}
     rewrite(tmp_path, lambda weights: {prefix + name: weight for name, weight in (weights | head).items()})
     assert torch.equal(logits(load_complete(str(tmp_path))), logits(model))
-    assert "taken without: " in caplog.text
+    assert "is ignored: " in caplog.text
     assert "v_head.summary.weight" in caplog.text
 
 
@@ -262,7 +262,7 @@ def test_a_file_that_git_lfs_did_not_fetch(name, tmp_path):
     if name == "pytorch_model.bin":
         (tmp_path / "model.safetensors").unlink()
     (tmp_path / name).write_text(POINTER)
-    with pytest.raises(UserError, match=f"{name} is not the file itself .* `git lfs pull`"):
+    with pytest.raises(UserError, match=f"{name} is only a pointer of Git LFS.* `git lfs pull`"):
         load_baseline(str(tmp_path))
 
 
@@ -286,5 +286,5 @@ def test_the_hub_is_asked_for_an_adapter_if_it_answers(cause, told, monkeypatch)
 
 def test_an_adapter_is_told_from_a_model(tmp_path):
     (tmp_path / "adapter_config.json").write_text("{}")
-    with pytest.raises(UserError, match="is an adapter, no model by itself"):
+    with pytest.raises(UserError, match="is an adapter, not a model"):
         load_causal_lm(str(tmp_path))

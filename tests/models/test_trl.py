@@ -108,7 +108,7 @@ def test_dpo_learns_to_prefer(folder):
 
 
 def test_what_trl_did_not_prepare_is_refused():
-    with pytest.raises(ValueError, match="make the trainer first"):
+    with pytest.raises(ValueError, match="create the trainer first"):
         fit_trl_head(tiny_model())
-    with pytest.raises(ValueError, match="Linear holds no FactorizedGPT2"):
+    with pytest.raises(ValueError, match="Linear contains no FactorizedGPT2"):
         fit_trl_head(torch.nn.Linear(2, 2))

@@ -63,9 +63,9 @@ def test_one_file_alone(ids, tmp_path):
     model = load_old_checkpoint(path, wte_npy=tmp_path / "whole.npy")
     assert_same_logits(model, whole, ids)
     assert not model.config.is_factorized
-    with pytest.raises(UserError, match=r"wte\.npy is 12 wide, the checkpoint 32: its scale matrices"):
+    with pytest.raises(UserError, match=r"wte\.npy has width 12, but the checkpoint has 32: give the scale matrices"):
         load_old_checkpoint(tmp_path / "whole.pt", wte_npy=tmp_path / "wte.npy")
-    with pytest.raises(UserError, match=r"ckpt\.pt.*scales\.npz is of no use without a wte"):
+    with pytest.raises(UserError, match=r"ckpt\.pt.*scales\.npz has no effect without wte_npy"):
         load_old_checkpoint(checkpoint(OldNet(NANO), NANO, tmp_path / "ckpt.pt"), scale_npz=tmp_path / "scales.npz")
 
 
@@ -156,7 +156,7 @@ def test_factors_of_a_decomposition_go_back():
     ("source", "message"),
     [
         (lambda: tiny_model(n_embd_wte=None), "not factorized"),
-        (lambda: FactorizedGPT2(tiny_config(vocabulary_dtype="int8")), "of integers"),
+        (lambda: FactorizedGPT2(tiny_config(vocabulary_dtype="int8")), "an integer vocabulary"),
         (lambda: tiny_model(tie_word_embeddings=False), "lm_head"),
         (lambda: factorize(np.eye(9), 3, np.eye(9)), "lm_head"),
     ],
@@ -170,7 +170,7 @@ def test_what_cannot_go_back(source, message, tmp_path):
 @pytest.mark.parametrize(
     ("wte", "scales", "message"),
     [
-        (np.ones((VOCAB_SIZE, RANK), dtype=int), None, "not of floats"),
+        (np.ones((VOCAB_SIZE, RANK), dtype=int), None, "not a float type"),
         (np.ones(VOCAB_SIZE), None, r"one matrix \(V, k\)"),
         (np.ones((VOCAB_SIZE, RANK + 1)), None, r"scale_up\.weight' has shape"),
         (np.full((VOCAB_SIZE, RANK), np.nan), None, "wte.weight' contains NaN"),

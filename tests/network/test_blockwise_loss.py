@@ -434,6 +434,7 @@ def test_cut_cross_entropy_is_called_by_keyword(monkeypatch, sums_in_float32):
     total = sum_cross_entropy(*inputs, ignore_index=3)
     assert (total.dtype, total.item()) == (torch.float32, 20 * 1.0078125)
     assert given == [(*inputs, 3, "none", None)]
+    assert blockwise_loss.cut_cross_entropy_is_exact() == sums_in_float32
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])

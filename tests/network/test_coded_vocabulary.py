@@ -374,7 +374,7 @@ def test_gpt2_and_floats_compute_the_same(coded, ids):
         assert floats.lm_head.weight is floats.transformer.wte.weight
     else:
         assert not floats.config.is_factorized
-    with pytest.raises(ValueError, match="of floats already"):
+    with pytest.raises(ValueError, match="already consists of floats"):
         floats.dequantize()
     with pytest.raises(ValueError, match="The head has a bias"):
         to_gpt2(FactorizedGPT2(tiny_config(lm_head_bias=True)))
@@ -481,7 +481,7 @@ def test_a_table_of_another_shape_or_kind_is_one_line(coded, saved):
     (saved / "config.json").write_text(json.dumps(config | {"vocabulary_dtype": None, "n_embd_wte": RANK}))
     with pytest.raises(UserError, match=r"do not make its model: missing .*unexpected .*wte\.stream"):
         load_complete(str(saved))
-    with pytest.raises(ValueError, match="holds a vocabulary of integers, but the configuration says floats"):
+    with pytest.raises(ValueError, match="has an integer vocabulary, but the configuration says floats"):
         tiny_model().load_state_dict(load_file(saved / "model.safetensors"))
     (saved / "config.json").write_text(json.dumps(config))
     torch.save(load_file(saved / "model.safetensors"), saved / "pytorch_model.bin")

@@ -235,5 +235,5 @@ def test_names_that_wandb_does_not_take(kept, tracked, tmp_path, capsys):
     before = tree(tmp_path)
     code, line = outcome(train, [*tracked, *(["--project", "../../x"] if kept is None else [])], capsys)
     assert code == 2
-    assert "W&B takes no such run" in line
+    assert "W&B does not accept this project or run_name" in line
     assert all(path.is_relative_to(tmp_path / "inside") for path in tree(tmp_path) - before)

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from factorized_gpt2.report.reporting import read_results, results_table, write_report
+from factorized_gpt2.report.reporting import read_results, write_report
+from factorized_gpt2.report.tables import results_table
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 GRIDS = sorted(path.parent for path in (DOCS / "results").glob("*/report"))

@@ -9,104 +9,21 @@ from xml.etree import ElementTree
 import pytest
 from matplotlib.figure import Figure
 from matplotlib.image import imread
-from test_results import BASELINE, LOSSES, PROTOCOL, RANKS, UNTRAINED
+from test_results import BASELINE, PROTOCOL, UNTRAINED
 
 from factorized_gpt2.cli.report import report
 from factorized_gpt2.cli.shell import run_command
 from factorized_gpt2.common.errors import UserError
-from factorized_gpt2.report.plots import _STYLES, FAMILIES, _pareto_front
-from factorized_gpt2.report.reporting import results_table, write_report
+from factorized_gpt2.report.reporting import write_report
+from factorized_gpt2.report.tables import LEGEND, results_table
 
 pytestmark = pytest.mark.filterwarnings("error::UserWarning")  # of matplotlib, about a picture that is wrong
 
-SIZES = (360.8, 373.6, 399.2, 450.4)  # megabytes at these ranks
 PICTURES = ("loss_against_rank", "loss_against_size", "training_curves", "spectrum")
 
 
 def bare(row):
     return replace(row, spectrum=None, training_curve=[], validation_curve=[])
-
-
-def cells(results, name: str) -> list[str]:
-    """Find a row of the table by the run's name."""
-    rows = [[cell.strip() for cell in line.split("\t")] for line in results_table(results, "tsv").splitlines()]
-    return next(row for row in rows if row[0] == name)
-
-
-@pytest.mark.parametrize(
-    "row",
-    [
-        "run k loss perplexity gap parameters MB trained best_step tokens/s",
-        "baseline - 3.0000 20.09 +0.0000 124,439,808 497.8 124,439,808 1,000 30,123",
-        "lowrank-scratch-k64 64 3.4000 29.96 +0.4000 90,200,000 360.8 90,200,000 1,000 30,123",
-        "pca-nofinetune-k64 64 7.0000 1096.63 +4.0000 90,200,000 360.8 0 - -",
-        "pca-lora-k512 512 2.9800 19.69 -0.0200 112,600,000 450.4 2,345,678 1,000 30,123",
-    ],
-)
-def test_the_table_says_what_the_results_say(row):
-    name, *figures = (word.replace("_", " ") for word in row.split())
-    assert cells(PROTOCOL, name) == [name, *figures]
-
-
-def test_the_table_has_a_row_for_every_run_in_order():
-    _, _, *rows = results_table(PROTOCOL).splitlines()
-    assert [row.split()[0] for row in rows] == [row.run_name for row in PROTOCOL]
-
-
-def test_without_a_baseline_there_is_no_gap():
-    assert cells(PROTOCOL[1:], "pca-lora-k512")[2:6] == ["2.9800", "19.69", "", "112,600,000"]
-
-
-def test_the_gap_is_to_the_baseline_that_a_run_started_from():
-    baseline = next(row for row in PROTOCOL if row.family == "baseline")
-    tuned = next(row for row in PROTOCOL if row.run_name == "pca-lora-k512")
-    one = replace(baseline, fingerprint="1" * 64)
-    two = replace(baseline, run_name="two", fingerprint="2" * 64, eval_loss=5.0)
-    rows = [one, two, replace(tuned, start_fingerprint="2" * 64)]
-    assert cells(rows, "pca-lora-k512")[4] == f"{tuned.eval_loss - 5.0:+.4f}"
-    assert cells([one, *rows[2:]], "pca-lora-k512")[4] == ""
-    old = [replace(row, fingerprint=None) for row in rows]
-    assert cells(old, "pca-lora-k512")[4] == ""  # which of the two cannot be told
-    assert cells(old[1:], "pca-lora-k512")[4] == f"{tuned.eval_loss - 5.0:+.4f}"
-
-
-@pytest.mark.parametrize("family", ["tokenwise-nofinetune", "pca-lora", "compressed-finetune"])
-def test_the_gap_of_a_compressed_start_is_to_what_it_was_compressed_from(family):
-    baseline = replace(PROTOCOL[0], fingerprint="1" * 64, content={"model": "one"})
-    other = replace(baseline, run_name="other", eval_loss=5.0, content={"model": "two"})
-    row = replace(
-        PROTOCOL[-1],
-        family=family,
-        settings=PROTOCOL[-1].settings | {"compressed": "somewhere", "baseline": None},
-        start_fingerprint="9" * 64,
-        content={"start": "compressed", "made_from": "two"},
-    )
-    assert cells([baseline, other, row], row.run_name)[4] == f"{row.eval_loss - 5.0:+.4f}"
-    assert cells([baseline, row], row.run_name)[4] == ""
-    unknown = replace(row, content={"start": "compressed"})
-    assert cells([baseline, unknown], row.run_name)[4] == ""
-
-
-@pytest.mark.parametrize("family", ["lora", "finetune", "evaluation", "pca-lora"])
-def test_a_baseline_that_was_edited_after_a_run_started_from_it_is_not_its_baseline(family):
-    baseline = replace(PROTOCOL[0], fingerprint="1" * 64, content={"model": "one"})
-    row = replace(PROTOCOL[-1], family=family, start_fingerprint="1" * 64, content={"start": "one"})
-    assert cells([baseline, row], row.run_name)[4] != ""
-    assert cells([baseline, replace(row, content={"start": "of another config"})], row.run_name)[4] == ""
-
-
-@pytest.mark.parametrize("name", ["dataset_name", "max_eval_samples"])
-def test_there_is_no_gap_where_settings_name_another_text(name):
-    baseline, *others = PROTOCOL
-    tuned = replace(others[-1], settings=others[-1].settings | {name: "another"})
-    assert cells([baseline, tuned], tuned.run_name)[4] == ""
-
-
-def test_there_is_no_gap_to_a_loss_on_another_text():
-    baseline, *others = PROTOCOL
-    tuned = replace(others[-1], content={"validation_file": "a"})
-    assert cells([replace(baseline, content={"validation_file": "b"}), tuned], tuned.run_name)[4] == ""
-    assert cells([replace(baseline, content={"validation_file": "a"}), tuned], tuned.run_name)[4] != ""
 
 
 @pytest.fixture(scope="module")
@@ -206,158 +123,11 @@ def test_a_report_draws_only_what_there_is(tmp_path, monkeypatch, results, pictu
     assert re.findall(r"\((\w+)\.png\)", text) == list(pictures)
 
 
-@pytest.fixture(scope="module")
-def drawn(tmp_path_factory):
-    """Draw the protocol's pictures; return the axes of each by file name."""
-    axes = {}
-
-    def keep(self, path, **_):
-        axes[Path(path).name.split(".")[1]] = self.axes  # of a temporary name such as .spectrum.png.12ab.partial.png
-        Path(path).touch()
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Figure, "savefig", keep)
-        write_report(PROTOCOL, tmp_path_factory.mktemp("drawn"))
-    return axes
-
-
-def lines(axes) -> dict:
-    return {line.get_label(): line for line in axes.lines}
-
-
-def legend(axes) -> list[str]:
-    return [text.get_text() for text in axes.get_legend().get_texts()]
-
-
-@pytest.mark.parametrize(
-    ("name", "x", "y"),
-    [
-        ("loss_against_rank", "rank k of the token embedding", "validation loss [nats / token]"),
-        ("loss_against_size", "parameters [MB]", "validation loss [nats / token]"),
-        ("training_curves", "training tokens [millions]", "loss [nats / token]"),
-        ("spectrum", "rank k of the token embedding", "share of the variance left out"),
-    ],
-)
-def test_axes_are_labelled(drawn, name, x, y):
-    assert {axes.get_xlabel() for axes in drawn[name]} == {x}
-    assert drawn[name][0].get_ylabel() == y
-
-
-@pytest.mark.parametrize("name", ["loss_against_rank", "loss_against_size"])
-def test_families_can_be_told_apart_in_grey(drawn, name):
-    families = [lines(drawn[name][0])[FAMILIES[family]] for family in LOSSES]
-    assert len({line.get_marker() for line in families} - {"None"}) == 3
-    assert len({line.get_linestyle() for line in families} - {"None"}) == 3
-    assert len({style["marker"] for style in _STYLES.values()}) == len(_STYLES)
-
-
-def test_the_loss_is_drawn_against_the_rank(drawn):
-    (axes,) = drawn["loss_against_rank"]
-    for family, losses in LOSSES.items():
-        ranks, drawn_losses = lines(axes)[FAMILIES[family]].get_data()
-        assert (tuple(ranks), tuple(drawn_losses)) == (RANKS, losses)
-    baseline = lines(axes)["baseline (not factorized)"]
-    assert baseline.get_xydata().tolist() == [[0, 3.0], [1, 3.0]]  # a level: x in parts of the axes' width
-    assert baseline.get_transform() == axes.get_yaxis_transform(which="grid")
-    assert legend(axes) == [*(FAMILIES[family] for family in LOSSES), "baseline (not factorized)"]
-    assert (axes.get_xscale(), [text.get_text() for text in axes.get_xticklabels()]) == ("log", [*map(str, RANKS)])
-
-
-def test_the_loss_is_drawn_against_the_size(drawn):
-    (axes,) = drawn["loss_against_size"]
-    for family, losses in LOSSES.items():
-        sizes, drawn_losses = lines(axes)[FAMILIES[family]].get_data()
-        assert (tuple(sizes), tuple(drawn_losses)) == (SIZES, losses)
-    assert lines(axes)["baseline"].get_xydata().tolist() == [[497.759232, 3.0]]
-    front = lines(axes)["no model is better on both"].get_xydata().tolist()
-    assert front == [[360.8, 3.4], [373.6, 3.25], [399.2, 3.05], [450.4, 2.98]]
-    assert [text.get_text() for text in axes.texts] == [f"k = {rank}" for rank in RANKS]
-    assert legend(axes) == ["no model is better on both", *(FAMILIES[family] for family in LOSSES), "baseline"]
-
-
-def test_the_front_holds_what_no_other_point_beats():
-    points = [(5, 1.0), (1, 9.0), (2, 9.5), (3, 4.0), (3, 3.0), (4, 3.0), (6, 1.0), (7, 0.5), (8, 2.0)]
-    assert _pareto_front(points) == [(1, 9.0), (3, 3.0), (5, 1.0), (7, 0.5)]
-
-
-def test_curves_are_drawn_against_tokens(drawn):
-    scratch, lora = drawn["training_curves"]
-    assert (scratch.get_title(), lora.get_title()) == ("from a random start", FAMILIES["pca-lora"])
-    assert legend(scratch) == ["not factorized", *(f"k = {rank}" for rank in RANKS)]
-    assert legend(lora) == [*(f"k = {rank}" for rank in RANKS), "baseline (not factorized)"]
-    assert (len(scratch.lines), len(lora.lines)) == (2 * 5, 2 * 4 + 1)
-    assert len({line.get_marker() for line in scratch.lines}) == len({*RANKS, "baseline", "training"})
-    training = [line.get_xydata().tolist() for line in lora.lines if line.get_marker() == "None"]
-    assert lines(lora)["k = 512"].get_xydata().tolist() == [[16.384, 2.98 + 0.5], [32.768, 2.98]]
-    assert [[16.384, 2.98 + 0.7], [32.768, 2.98 + 0.2]] in training
-    assert lines(lora)["baseline (not factorized)"].get_ydata() == [3.0, 3.0]
-
-
-def test_the_spectrum_is_what_each_rank_leaves_out(drawn):
-    (axes,) = drawn["spectrum"]
-    ranks, left_out = axes.lines[0].get_data()
-    assert list(ranks) == list(range(1, 768))  # with all 768, nothing is left out
-    assert list(left_out) == pytest.approx([1 - rank / 768 for rank in range(1, 768)])
-    assert legend(axes) == ["k = 64: 0.083 kept", "k = 128: 0.167 kept", "k = 256: 0.333 kept", "k = 512: 0.667 kept"]
-    assert [line.get_xydata().tolist() for line in axes.lines[1:]] == [[[k, 1 - k / 768]] for k in RANKS]
-    assert axes.get_yscale() == "log"
-
-
-OTHER_WIDTH = [
-    replace(BASELINE, eval_loss=3.5, settings=BASELINE.settings | {"output_dir": "b/small"}),
-    replace(
-        UNTRAINED,
-        eval_loss=8.0,
-        spectrum=[kept / 96 for kept in range(1, 97)],
-        settings=UNTRAINED.settings | {"baseline": "b/small"},
-    ),
-]
-
-
-@pytest.fixture
-def of_two_baselines():
-    own = [
-        replace(row, settings=row.settings | ({"output_dir": "b/$a$"} if row is BASELINE else {"baseline": "b/$a$"}))
-        for row in PROTOCOL
-    ]
-    return own + OTHER_WIDTH
-
-
-def test_runs_of_two_baselines_are_drawn_apart(of_two_baselines, tmp_path, monkeypatch):
-    axes = {}
-
-    def keep(self, path, **_):
-        self.draw_without_rendering()
-        axes[Path(path).name.split(".")[1]] = self.axes[0]
-        Path(path).touch()
-
-    monkeypatch.setattr(Figure, "savefig", keep)
-    write_report(of_two_baselines, tmp_path)
-    spectrum = lines(axes["spectrum"])
-    assert [len(spectrum[label].get_xdata()) for label in ("d = 768", "d = 96")] == [767, 95]
-    assert spectrum["k = 64: 0.667 kept"].get_xydata().tolist() == [[64, 1 - 64 / 96]]
-    assert {"k = 64: 0.083 kept", "k = 512: 0.667 kept"} <= set(legend(axes["spectrum"]))
-    drawn = lines(axes["loss_against_rank"])
-    assert drawn["PCA, no training, from b/small"].get_xydata().tolist() == [[64, 8.0]]
-    assert len(drawn[r"PCA, no training, from b/\$a\$"].get_xdata()) == len(RANKS)
-    assert {r"baseline b/\$a\$ (not factorized)", "baseline b/small (not factorized)"} <= drawn.keys()
-
-
-def test_the_gap_of_several_baselines_is_to_a_runs_own(of_two_baselines):
-    rows = [line.split("\t") for line in results_table(of_two_baselines, "tsv").splitlines()]
-    gaps = {(row[2].strip(), row[4].strip()) for row in rows}
-    assert {("3.0000", "+0.0000"), ("3.5000", "+0.0000"), ("7.0000", "+4.0000"), ("8.0000", "+4.5000")} <= gaps
-
-
-def test_a_rank_beyond_the_spectrum_is_not_marked(tmp_path):
-    assert write_report([replace(UNTRAINED, spectrum=[0.5, 1.0])], tmp_path).exists()
-
-
 def test_the_command_prints_the_table_and_where_the_report_is(tmp_path, capsys):
     bare(BASELINE).write(tmp_path / "gpt_baseline")
     assert run_command(report, ["--results", str(tmp_path)]) == 0
     table = results_table([BASELINE])
-    assert capsys.readouterr().out == f"{table}\n\nReport: {tmp_path}/report/report.md\n"
+    assert capsys.readouterr().out == f"{table}\n\n{LEGEND}\n\nReport: {tmp_path}/report/report.md\n"
     assert table.split()[-1] in (tmp_path / "report/report.md").read_text(encoding="utf-8")
     assert run_command(report, ["--results", str(tmp_path), "--output_dir", str(tmp_path / "a/b")]) == 0
     assert capsys.readouterr().out.endswith(f"\nReport: {tmp_path}/a/b/report.md\n")

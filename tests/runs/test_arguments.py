@@ -11,7 +11,7 @@ from factorized_gpt2.cli.train import train
 from factorized_gpt2.common.errors import UserError
 from factorized_gpt2.network.blockwise_loss import BACKENDS
 from factorized_gpt2.runs.families import run_name as derived_name
-from factorized_gpt2.runs.fields import LORA_TARGETS, LOSS_BACKENDS, AdapterArguments, ModelArguments
+from factorized_gpt2.runs.fields import ALL_LINEAR, LORA_TARGETS, LOSS_BACKENDS, AdapterArguments, ModelArguments
 from factorized_gpt2.runs.settings import RunArguments, parse_run
 from factorized_gpt2.runs.training_fields import ELSEWHERE, SUPPORTED, refused
 from factorized_gpt2.runs.training_outline import training_outline
@@ -19,6 +19,7 @@ from factorized_gpt2.runs.words import outlined, parser_of
 from factorized_gpt2.settings.parsing import load_config
 from factorized_gpt2.settings.setting_values import Range, check_values, limits_of
 from factorized_gpt2.settings.text_arguments import DataArguments
+from factorized_gpt2.trainer import adapters
 
 RANKS = (64, 128, 256, 512)
 
@@ -132,8 +133,8 @@ def test_the_effective_batch_is_16_however_many_processes_there_are(monkeypatch,
         assert parse_run(["--config", name]).training.gradient_accumulation_steps == accumulation
         return
     complaint = (
-        f"effective_batch_size=16 cannot be had from {processes} device.s. with per_device_train_batch_size=4; "
-        "device counts that fit: 1, 2, 4\\."
+        f"effective_batch_size=16 is not possible with {processes} device.s. with per_device_train_batch_size=4; "
+        "numbers of devices that work: 1, 2, 4\\."
     )
     with pytest.raises(UserError, match=complaint):
         parse_run(["--config", name])
@@ -177,7 +178,7 @@ def test_half_precision_falls_back_without_cuda(monkeypatch, caplog):
     assert not run.training.torch_compile
     assert parse_run(["--config", "baseline", "--use_cpu", "True", "--fp16", "False"]).training.torch_compile
     assert [record.message for record in caplog.records if record.name.startswith("factorized")] == [
-        "No CUDA on this machine: training in float32, not compiled."
+        "No CUDA on this machine: training in float32, without compiling."
     ]
 
 
@@ -201,7 +202,7 @@ def test_half_precision_falls_back_without_cuda(monkeypatch, caplog):
         ({"loss_backend": "cut_cross_entropy"}, "needs CUDA, fp16 or bf16, and the package"),
         ({"loss_backend": "attention"}, "loss_backend=attention needs a head that is not trained"),
         ({"loss_backend": "none"}, "loss_backend.*invalid choice"),
-        ({"effective_batch_size": 6}, "effective_batch_size=6 cannot be had"),
+        ({"effective_batch_size": 6}, "effective_batch_size=6 is not possible"),
         ({"dataset_name": None, "train_file": ["x"]}, "No validation text"),
         ({"dataset_name": None, "validation_file": ["x"]}, "No training text"),
         ({"tokenizer": None}, "tokenizer must name one"),
@@ -246,7 +247,7 @@ def test_every_option_of_the_trainer_is_supported_or_refused():
 def test_what_would_do_nothing_is_refused_unless_it_is_the_default(tmp_path, name, value, default):
     config = tmp_path / "run.json"
     config.write_text(json.dumps(load_config("baseline.json") | {name: value}))
-    with pytest.raises(UserError, match=f"^{name} is not taken: .*\\.$") as caught:
+    with pytest.raises(UserError, match=f"^{name} is not accepted: .*\\.$") as caught:
         parse_run(["--config", str(config)])
     assert "\n" not in str(caught.value)
     config.write_text(json.dumps(load_config("baseline.json") | {name: default}))
@@ -330,7 +331,7 @@ def test_bad_words(words, complaint):
 )
 def test_old_names_are_taken_with_a_line_that_says_the_new_one(caplog, before, after):
     old = parse_run(["--config", "baseline", *before]).training
-    assert caplog.text.count("the old name is taken until the next release") == (before[1:2] != ["False"])
+    assert caplog.text.count("the old name works until the next release") == (before[1:2] != ["False"])
     new = parse_run(["--config", "baseline", *after]).training
     for name in ("overwrite", "private", "push_to_hub"):
         assert getattr(old, name) == getattr(new, name)
@@ -384,8 +385,9 @@ def test_another_layout_of_the_trainers_source_costs_time_and_nothing_else(monke
     assert training_outline.__wrapped__() is TrainingArguments
 
 
-def test_the_names_of_loss_backends_are_the_networks():
+def test_names_that_stand_twice_are_the_same():
     assert LOSS_BACKENDS == BACKENDS
+    assert ALL_LINEAR == adapters.ALL_LINEAR
 
 
 def test_limits_stand_in_the_types_of_fields():

@@ -42,7 +42,7 @@ def test_the_launchers_precision_without_a_device_for_it_is_neither_used_nor_rec
 @pytest.mark.parametrize(
     ("name", "value", "complaint"),
     [
-        ("ACCELERATE_MIXED_PRECISION", "fp8", "mixed_precision fp8; these runs take no, fp16 and bf16"),
+        ("ACCELERATE_MIXED_PRECISION", "fp8", "mixed_precision fp8; only no, fp16 and bf16 are supported"),
         ("ACCELERATE_USE_DEEPSPEED", "true", "The launcher asks for DeepSpeed"),
     ],
 )
@@ -89,7 +89,7 @@ def test_blocks_of_another_model_are_refused_before_they_are_sharded(monkeypatch
     monkeypatch.setenv("FSDP_TRANSFORMER_CLS_TO_WRAP", "GPT2Block")
     rehearse(training("--report_to", "none"), model)  # the launcher does not shard
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    with pytest.raises(UserError, match="names GPT2Block; this model is made of FactorizedGPT2Block"):
+    with pytest.raises(UserError, match="names GPT2Block, but the layers of this model are FactorizedGPT2Block"):
         rehearse(training("--report_to", "none"), model)
     monkeypatch.setenv("FSDP_TRANSFORMER_CLS_TO_WRAP", "FactorizedGPT2Block")
     rehearse(training("--report_to", "none"), model)
@@ -111,15 +111,15 @@ def test_so_are_those_that_the_settings_name(key, way, tmp_path):
         return training(*words[way], "--report_to", "none")
 
     rehearse(settings("FactorizedGPT2Block"), tiny_model())
-    with pytest.raises(UserError, match="names GPT2Block; this model is made of FactorizedGPT2Block"):
+    with pytest.raises(UserError, match="names GPT2Block, but the layers of this model are FactorizedGPT2Block"):
         rehearse(settings(["FactorizedGPT2Block", "GPT2Block"]), tiny_model())
 
 
 @pytest.mark.parametrize(
     ("words", "complaint"),
     [
-        (("--fsdp_config", "fsdp.json"), "fsdp_config counts where fsdp is set, and it is not"),
-        (("--fsdp", "False", "--fsdp_config", "fsdp.json"), "fsdp_config counts where fsdp is set, and it is not"),
+        (("--fsdp_config", "fsdp.json"), "fsdp_config has no effect without fsdp"),
+        (("--fsdp", "False", "--fsdp_config", "fsdp.json"), "fsdp_config has no effect without fsdp"),
         (("--fsdp", "True", "--fsdp_config", "fsdp.json"), "fsdp.json cannot be read as JSON: .*No such file"),
         (("--fsdp", "True", "--fsdp_config", "{"), "The settings cannot be used"),
         (("--fsdp", "nonsense"), "Unknown `fsdp` option: nonsense"),
@@ -147,7 +147,7 @@ def test_a_generation_config_that_would_not_be_saved_again_is_mended_and_said(tm
     tiny_model(n_embd_wte=None).save_pretrained(tmp_path / "base")
     edit_generation_config(tmp_path / "base", temperature=0.7, top_p=0.9, early_stopping=True)
     model = load_baseline(str(tmp_path / "base")).model
-    assert "base sets temperature, top_p, early_stopping, which nothing there uses: left out" in caplog.text
+    assert "base sets temperature, top_p, early_stopping, which has no effect there: it is left out" in caplog.text
     model.generation_config.pad_token_id = 0  # as the Trainer does
     model.save_pretrained(tmp_path / "again")
     assert FactorizedGPT2.from_pretrained(tmp_path / "again").generation_config.do_sample in (None, False)
@@ -163,5 +163,5 @@ def test_a_generation_config_that_samples_is_kept(tmp_path, caplog):
 def test_a_generation_config_that_cannot_be_mended_is_refused(tmp_path):
     tiny_model(n_embd_wte=None).save_pretrained(tmp_path / "base")
     edit_generation_config(tmp_path / "base", pad_token_id=-1)
-    with pytest.raises(UserError, match=r"The generation_config.json of .*base is not valid; mend or remove it: "):
+    with pytest.raises(UserError, match=r"The generation_config.json of .*base is not valid; fix or remove it: "):
         load_baseline(str(tmp_path / "base"))

@@ -441,7 +441,7 @@ def test_tracking_needs_no_account(fresh, monkeypatch, mode):
     ("settings", "complaint"),
     [
         ({"n_embd_wte": 24 + 1}, "Rank 25 is out of range"),
-        ({"block_size": 64}, "block_size 64 exceeds the 16 positions"),
+        ({"block_size": 64}, "block_size must lie between 2 and the model's 16 positions, got 64"),
         ({"lora_target_modules": ["q_prj"]}, "no linear layer or embedding 'q_prj'"),
         ({"lora_target_modules": ["wte", "lm_head"]}, "lm_head is tied to wte"),
         ({"baseline": "nowhere"}, "There is no folder nowhere"),

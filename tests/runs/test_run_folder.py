@@ -180,7 +180,7 @@ def test_settings_that_make_no_difference_are_only_told(folder, caplog, settings
     caplog.set_level("INFO", "factorized_gpt2")
     assert claim(parse(folder, **settings)) is None
     (told,) = [record.getMessage() for record in caplog.records]
-    assert told.startswith(f"{folder} was begun with another ")
+    assert told.startswith(f"{folder} was started with another ")
     assert set(names.split(", ")) <= set(re.findall(r"\w+", told))
 
 
@@ -532,7 +532,7 @@ def test_a_saved_model_that_is_not_the_trained_one_is_an_error(tmp_path, tokeniz
     model, probe = tiny_model(), random_ids()
     expected = probe_logits(model, probe)
     expected[0, 3, 7] += change * 1e-4 * max(1.0, expected.abs().max().item())
-    with pytest.raises(RuntimeError, match="is not the one that was made: logits differ by"):
+    with pytest.raises(RuntimeError, match="does not equal the model in memory: logits differ by"):
         finish(tmp_path, model, tokenizer, probe, expected)
     assert not list(tmp_path.glob(".*"))
 

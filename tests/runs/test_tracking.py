@@ -103,7 +103,7 @@ def test_one_line_says_where_it_is_and_wandb_itself_says_nothing(corpus, mode, t
     assert done.returncode == 0, done.stderr
     lines = [line for line in done.stderr.splitlines() if not line.startswith("step ")]
     (path,) = recordings(tmp_path)
-    assert lines[0] == f"W&B records offline under {path.parent}"
+    assert lines[0] == f"W&B logs offline, to {path.parent}"
     assert [line.split(":")[0] for line in lines[1:]] == [f"Saved and reloaded {tmp_path / 'run'}"]
     assert done.stdout.startswith("lowrank-scratch-k4: validation loss")
 

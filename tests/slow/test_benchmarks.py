@@ -10,6 +10,7 @@ import baselines
 import decoding
 import gpu
 import gpu_experiments
+import gpu_families
 import gpu_parts
 import lora
 import loss
@@ -211,6 +212,7 @@ def less(monkeypatch):
     for module in (gpu, gpu_parts):
         monkeypatch.setattr(module, "SMALL", small)
     monkeypatch.setattr(training, "models", lambda arguments: list(models(arguments))[1:3])
+    monkeypatch.setattr(gpu_families, "WAYS", {"coded": gpu_families.WAYS["coded"]})
 
 
 @pytest.mark.usefixtures("two_experiments", "less")
@@ -230,8 +232,14 @@ def test_gpu(tmp_path, capsys):
     for dtype in ("bfloat16", "float32"):
         rows = found["tables"][f"Training, {dtype}, 2 x 32 tokens, compiled"]
         assert [row["model"] for row in rows] == names
-    baseline, lora = json.loads((tmp_path / "out/experiments.json").read_text())
+    compressed = found["tables"]["Ways to compress the baseline, nothing trained"]
+    assert [row["way"] for row in compressed] == [
+        "coded",
+        "coded",
+    ]  # at the bytes of the one rank, and at half of them
+    baseline, healed, lora = json.loads((tmp_path / "out/experiments.json").read_text())
     assert (baseline["run_name"], lora["run_name"]) == ("baseline", "pca-lora-k5-r3")
+    assert healed["run_name"].startswith("coded-b1.25")
     steps, lora_steps = (run["settings"]["max_steps"] for run in (baseline, lora))
     assert 4 <= steps <= 6  # of 150 s for both, in what the other parts leave of 1000
     assert lora_steps == -(-steps // 2)

@@ -130,7 +130,7 @@ def test_tokens_are_counted_and_measured(tokens, tokenizer):
 
 def test_bits_per_byte_need_text(tokens, tmp_path):
     words = [f"--models={tmp_path}", f"--eval_file={tokens / 'validation.bin'}", "--bits_per_byte"]
-    with pytest.raises(UserError, match="bits_per_byte needs text, and eval_file holds token ids"):
+    with pytest.raises(UserError, match="bits_per_byte needs text, but eval_file contains token ids"):
         evaluate(words)
 
 
@@ -139,8 +139,8 @@ def test_bits_per_byte_need_text(tokens, tmp_path):
     [
         ([7], {}, "has 1 tokens, too few for one block of 50"),
         ([], {}, "has 0 tokens, too few for one block of 50"),
-        ([7] * 99 + [300], {}, "text.bin holds the token id 300, and the tokenizer has 300 ids"),
-        ([7] * 99, {"files": ["text.txt"]}, "text.bin holds token ids, text.txt text: give files of one kind"),
+        ([7] * 99 + [300], {}, "text.bin contains the token id 300, but the tokenizer has 300 ids"),
+        ([7] * 99, {"files": ["text.txt"]}, "text.bin contains token ids, text.txt text: give files of one kind"),
         ([7] * 99, {"files": ["gone.bin"]}, "gone.bin does not exist"),
         (b"abc" * 99, {}, "text.bin has 297 bytes, an odd number"),
     ],
@@ -157,15 +157,15 @@ def test_files_that_cannot_be_used(tmp_path, monkeypatch, tokenizer, ids, settin
 
 def test_token_ids_are_neither_streamed_nor_documents(tokens, tokenizer):
     source = TextSource(files=(str(tokens / "train.bin"),))
-    with pytest.raises(UserError, match=r"streaming does nothing for .*train\.bin"):
+    with pytest.raises(UserError, match=r"streaming has no effect on .*train\.bin"):
         stream_blocks(source, tokenizer, 16, 1, 0)
-    with pytest.raises(UserError, match=r"train\.bin holds token ids: this needs text"):
+    with pytest.raises(UserError, match=r"train\.bin contains token ids, but this needs text"):
         next(source.documents())
 
 
 def test_what_uint16_does_not_hold_is_not_written(tmp_path):
     path = tmp_path / "text.bin"
-    with pytest.raises(UserError, match="uint16, which holds 65,536; the tokenizer has 65,537"):
+    with pytest.raises(UserError, match="uint16, which allows 65,536 tokens; the tokenizer has 65,537"):
         write_token_file(path, [np.zeros(3, np.int32)], 65_537)
     for wrong in (-1, 300):
         with pytest.raises(UserError, match="lies outside of the tokenizer's 300"):

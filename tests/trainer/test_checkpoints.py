@@ -267,7 +267,7 @@ def test_a_full_disk_leaves_what_was_saved_before(run, monkeypatch):
             raise RuntimeError("unexpected pos 576 vs 534")
         save(content, path, *args, **kwargs)
 
-    complaint = r"cut/checkpoint-6 cannot be written: No space left on device\. Mend that"
+    complaint = r"cut/checkpoint-6 cannot be written: No space left on device\. Fix that"
     with monkeypatch.context() as patch:
         patch.setattr(torch, "save", fail)
         patch.setattr(

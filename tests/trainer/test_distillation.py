@@ -160,11 +160,11 @@ def test_a_scratch_run_learns_from_a_named_teacher(baseline, tmp_path, corpus):
 @pytest.mark.parametrize(
     ("rest", "complaint"),
     [
-        (["--distillation_weight", "0.5", "--label_smoothing_factor", "0.1"], "does nothing beside"),
+        (["--distillation_weight", "0.5", "--label_smoothing_factor", "0.1"], "has no effect together with"),
         (["--distillation_weight", "1.5"], r"must lie in \[0, 1\], got 1.5"),
         (["--distillation_weight", "nan"], "must be finite, got nan"),
         (["--distillation_weight", "0.5", "--distillation_temperature", "0"], "must be positive, got 0.0"),
-        (["--teacher", "somewhere"], "teacher does nothing"),
+        (["--teacher", "somewhere"], "teacher has no effect"),
     ],
 )
 def test_bad_settings(baseline, tmp_path, corpus, rest, complaint):

@@ -62,7 +62,7 @@ def test_what_the_system_refuses_is_a_line(capsys, error, line):
         raise error
 
     assert run_command(command, []) == 2
-    assert capsys.readouterr().err == f"{line} Mend that, and give the same command again.\n"
+    assert capsys.readouterr().err == f"{line} Fix that, then give the same command again.\n"
 
 
 def test_a_defect_is_still_a_traceback():
