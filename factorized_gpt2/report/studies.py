@@ -228,7 +228,10 @@ _FACTS: Sequence[tuple[str, Callable[[Results], object]]] = (  # that tell basel
 def _labels(baselines: Sequence[Results]) -> list[str]:
     """Say of every baseline in what it differs from the others, and in which folder it is where that does not tell."""
     differing = [(words, of) for words, of in _FACTS if len({str(of(row)) for row in baselines}) > 1]
-    labels = [", ".join(words.format(_figure(of(row))) for words, of in differing) for row in baselines]
+    labels = [
+        ", ".join(words.format(_figure(of(row))) for words, of in differing if of(row) not in (None, ""))
+        for row in baselines
+    ]
     if len(set(labels)) == len(labels) and all(labels):
         return labels
     folders = [f"baseline {shortened(row.settings.get('output_dir') or row.run_name)}" for row in baselines]
@@ -241,7 +244,8 @@ def _names(orphans: Iterable[Sequence[Results]]) -> list[str]:
     for row, *_ in orphans:
         start = row.baseline or row.settings.get("compressed")
         if has_random_start(row):
-            made = f"from scratch, d = {row.settings.get('n_embd')}"
+            width = row.settings.get("n_embd")
+            made = f"from scratch, d = {width}" if width else "from scratch"
         else:
             made = f"from {shortened(start)}"
         labels.append(f"{made}, no baseline with this text here")
