@@ -48,6 +48,8 @@ def plot_loss_against_rank(studies: Sequence[Study], path: Path) -> None:
             draw_level(axes, study.baseline)
             ranks = sorted({entry.run.n_embd_wte or 0 for entry in entries})
             axes.set_xscale("log", base=2)
+            beside = 2 ** (0.2 + 0.05 * math.log2(ranks[-1] / ranks[0]))
+            axes.set_xlim(ranks[0] / beside, ranks[-1] * beside)  # even where every loss has diverged
             axes.set_xticks(ranks, labels=map(str, ranks), rotation=45 if len(ranks) > 8 else 0)
             axes.set_xlabel(RANK_LABEL)
             axes.set_ylabel(LOSS_LABEL)
@@ -103,10 +105,11 @@ def _draw_sizes(axes: Axes, entries: Sequence[Entry], measure: str, has_bits: bo
     axes.margins(x=0.18 if labelled else 0.08, y=0.1)
     _label_ranks(axes, {megabytes[entry]: entry.run.n_embd_wte or 0 for entry in entries if has_rank(entry)})
     for bits, entry in labelled.items():
+        side, aside = ("left", 4) if bits == max(labelled) else ("right", -4)  # where the line comes from is no room
         axes.annotate(
-                f"{bits:.2g} bits", (megabytes[entry], entry.loss), xytext=(-4, -3), textcoords="offset points",
-                ha="right", va="top", fontsize=8, bbox={"boxstyle": "square,pad=0", "color": "white", "alpha": 0.7},
-            )  # fmt: skip
+            f"{bits:.2g} bits", (megabytes[entry], entry.loss), xytext=(aside, -3), textcoords="offset points",
+            ha=side, va="top", fontsize=8, bbox={"boxstyle": "square,pad=0", "color": "white", "alpha": 0.7},
+        )  # fmt: skip
 
 
 def _label_ranks(axes: Axes, ranks: dict[float, int]) -> None:
@@ -192,7 +195,7 @@ def plot_loss_against_bytes(
         axes.axvline(baseline_bytes / 1e6, color="black", linewidth=1, label="size of the baseline")
         axes.set_yscale("log")
         axes.margins(0.1)
-        axes.set_xlabel("parameters [MB]")
+        axes.set_xlabel("weights [MB]")  # in memory, or coded, as they are on disk
         axes.set_ylabel("loss beyond the baseline's [nats / token]")
 
 

@@ -132,7 +132,7 @@ def test_a_run_adapts_the_trunk_and_floats_on_demand(words, tmp_path, corpus):  
 
     before = FactorizedGPT2.from_pretrained(folder)
     adapted, results = run("adapted", *lora)
-    assert results.family == "coded-lora"
+    assert (results.family, results.run_name, results.bits_per_weight) == ("coded-lora", "coded-lora-b6-r2", 6)
     assert torch.equal(adapted.transformer.wte.codes, before.transformer.wte.codes)
     assert not torch.equal(adapted.transformer.scale_up.weight, before.transformer.scale_up.weight)
     trained, _ = run("trained")
