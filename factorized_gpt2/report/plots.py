@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..compress.methods import METHODS, VARIANCE
 from ..runs.families import FAMILIES
 from .drawing import LOSS_LABEL, RANK_LABEL, RANK_MARKERS, STYLES, plain, saved_axes
 from .studies import Entry, Study, distinctions, front
@@ -58,7 +59,8 @@ def plot_loss_against_rank(studies: Sequence[Study], path: Path) -> None:
 
 def has_rank(entry: Entry) -> bool:
     """Tell whether a model's size is told by its rank."""
-    return entry.run.n_embd_wte is not None and not entry.run.family.startswith("coded")
+    by_bytes = tuple(f"{method.name}-" for method in METHODS.values() if method.by == "bytes")
+    return entry.run.n_embd_wte is not None and not entry.run.family.startswith(by_bytes)
 
 
 def plot_loss_against_size(studies: Sequence[Study], path: Path) -> None:
@@ -152,7 +154,8 @@ def plot_spectrum(shares: Sequence[float], ranks: Sequence[int], method: str, pa
     """
     with saved_axes(path) as (axes,):
         marked = dict(zip(ranks, itertools.cycle(RANK_MARKERS), strict=False))
-        _draw_spectrum(axes, [shares], marked, "variance" if method == "pca" else "objective", with_shares=True)
+        quantity = "variance" if METHODS[method].share is VARIANCE else "objective"
+        _draw_spectrum(axes, [shares], marked, quantity, with_shares=True)
 
 
 def _draw_spectrum(
