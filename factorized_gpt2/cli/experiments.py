@@ -13,9 +13,9 @@ from ..common.files import read_json, replacing_file
 from ..common.fingerprints import weights_fingerprint
 from ..common.run_record import SETTINGS_NAME
 from ..report.reporting import read_results, write_report
-from ..runs.contents import contents_of
 from ..runs.flags import check_flags, with_current_names
 from ..runs.grid import Experiment, Scale, load_grid, select
+from ..runs.inputs import input_fingerprints
 from ..runs.results import RESULTS_NAME, Results
 from ..settings.devices import launched_processes
 from ..settings.parsing import ManualParser, find_config
@@ -215,7 +215,7 @@ class _Grid:
             return "was begun" if (experiment.folder / SETTINGS_NAME).exists() else "not begun"
         try:
             results = Results.read(experiment.folder)
-            read_now = contents_of(results.settings)
+            read_now = input_fingerprints(results.settings)
         except UserError:
             return "results cannot be read"
         is_same = results.words == experiment.flags + self.flags

@@ -1,4 +1,4 @@
-"""The folder of a run: whose it is, how far it came, and what ends up in it."""
+"""The output folder of a run: which run it belongs to, whether that is finished, and saving the model in it."""
 
 import logging
 import re
@@ -30,15 +30,15 @@ BASE_NAME = "base_model"
 _CHECKPOINT = re.compile(r"(damaged-)?checkpoint-\d+")
 
 
-def claim(run: Run) -> Results | None:
-    """Check that the output folder is this run's to use.
+def check_folder(run: Run) -> Results | None:
+    """Check that a run may use its output folder.
 
     Returns:
-        The results, if the run finished there before.
+        The results, if this run has finished there before.
 
     Raises:
-        UserError: It holds something else than a run; or a run with other settings, or from another start, or of
-            other weights than its results are of, which may not be replaced.
+        UserError: The folder contains something other than a run, a run with other settings or another starting model,
+            or weights that its results do not belong to, and `overwrite` is not set.
     """
     output_dir = Path(run.training.output_dir)
     settings_path = output_dir / SETTINGS_NAME
@@ -47,11 +47,11 @@ def claim(run: Run) -> Results | None:
         return None
     if run.training.overwrite:
         if run.training.should_save:
-            _clear(output_dir)
+            _remove_results(output_dir)
         return None
-    found = _compare(run)
+    found = _differences_of(run)
     if run.training.process_index == 0:
-        _tell(found, output_dir)
+        _log_differences(found, output_dir)
     results = Results.read(output_dir)
     if results is not None and results.fingerprint not in (None, weights_fingerprint(str(output_dir))):
         raise UserError(
@@ -61,7 +61,7 @@ def claim(run: Run) -> Results | None:
     return results
 
 
-def _compare(run: Run, with_dataset: bool = False) -> Differences:
+def _differences_of(run: Run, with_dataset: bool = False) -> Differences:
     output_dir = Path(run.training.output_dir)
     found = differences(read_json(output_dir / SETTINGS_NAME), run, with_dataset)
     if found.material:
@@ -72,7 +72,7 @@ def _compare(run: Run, with_dataset: bool = False) -> Differences:
     return found
 
 
-def _tell(found: Differences, output_dir: Path) -> None:
+def _log_differences(found: Differences, output_dir: Path) -> None:
     if found.harmless:
         names = ", ".join(found.harmless[:5]) + (" and more" if len(found.harmless) > 5 else "")
         logger.info("%s was started with another %s, which does not change the result.", output_dir, names)
@@ -96,11 +96,13 @@ def _refuse_foreign(run: Run) -> None:
         )
 
 
-def _clear(output_dir: Path) -> None:
-    """Remove what makes a run's folder finished, loadable or going on; `mark` then replaces whose it is.
+def _remove_results(output_dir: Path) -> None:
+    """Remove results, configs and checkpoints of a run, so that it is neither finished nor loadable nor resumed.
+
+    `write_identity` then replaces the record of whose folder it is.
 
     Raises:
-        UserError: A checkpoint holds what no run put there.
+        UserError: A checkpoint contains a file that no run wrote.
     """
     checkpoints = [path for path in output_dir.iterdir() if path.is_dir() and _CHECKPOINT.fullmatch(path.name)]
     for path in checkpoints:
@@ -114,11 +116,11 @@ def _clear(output_dir: Path) -> None:
 
 
 def least_bytes(model: torch.nn.Module, training: RunArguments) -> int:
-    """Estimate from below how much a run will write: the model, and the checkpoints it keeps while it writes another.
+    """Return a lower bound of the bytes that a run writes: the model, the kept checkpoints and the next one.
 
     Args:
-        model: To be trained, with its adapters.
-        training: What is saved, how often, and by which optimizer it is trained.
+        model: The model to train, with its adapters.
+        training: Its settings of saving and of the optimizer.
     """
     whole = sum(parameter.nbytes for parameter in model.parameters())
     if not training.do_train or training.save_strategy == "no":
@@ -128,36 +130,36 @@ def least_bytes(model: torch.nn.Module, training: RunArguments) -> int:
     return whole + trained * (1 + moments)
 
 
-def mark(run: Run) -> None:
-    """Write down whose folder it is, before anything else goes into it.
+def write_identity(run: Run) -> None:
+    """Record in the output folder which run it belongs to, before anything else is written there.
 
     Raises:
-        UserError: It was another run's, which shows only now that all that it reads is there.
+        UserError: It belongs to another run. This can show only now, because the dataset is known only now.
     """
     output_dir, same = Path(run.training.output_dir), None
     if (output_dir / SETTINGS_NAME).exists() and not run.training.overwrite:
-        _compare(run, with_dataset=True)
-        same = run_id(output_dir)  # whatever harmless setting is another now
+        _differences_of(run, with_dataset=True)
+        same = run_id(output_dir)  # even if a setting has changed that does not change the result
     write_json(output_dir / SETTINGS_NAME, identity(run) | ({} if same is None else {"id": same}))
 
 
-def finish(
+def save_model(
     output_dir: Path,
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     probe: torch.Tensor,
     expected: torch.Tensor,
 ) -> int:
-    """Save the plain model and its tokenizer, once the reloaded model has been seen to be what was trained.
+    """Save the plain model with its tokenizer, after checking that the saved model equals the trained one.
 
-    Every file is written beside its place first and then moved there.
+    Every file is written under a temporary name first and then moved to its place.
 
     Args:
         output_dir: The run's folder.
-        model: In float32 or as it was loaded.
-        tokenizer: Goes beside it.
-        probe: (B, T) int64 token ids.
-        expected: (B, T, V) float32, the trained model's logits at them.
+        model: The model, in float32 or as it was loaded.
+        tokenizer: The tokenizer to save with it.
+        probe: (B, T) int64 token ids to compare the models on.
+        expected: (B, T, V) float32, the logits of the trained model at these tokens.
 
     Returns:
         Bytes of the weight files.

@@ -1,4 +1,4 @@
-"""What a run is: the settings and the contents that its result depends on, written down and compared."""
+"""The identity of a run: the settings and file contents that its result depends on, recorded and compared."""
 
 import hashlib
 import json
@@ -8,11 +8,11 @@ from typing import Any
 
 from ..common.errors import silenced
 from ..common.fingerprints import weights_fingerprint
-from .contents import contents_of, teacher_asked
+from .inputs import input_fingerprints, teacher_asked
 from .settings import Run, default_settings
 from .training_fields import MATERIAL, MATERIAL_FOR_THE_BEST
 
-# What is compared by its content where that is known on both sides, and by the settings that name it where it is not.
+# These are compared by content if that is known on both sides, otherwise by the settings that name them.
 _NAMED_BY = {
     "start": ("baseline", "compressed"),
     "teacher": ("teacher",),
@@ -30,12 +30,12 @@ _SCHEDULES_BY_LOSS = ("reduce_lr_on_plateau", "greedy")
 
 @dataclass(frozen=True)
 class Differences:
-    """How a run differs from the one that was written down.
+    """The differences between a run and a recorded one.
 
     Attributes:
-        material: What changes the result, in words.
-        harmless: Names of settings that do not.
-        unknown: What cannot be compared, in words, because it was not written down.
+        material: Descriptions of differences that change the result.
+        harmless: Names of settings that differ but do not change the result.
+        unknown: Descriptions of inputs that cannot be compared because they were not recorded.
     """
 
     material: list[str]
@@ -43,14 +43,14 @@ class Differences:
     unknown: list[str]
 
 
-def contents(run: Run, with_dataset: bool = False) -> dict[str, str]:
-    """Identify what a run reads by its content; what cannot be told is left out.
+def run_fingerprints(run: Run, with_dataset: bool = False) -> dict[str, str]:
+    """Return the fingerprints of the inputs of a run; inputs that cannot be identified are left out.
 
     Args:
         run: The settings.
-        with_dataset: Whether to ask for the commit of a dataset on the Hub, which takes a connection.
+        with_dataset: Whether to look up the commit of a dataset on the Hub, which needs a connection.
     """
-    found = contents_of(run.settings())
+    found = input_fingerprints(run.settings())
     if with_dataset and _reads_dataset(run) and "dataset_files" not in found:
         commit = _dataset_commit(run.data.dataset_name, run.data.dataset_config_name)
         found |= {} if commit is None else {"dataset": commit}
@@ -58,9 +58,9 @@ def contents(run: Run, with_dataset: bool = False) -> dict[str, str]:
 
 
 def identity(run: Run) -> dict[str, Any]:
-    """Write down a run, for `differences` to compare another with; its `id` is of all that its result depends on."""
+    """Return the record of a run, for `differences` to compare with. Its `id` hashes all that affects the result."""
     start, settings = weights_fingerprint(run.start), _settings(run)
-    read = {"blocks_a_step": _blocks_a_step(run), "content": contents(run, with_dataset=True)}
+    read = {"blocks_a_step": _blocks_a_step(run), "content": run_fingerprints(run, with_dataset=True)}
     material = {name: settings.get(name) for name in sorted(_material(run))} | read
     return {
         **settings,
@@ -71,20 +71,20 @@ def identity(run: Run) -> dict[str, Any]:
 
 
 def differences(stored: Mapping[str, Any], run: Run, with_dataset: bool = False) -> Differences:
-    """Compare a run with what `identity`, of this or an earlier version, wrote down.
+    """Compare a run with a record that `identity` made, in this or an earlier version.
 
     Args:
-        stored: That.
+        stored: The record.
         run: The settings.
-        with_dataset: As `contents` has it.
+        with_dataset: As for `run_fingerprints`.
     """
     asked, defaults = _settings(run), default_settings()
-    # A setting that came with a later version counts as having had its default.
+    # A setting that the record does not have, because it is newer, counts as having had its default.
     differing = {name for name, value in asked.items() if stored.get(name, defaults.get(name)) != value}
     material: list[str] = []
     unknown: list[str] = []
     compared: set[str] = set()
-    before, now = stored.get("content"), contents(run, with_dataset)
+    before, now = stored.get("content"), run_fingerprints(run, with_dataset)
     for kind, names in _NAMED_BY.items():
         if isinstance(before, dict) and kind in before and kind in now:
             compared.update(names)
@@ -103,7 +103,7 @@ def differences(stored: Mapping[str, Any], run: Run, with_dataset: bool = False)
 def _settings(run: Run) -> dict[str, Any]:
     settings = run.settings()
     if run.training.effective_batch_size is not None:
-        settings.pop("gradient_accumulation_steps")  # follows from how many processes there are
+        settings.pop("gradient_accumulation_steps")  # computed from the number of processes
     settings.pop("output_dir")  # a folder can be moved
     return settings
 
@@ -120,7 +120,7 @@ def _material(run: Run) -> set[str]:
         if training.max_steps > 0:
             names.discard("num_train_epochs")
     if not training.auto_find_batch_size:
-        names -= set(_BATCH)  # compared as what they come to
+        names -= set(_BATCH)  # compared by the batch that results
     own = {
         "loss_backend",
         *(name for part in (run.model, run.adapter, run.distillation, run.data) for name in vars(part)),
@@ -163,14 +163,14 @@ def _named(kind: str, run: Run) -> str:
 
 
 def _reads_dataset(run: Run) -> bool:
-    """Whether a dataset gives a split: files of one's own stand in its place."""
+    """Whether a dataset provides a split that is not replaced by local files."""
     has_files = run.data.validation_file and (run.data.train_file or not run.training.do_train)
     return bool(run.data.dataset_name) and not has_files
 
 
 def _dataset_commit(name: str, config: str | None) -> str | None:
     try:
-        import datasets  # which runs from files of token ids do without
+        import datasets  # not needed for runs from files of token ids
 
         with silenced(datasets.logging):
             return datasets.load_dataset_builder(name, config).hash

@@ -31,8 +31,8 @@ from ..trainer.interruption import StopWhenSaved
 from ..trainer.progress import LogLines
 from ..trainer.trainer import FactorizedTrainer
 from .families import run_name
-from .folder import ADAPTER_NAME, BASE_NAME, claim, finish, least_bytes, mark
-from .identity import contents
+from .folder import ADAPTER_NAME, BASE_NAME, check_folder, least_bytes, save_model, write_identity
+from .identity import run_fingerprints
 from .provenance import device_name, git_commit, peak_memory_bytes, versions
 from .rehearsal import rehearse
 from .results import Results
@@ -70,7 +70,7 @@ def run_experiment(run: Run) -> Results:
 def _run_alone(run: Run, may_sweep: bool = False) -> Results:
     began = time.perf_counter()
     output_dir = Path(run.training.output_dir)
-    finished = claim(run)
+    finished = check_folder(run)
     if may_sweep:  # now that the folder is known to be the run's
         sweep(output_dir)
     if finished is not None:
@@ -117,7 +117,7 @@ def _run_alone(run: Run, may_sweep: bool = False) -> Results:
         trainer.remove_callback(PrinterCallback)
         trainer.add_callback(LogLines)
     if run.training.should_save:
-        mark(asked)
+        write_identity(asked)
     start_tracking(run.training)
     trainer.accelerator.wait_for_everyone()  # all look for the same checkpoint in the same folder
     outcome = _train(trainer, output_dir, run.data.block_size) if run.training.do_train else {}
@@ -134,7 +134,7 @@ def _run_alone(run: Run, may_sweep: bool = False) -> Results:
                 model.save_pretrained(str(folder))
                 complete_adapter(folder, output_dir / ADAPTER_NAME)
         model = merge(model)
-    disk_bytes = finish(output_dir, model, tokenizer, probe, expected) if run.training.should_save else None
+    disk_bytes = save_model(output_dir, model, tokenizer, probe, expected) if run.training.should_save else None
     results = Results(
         run_name=run.training.run_name,
         family=family,
@@ -149,7 +149,7 @@ def _run_alone(run: Run, may_sweep: bool = False) -> Results:
         git_commit=git_commit(),
         start_fingerprint=weights_fingerprint(run.start),
         fingerprint=weights_fingerprint(str(output_dir)) if run.training.should_save else None,
-        content=contents(run) | _lineage(run, output_dir),
+        content=run_fingerprints(run) | _lineage(run, output_dir),
         device=device_name(run.training.device),
         processes=run.training.world_size,
         disk_bytes=disk_bytes,
@@ -222,7 +222,7 @@ def _keep_base(run: Run, model: Start) -> None:
     folder = Path(run.training.output_dir).absolute() / BASE_NAME
     model.name_or_path = str(folder)
     if run.training.should_save:
-        mark(run)
+        write_identity(run)
         with replacing_folder(folder, MODEL_FILES) as temporary:
             model.save_pretrained(temporary)
 

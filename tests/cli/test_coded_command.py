@@ -108,7 +108,7 @@ def test_refinement_keeps_to_the_budget_and_brings_the_model_nearer(words, tmp_p
         (("--method", "coded"), "needs one of bits_per_weight"),
         (("--bits_per_weight", 2, "--method", "joint"), "are for method coded, not for joint"),
         (("--bits_per_weight", 2, "--tie_word_embeddings", "false"), "needs a tied head"),
-        (("--bits_per_weight", 2, 2), "a budget is given twice in 2.0 2.0"),
+        (("--bits_per_weight", 2, 2), "a size is given twice in 2.0 2.0"),
         (("--bits_per_weight", 99), "99 bits a weight are out of range"),
         (("--bits_per_weight", 2, "--ranks", 99), "Rank 99 is out of range"),
         (("--bits_per_weight", 0.01), "A vocabulary of 0.01 bits cannot be made"),

@@ -15,8 +15,8 @@ from factorized_gpt2.common.errors import UserError
 from factorized_gpt2.common.fingerprints import weights_fingerprint
 from factorized_gpt2.common.signals import leaving_cleanly
 from factorized_gpt2.report.reporting import read_results
-from factorized_gpt2.runs.contents import contents_of
 from factorized_gpt2.runs.grid import Scale, load_grid, select
+from factorized_gpt2.runs.inputs import input_fingerprints
 from factorized_gpt2.runs.results import Results
 from factorized_gpt2.settings.flags import as_flags
 from factorized_gpt2.settings.parsing import CONFIG_FOLDERS, load_config
@@ -133,7 +133,7 @@ def test_lists_that_make_no_grid(tmp_path):
     with pytest.raises(UserError, match="baseline lists no experiments"):
         load_grid("baseline")
     circle = {"a": {"compressed": "runs/b"}, "b": {"compressed": "runs/c"}, "c": {"compressed": "runs/a"}}
-    with pytest.raises(UserError, match=r"Experiments start from each other: (\w, ){3}\w\."):
+    with pytest.raises(UserError, match=r"Experiments start from each other in a circle: (\w, ){3}\w\."):
         load_grid(write_configs(tmp_path, **circle))
     (tmp_path / "b.json").unlink()
     with pytest.raises(UserError, match=r"There is no config '.*/b'"):
@@ -176,7 +176,7 @@ class FakeRuns:
         kind = ("lowrank-scratch" if config.get("n_embd_wte") else "baseline") if start is None else "pca-nofinetune"
         figures = (config.get("n_embd_wte"), 1.0, 2.7, 1, 1, 4, 4)
         settings = config | {name: [path] if name.endswith("file") else path for name, path in self.reading.items()}
-        results = Results(kind, kind, *figures, settings, {}, kept, content=contents_of(settings))
+        results = Results(kind, kind, *figures, settings, {}, kept, content=input_fingerprints(settings))
         replace(results, start_fingerprint=weights_fingerprint(start)).write(folder)
         return 0
 
@@ -302,7 +302,9 @@ def test_a_config_of_someone_else_in_a_run_s_place_is_refused_and_stays(grid):
     path = grid.root / "configs/gpt_baseline.json"
     path.parent.mkdir(parents=True)
     path.write_text('{"output_dir": "elsewhere"}')
-    with pytest.raises(UserError, match=r"gpt_baseline.json is no config of .*gpt_baseline: move it away, or choose"):
+    with pytest.raises(
+        UserError, match=r"gpt_baseline.json was not written for .*gpt_baseline: move it away, or choose"
+    ):
         grid()
     assert path.read_text() == '{"output_dir": "elsewhere"}'
     assert not grid.trained

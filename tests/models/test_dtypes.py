@@ -86,7 +86,7 @@ def test_what_a_type_cannot_hold_is_refused():
     model = tiny_model()
     with torch.no_grad():
         model.transformer.wte.weight[0, 0] = 1e5
-    with pytest.raises(UserError, match=r"'transformer.wte.weight' is too large for dtype float16; bfloat16 holds it"):
+    with pytest.raises(UserError, match=r"'transformer.wte.weight' is too large for dtype float16; use bfloat16"):
         in_dtype(model, "float16")
     assert model.dtype == torch.float32
     assert in_dtype(model, None) is model

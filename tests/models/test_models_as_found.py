@@ -153,7 +153,7 @@ def test_no_weight_is_rounded_because_a_config_says_so(stored, named, loaded, ke
     wte = load_file(tmp_path / "model.safetensors")["transformer.wte.weight"]
     assert torch.equal(model.transformer.wte.weight, wte.to(loaded))
     is_told = named is not None and loaded != getattr(torch, named)
-    assert is_told == (f"though its config says {named}" in caplog.text)
+    assert is_told == (f"although its config says {named}" in caplog.text)
 
 
 @pytest.mark.parametrize("half", ["transformer.wte.weight", "transformer.ln_f.bias", "transformer.h.0.ln_1.bias"])

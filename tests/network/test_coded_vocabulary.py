@@ -486,7 +486,7 @@ def test_a_table_of_another_shape_or_kind_is_one_line(coded, saved):
     (saved / "config.json").write_text(json.dumps(config))
     torch.save(load_file(saved / "model.safetensors"), saved / "pytorch_model.bin")
     (saved / "model.safetensors").unlink()
-    with pytest.raises(ValueError, match=r"read from safetensors alone, not from pytorch_model\.bin"):
+    with pytest.raises(ValueError, match=r"can only be read from safetensors, not from pytorch_model\.bin"):
         FactorizedGPT2.from_pretrained(saved)
 
 

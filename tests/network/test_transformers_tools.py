@@ -20,7 +20,7 @@ from factorized_gpt2 import FactorizedGPT2
 from factorized_gpt2.cli.compress import compress
 from factorized_gpt2.hub.repository import publish
 from factorized_gpt2.models.verification import probe_logits
-from factorized_gpt2.runs.folder import finish
+from factorized_gpt2.runs.folder import save_model
 from factorized_gpt2.text.tokenizers import load_tokenizer
 
 TEMPLATE = (
@@ -167,7 +167,7 @@ def test_chat_templates_pass_through_compression_runs_and_the_hub(chat_tokenizer
     model, probe = FactorizedGPT2.from_pretrained(compressed), random_ids()
     run.mkdir()
     for _ in range(2):  # the second run replaces what the first left
-        finish(run, model, AutoTokenizer.from_pretrained(compressed), probe, probe_logits(model, probe))
+        save_model(run, model, AutoTokenizer.from_pretrained(compressed), probe, probe_logits(model, probe))
     for folder in (compressed, run):
         assert AutoTokenizer.from_pretrained(folder).chat_template == tokenizer.chat_template, folder
 

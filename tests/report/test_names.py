@@ -23,7 +23,7 @@ from factorized_gpt2.hub.model_card import Figures, History, Measurement, adapte
 from factorized_gpt2.report import reporting
 from factorized_gpt2.report.reporting import write_report
 from factorized_gpt2.report.studies import shortened
-from factorized_gpt2.runs.folder import mark
+from factorized_gpt2.runs.folder import write_identity
 from factorized_gpt2.runs.settings import parse_run
 from factorized_gpt2.text.source import TextSource
 
@@ -247,7 +247,7 @@ def test_names_that_wandb_does_not_take(kept, tracked, tmp_path, capsys):
     if kept is not None:  # as the id of a run that was cut off
         (tmp_path / "inside/run/wandb").mkdir(parents=True)
         (tmp_path / "inside/run/wandb/wandb-resume.json").write_text(json.dumps({"run_id": kept}))
-        mark(parse_run([str(word) for word in tracked]))
+        write_identity(parse_run([str(word) for word in tracked]))
     before = tree(tmp_path)
     code, line = outcome(train, [*tracked, *(["--project", "../../x"] if kept is None else [])], capsys)
     assert code == 2

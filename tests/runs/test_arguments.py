@@ -278,7 +278,7 @@ def test_a_name_from_elsewhere_is_translated(tmp_path, name, successor):
     (tmp_path / "run.json").write_text(json.dumps({name: 1}))
     for words in (["--config", str(tmp_path / "run.json")], ["--config", "baseline", f"--{name}=1"]):
         unknown = rf"Unknown (config key '|argument '--){name}'"
-        with pytest.raises(UserError, match=f"^({unknown}|{name} is not taken): .*{successor}") as caught:
+        with pytest.raises(UserError, match=f"^({unknown}|{name} is not accepted): .*{successor}") as caught:
             parse_run(words)
         assert "Did you mean" not in str(caught.value)
 

@@ -407,7 +407,7 @@ def test_a_text_that_vanishes_under_a_stream(fresh, monkeypatch, capsys, workers
     settings = TINY | {"streaming": True, "train_file": [str(text)], "dataloader_num_workers": workers}
     assert run_command(lambda words: fresh.run("run", **settings), []) == 2
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
-    assert line == f"error: The text cannot be read to its end: [Errno 2] No such file or directory: '{text}'"
+    assert line == f"error: The text cannot be read to the end: [Errno 2] No such file or directory: '{text}'"
 
 
 def test_only_the_first_blocks_are_evaluated_if_asked(workshop):

@@ -17,7 +17,7 @@ from factorized_gpt2.common.errors import UserError
 from factorized_gpt2.common.fingerprints import _digest, weights_fingerprint
 from factorized_gpt2.common.leftovers import marked_for_all
 from factorized_gpt2.models.verification import probe_logits
-from factorized_gpt2.runs.folder import claim, finish, least_bytes, mark
+from factorized_gpt2.runs.folder import check_folder, least_bytes, save_model, write_identity
 from factorized_gpt2.runs.run import run_experiment
 from factorized_gpt2.runs.settings import Run, RunArguments, parse_run
 from factorized_gpt2.settings.flags import as_flags
@@ -87,20 +87,20 @@ def test_a_folder_without_weights_has_no_fingerprint(tmp_path):
 
 
 def test_an_unclaimed_folder_is_anyones(folder):
-    assert claim(parse(folder)) is None
-    assert not folder.exists()  # a claim by itself leaves nothing
+    assert check_folder(parse(folder)) is None
+    assert not folder.exists()  # a check by itself leaves nothing
 
 
 def test_a_run_claims_its_folder_again(folder):
-    mark(parse(folder))
-    assert claim(parse(folder)) is None
+    write_identity(parse(folder))
+    assert check_folder(parse(folder)) is None
     UNTRAINED.write(folder)
-    assert claim(parse(folder)) == UNTRAINED
+    assert check_folder(parse(folder)) == UNTRAINED
 
 
 def test_where_and_how_verbosely_it_runs_does_not_matter(folder):
-    mark(parse(folder))
-    assert claim(parse(folder, disable_tqdm=True)) is None
+    write_identity(parse(folder))
+    assert check_folder(parse(folder, disable_tqdm=True)) is None
 
 
 @pytest.mark.parametrize(
@@ -115,11 +115,11 @@ def test_where_and_how_verbosely_it_runs_does_not_matter(folder):
     ],
 )
 def test_other_settings_are_refused_by_name(folder, settings, names):
-    mark(parse(folder))
+    write_identity(parse(folder))
     UNTRAINED.write(folder)
     before = (folder / "run.json").read_bytes()
     with pytest.raises(UserError, match=f"run holds a run with other settings {names}; .*--overwrite"):
-        claim(parse(folder, **settings))
+        check_folder(parse(folder, **settings))
     assert (folder / "run.json").read_bytes() == before
 
 
@@ -134,9 +134,9 @@ def texts(tmp_path, monkeypatch) -> Path:
 
 @pytest.mark.parametrize("name", ["train.txt", "validation.txt"])
 def test_an_edited_text_is_refused_by_name(folder, texts, name):
-    mark(parse(folder))
+    write_identity(parse(folder))
     state = (texts / name).stat()
-    assert claim(parse(folder)) is None
+    assert check_folder(parse(folder)) is None
     (texts / name).write_text((texts / name).read_text().upper())  # as long
     os.utime(texts / name, ns=(state.st_atime_ns, state.st_mtime_ns))
     _digest.cache_clear()  # as in another process
@@ -144,22 +144,22 @@ def test_an_edited_text_is_refused_by_name(folder, texts, name):
         if finished:
             UNTRAINED.write(folder)
         with pytest.raises(UserError, match=rf"other settings \(the text of {name}\); choose another"):
-            claim(parse(folder))
+            check_folder(parse(folder))
 
 
 def test_a_text_that_was_touched_or_moved_is_the_same(folder, texts):
-    mark(parse(folder))
+    write_identity(parse(folder))
     os.utime(texts / "train.txt", ns=(1, 1))
-    assert claim(parse(folder)) is None
+    assert check_folder(parse(folder)) is None
     (texts / "train.txt").rename(texts / "moved.txt")
-    assert claim(parse(folder, train_file=["moved.txt"])) is None
+    assert check_folder(parse(folder, train_file=["moved.txt"])) is None
 
 
 def test_text_that_is_not_trained_on_does_not_matter(folder, texts, tmp_path):
     settings = {"baseline": save(tmp_path / "baseline", n_embd_wte=None), "do_train": False, "tokenizer": None}
-    mark(parse(folder, **settings))
+    write_identity(parse(folder, **settings))
     (texts / "train.txt").unlink()
-    assert claim(parse(folder, **settings, learning_rate=1.0)) is None
+    assert check_folder(parse(folder, **settings, learning_rate=1.0)) is None
 
 
 @pytest.mark.parametrize(
@@ -176,9 +176,9 @@ def test_text_that_is_not_trained_on_does_not_matter(folder, texts, tmp_path):
     ],
 )
 def test_settings_that_make_no_difference_are_only_told(folder, caplog, settings, names):
-    mark(parse(folder))
+    write_identity(parse(folder))
     caplog.set_level("INFO", "factorized_gpt2")
-    assert claim(parse(folder, **settings)) is None
+    assert check_folder(parse(folder, **settings)) is None
     (told,) = [record.getMessage() for record in caplog.records]
     assert told.startswith(f"{folder} was started with another ")
     assert set(names.split(", ")) <= set(re.findall(r"\w+", told))
@@ -186,37 +186,37 @@ def test_settings_that_make_no_difference_are_only_told(folder, caplog, settings
 
 def test_when_it_is_evaluated_matters_where_the_best_is_kept(folder):
     best = {"load_best_model_at_end": True, "eval_strategy": "steps", "save_strategy": "steps", "save_steps": 2}
-    mark(parse(folder, **best, eval_steps=2))
+    write_identity(parse(folder, **best, eval_steps=2))
     with pytest.raises(UserError, match=r"\(eval_steps\)"):
-        claim(parse(folder, **best, eval_steps=1))
+        check_folder(parse(folder, **best, eval_steps=1))
 
 
 def test_a_folder_of_an_earlier_version_goes_on_and_says_what_it_does_not_know(folder, texts, caplog):
     run = parse(folder)
-    mark(run)
+    write_identity(run)
     stored = json.loads((folder / "run.json").read_text())
     for name in ("content", "blocks_a_step", "logging_steps", "output_dir"):
         stored.pop(name, None)
     (folder / "run.json").write_text(json.dumps(stored))
-    assert claim(run) is None
-    assert "does not say what identifies the text of train.txt, the text of validation.txt" in caplog.text
+    assert check_folder(run) is None
+    assert "has no record of the content of the text of train.txt, the text of validation.txt" in caplog.text
     with pytest.raises(UserError, match=r"\(per_device_train_batch_size\)"):
-        claim(parse(folder, per_device_train_batch_size=1))
-    mark(run)
+        check_folder(parse(folder, per_device_train_batch_size=1))
+    write_identity(run)
     caplog.clear()
-    assert claim(run) is None
+    assert check_folder(run) is None
     assert not caplog.text
 
 
 def test_a_tokenizer_is_known_by_its_content(folder, texts, tokenizer):
     tokenizer.save_pretrained(texts / "tokenizer")
-    mark(parse(folder))
+    write_identity(parse(folder))
     (texts / "tokenizer").rename(texts / "elsewhere")
-    assert claim(parse(folder, tokenizer="elsewhere")) is None
+    assert check_folder(parse(folder, tokenizer="elsewhere")) is None
     path = texts / "elsewhere/tokenizer.json"
     path.write_text(path.read_text() + " ")
     with pytest.raises(UserError, match=r"\(the tokenizer in elsewhere\)"):
-        claim(parse(folder, tokenizer="elsewhere"))
+        check_folder(parse(folder, tokenizer="elsewhere"))
 
 
 @pytest.mark.parametrize(
@@ -231,12 +231,12 @@ def test_a_tokenizer_is_known_by_its_content(folder, texts, tokenizer):
 def test_every_file_that_makes_tokens_counts(folder, texts, tokenizer, name, content):
     tokenizer.save_pretrained(texts / "tokenizer")
     (texts / "tokenizer/spiece.model").write_text("pieces")
-    mark(parse(folder))
+    write_identity(parse(folder))
     (texts / "tokenizer/README.md").write_text("a note")
-    assert claim(parse(folder)) is None
+    assert check_folder(parse(folder)) is None
     (texts / "tokenizer" / name).write_text(content)
     with pytest.raises(UserError, match=r"\(the tokenizer in tokenizer\)"):
-        claim(parse(folder))
+        check_folder(parse(folder))
 
 
 @pytest.mark.parametrize("name", ["special_tokens_map.json", "config.json"])
@@ -244,11 +244,11 @@ def test_an_end_of_text_that_another_file_names_counts(folder, texts, tokenizer,
     tokenizer.save_pretrained(texts / "tokenizer")
     (texts / "tokenizer/tokenizer_config.json").write_text("{}")
     (texts / "tokenizer" / name).write_text('{"eos_token": "a", "eos_token_id": 1}')
-    mark(parse(folder))
-    assert claim(parse(folder)) is None
+    write_identity(parse(folder))
+    assert check_folder(parse(folder)) is None
     (texts / "tokenizer" / name).write_text('{"eos_token": "b", "eos_token_id": 2}')
     with pytest.raises(UserError, match=r"\(the tokenizer in tokenizer\)"):
-        claim(parse(folder))
+        check_folder(parse(folder))
 
 
 def test_a_pickle_of_weights_counts_whatever_stands_beside_it(tmp_path, folder):
@@ -257,38 +257,38 @@ def test_a_pickle_of_weights_counts_whatever_stands_beside_it(tmp_path, folder):
     (start / "pytorch_model.bin").write_bytes(b"one")
     (start / "adapter_model.safetensors").write_bytes(b"an adapter")
     run = parse(folder, baseline=str(start))
-    mark(run)
-    assert claim(run) is None
+    write_identity(run)
+    assert check_folder(run) is None
     (start / "pytorch_model.bin").write_bytes(b"two")
     _digest.cache_clear()
     with pytest.raises(UserError, match=r"\(the model in .*baseline\)"):
-        claim(run)
+        check_folder(run)
 
 
 def test_an_edited_dataset_in_a_local_folder_is_refused(folder, texts):
     (texts / "data").mkdir()
     (texts / "data/train.jsonl").write_text('{"text": "one"}')
     run = parse(folder, dataset_name="data", train_file=None, validation_file=None)
-    mark(run)
-    assert claim(run) is None
+    write_identity(run)
+    assert check_folder(run) is None
     (texts / "data/train.jsonl").write_text('{"text": "others"}')
     with pytest.raises(UserError, match=r"\(the files of the dataset data\)"):
-        claim(run)
+        check_folder(run)
 
 
 def test_a_finished_run_whose_weights_are_others_now_is_not_finished(folder):
-    mark(parse(folder))
+    write_identity(parse(folder))
     save(folder)
     finished = replace(UNTRAINED, fingerprint=weights_fingerprint(str(folder)))
     finished.write(folder)
-    assert claim(parse(folder)) == finished
+    assert check_folder(parse(folder)) == finished
     save(folder, seed=6)
     with pytest.raises(UserError, match="run is finished, but its weights were changed or removed since: choose"):
-        claim(parse(folder))
+        check_folder(parse(folder))
     (folder / "model.safetensors").unlink()
     with pytest.raises(UserError, match="its weights were changed or removed"):
-        claim(parse(folder))
-    assert claim(parse(folder, overwrite_output_dir=True)) is None
+        check_folder(parse(folder))
+    assert check_folder(parse(folder, overwrite_output_dir=True)) is None
 
 
 def test_a_dataset_that_changed_on_the_hub_is_seen_before_the_run_goes_on(folder, monkeypatch):
@@ -297,17 +297,17 @@ def test_a_dataset_that_changed_on_the_hub_is_seen_before_the_run_goes_on(folder
 
     monkeypatch.setattr("datasets.load_dataset_builder", lambda *args: Builder)
     run = parse(folder, dataset_name="me/text", train_file=None, validation_file=None)
-    mark(run)
-    mark(run)
+    write_identity(run)
+    write_identity(run)
     Builder.hash = "two"
     with pytest.raises(UserError, match=r"\(the dataset me/text\)"):
-        mark(run)
+        write_identity(run)
 
 
 def test_a_dataset_that_files_replace_is_not_asked_for(folder, monkeypatch):
     asked = []
     monkeypatch.setattr("datasets.load_dataset_builder", lambda *args: asked.append(args))
-    mark(parse(folder, dataset_name="me/text"))  # beside the files of both splits
+    write_identity(parse(folder, dataset_name="me/text"))  # beside the files of both splits
     assert not asked
 
 
@@ -316,36 +316,36 @@ def test_a_start_on_the_hub_is_known_by_its_commit(folder, monkeypatch):
     cached = lambda name, file: f"/cache/models--{name}/snapshots/{commit}/{file}"  # noqa: E731
     monkeypatch.setattr("factorized_gpt2.common.fingerprints.try_to_load_from_cache", cached)
     run = parse(folder, baseline="me/gpt2")
-    mark(run)
-    assert claim(run) is None
+    write_identity(run)
+    assert check_folder(run) is None
     commit = "b" * 40
     with pytest.raises(UserError, match=r"\(the model in me/gpt2, the tokenizer in tokenizer\)"):
-        claim(run)
+        check_folder(run)
 
 
 def test_only_five_of_many_other_settings_are_named(folder):
-    mark(parse(folder))
+    write_identity(parse(folder))
     settings = {"seed": 3, "block_size": 8, "n_layer": 2, "n_head": 2, "n_embd": 24, "dropout": 0.0, "max_steps": 3}
     with pytest.raises(UserError, match=r"\(block_size, dropout, max_steps, n_embd, n_head\)"):
-        claim(parse(folder, **settings))
+        check_folder(parse(folder, **settings))
 
 
 def test_a_broken_mark_is_named(folder):
     folder.mkdir()
     (folder / "run.json").write_text("{")
     with pytest.raises(UserError, match=r"run\.json cannot be read as JSON"):
-        claim(parse(folder))
+        check_folder(parse(folder))
 
 
 def test_another_model_in_the_starts_place_is_refused(tmp_path, folder):
     start = save(tmp_path / "baseline", n_embd_wte=None)
     run = parse(folder, baseline=start)
-    mark(run)
+    write_identity(run)
     assert json.loads((folder / "run.json").read_text())["start_fingerprint"] == weights_fingerprint(start)
-    assert claim(run) is None
+    assert check_folder(run) is None
     save(tmp_path / "baseline", n_embd_wte=None, seed=6)
     with pytest.raises(UserError, match=r"other settings \(the model in .*baseline\)"):
-        claim(run)
+        check_folder(run)
 
 
 def test_another_model_in_the_place_of_an_unnamed_teacher_is_refused(tmp_path, folder):
@@ -353,16 +353,16 @@ def test_another_model_in_the_place_of_an_unnamed_teacher_is_refused(tmp_path, f
     teacher, start = save(tmp_path / "teacher", n_embd_wte=None), save(tmp_path / "start")
     Path(start, "compression.json").write_text(json.dumps({"baseline": teacher}))
     run = parse(folder, compressed=start, distillation_weight=0.5)
-    mark(run)
-    assert claim(run) is None
-    assert claim(parse(folder, compressed=start, distillation_weight=0.5, teacher=teacher)) is None  # the same
+    write_identity(run)
+    assert check_folder(run) is None
+    assert check_folder(parse(folder, compressed=start, distillation_weight=0.5, teacher=teacher)) is None  # the same
     save(tmp_path / "teacher", n_embd_wte=None, seed=6)
     with pytest.raises(UserError, match=r"other settings \(the teacher in .*teacher\)"):
-        claim(run)
+        check_folder(run)
 
 
 def test_a_random_start_has_no_fingerprint(folder):
-    mark(parse(folder))
+    write_identity(parse(folder))
     assert "start_fingerprint" not in json.loads((folder / "run.json").read_text())
 
 
@@ -374,24 +374,24 @@ def two_processes(monkeypatch):
 
 def test_another_number_of_processes_goes_on_with_the_same_batch(folder, two_processes):
     one = parse(folder, effective_batch_size=4)
-    mark(one)
+    write_identity(one)
     two_processes()
     two = parse(folder, effective_batch_size=4)
     assert (one.training.gradient_accumulation_steps, two.training.gradient_accumulation_steps) == (2, 1)
-    assert claim(two) is None
+    assert check_folder(two) is None
 
 
 def test_another_batch_is_refused(folder, two_processes):
-    mark(parse(folder, effective_batch_size=4))
+    write_identity(parse(folder, effective_batch_size=4))
     two_processes()
     with pytest.raises(UserError, match=r"\(effective_batch_size\)"):
-        claim(parse(folder, effective_batch_size=8))
+        check_folder(parse(folder, effective_batch_size=8))
 
 
 def test_accumulation_that_was_asked_for_matters(folder):
-    mark(parse(folder, gradient_accumulation_steps=2))
+    write_identity(parse(folder, gradient_accumulation_steps=2))
     with pytest.raises(UserError, match=r"\(gradient_accumulation_steps\)"):
-        claim(parse(folder, gradient_accumulation_steps=1))
+        check_folder(parse(folder, gradient_accumulation_steps=1))
 
 
 def filled(folder: Path) -> set[str]:
@@ -412,9 +412,9 @@ def filled(folder: Path) -> set[str]:
 
 
 def test_overwriting_removes_checkpoints_results_and_what_a_model_is_loaded_by(folder):
-    mark(parse(folder))
+    write_identity(parse(folder))
     names = filled(folder)
-    assert claim(parse(folder, seed=3, overwrite=True)) is None
+    assert check_folder(parse(folder, seed=3, overwrite=True)) is None
     removed = names - {path.name for path in folder.iterdir()}
     assert removed == {"checkpoint-2", "checkpoint-10", "damaged-checkpoint-9", "results.json", "config.json"}
     assert (folder / "adapter/a.txt").read_text() == "adapter/a.txt"
@@ -422,21 +422,21 @@ def test_overwriting_removes_checkpoints_results_and_what_a_model_is_loaded_by(f
 
 
 def test_overwriting_leaves_an_adapter_that_cannot_be_taken_for_the_new_run_s(folder):
-    mark(parse(folder))
+    write_identity(parse(folder))
     (folder / "adapter").mkdir()
     for name in ("adapter_config.json", "notes.txt"):
         (folder / "adapter" / name).write_text("{}")
-    assert claim(parse(folder, seed=3, overwrite_output_dir=True)) is None
+    assert check_folder(parse(folder, seed=3, overwrite_output_dir=True)) is None
     assert [path.name for path in (folder / "adapter").iterdir()] == ["notes.txt"]
 
 
 def test_overwriting_leaves_all_as_it_is_where_a_checkpoint_holds_what_the_run_did_not_write(folder):
-    mark(parse(folder))
+    write_identity(parse(folder))
     names = filled(folder)
     seal(folder / "checkpoint-10")
     (folder / "checkpoint-10/notes.txt").write_text("mine")
     with pytest.raises(UserError, match=r"checkpoint-10 holds notes.txt, which was not written by the run: move it"):
-        claim(parse(folder, seed=3, overwrite_output_dir=True))
+        check_folder(parse(folder, seed=3, overwrite_output_dir=True))
     assert {path.name for path in folder.iterdir()} == names
     assert (folder / "checkpoint-10/notes.txt").read_text() == "mine"
 
@@ -445,32 +445,32 @@ def test_a_folder_that_is_refused_is_not_swept(folder):
     (folder / "gpt_k4").mkdir(parents=True)
     left = folder / marked_for_all("gpt_k8")
     left.mkdir()
-    with pytest.raises(UserError, match="holds gpt_k4 and is no run's folder"):
+    with pytest.raises(UserError, match="holds gpt_k4 and is not the folder of a run"):
         run_experiment(parse(folder))
     assert left.exists()
 
 
 def test_only_the_process_that_saves_overwrites(folder, monkeypatch):
-    mark(parse(folder))
+    write_identity(parse(folder))
     names = filled(folder)
     monkeypatch.setattr(RunArguments, "should_save", property(lambda _: False))
-    assert claim(parse(folder, overwrite=True)) is None
+    assert check_folder(parse(folder, overwrite=True)) is None
     assert {path.name for path in folder.iterdir()} == names
 
 
 def test_overwriting_nothing_is_fine(folder):
-    assert claim(parse(folder, overwrite=True)) is None
+    assert check_folder(parse(folder, overwrite=True)) is None
 
 
 def test_overwriting_that_is_cut_off_can_be_done_again(folder, monkeypatch):
     """The mark stays until another takes its place: without one, the rest would be someone else's."""
-    mark(parse(folder))
+    write_identity(parse(folder))
     filled(folder)
     monkeypatch.setattr("factorized_gpt2.runs.folder.remove_folder", lambda path: exec("raise KeyboardInterrupt"))
     with pytest.raises(KeyboardInterrupt):
-        claim(parse(folder, seed=3, overwrite=True))
+        check_folder(parse(folder, seed=3, overwrite=True))
     monkeypatch.undo()
-    assert claim(parse(folder, seed=3, overwrite=True)) is None
+    assert check_folder(parse(folder, seed=3, overwrite=True)) is None
 
 
 @pytest.mark.parametrize("overwrite", [False, True])
@@ -478,25 +478,27 @@ def test_overwriting_that_is_cut_off_can_be_done_again(folder, monkeypatch):
 def test_a_folder_of_something_else_is_refused_and_left_alone(folder, name, overwrite):
     (folder / name).parent.mkdir(parents=True)
     (folder / name).write_text("years of work")
-    with pytest.raises(UserError, match=f"run holds {name.split('/')[0]} and is no run's folder: choose another"):
-        claim(parse(folder, overwrite=overwrite))
+    with pytest.raises(
+        UserError, match=f"run holds {name.split('/')[0]} and is not the folder of a run: choose another"
+    ):
+        check_folder(parse(folder, overwrite=overwrite))
     assert (folder / name).read_text() == "years of work"
 
 
 def test_hidden_files_do_not_matter(folder):
     (folder / ".cache").mkdir(parents=True)
-    assert claim(parse(folder)) is None
+    assert check_folder(parse(folder)) is None
 
 
 def test_only_the_model_that_an_evaluation_is_about_may_be_there_before(tmp_path):
     compressed = tmp_path / "gpt_pca_nofinetune_k6"
     start = {"baseline": save(tmp_path / "baseline", n_embd_wte=None), "n_embd_wte": 6}
     save(compressed)
-    assert claim(parse(compressed, **start, do_train=False)) is None
-    assert claim(parse(compressed, compressed=str(compressed), do_train=False)) is None
+    assert check_folder(parse(compressed, **start, do_train=False)) is None
+    assert check_folder(parse(compressed, compressed=str(compressed), do_train=False)) is None
     for settings in (start, start | {"n_embd_wte": 5, "do_train": False}, {"do_train": True}):
-        with pytest.raises(UserError, match=r"k6 holds \S+ and is no run's folder"):
-            claim(parse(compressed, **settings))
+        with pytest.raises(UserError, match=r"k6 holds \S+ and is not the folder of a run"):
+            check_folder(parse(compressed, **settings))
 
 
 def test_the_least_that_a_run_will_write(folder):
@@ -517,7 +519,7 @@ def test_the_least_that_a_run_will_write(folder):
 
 def test_the_finished_model_is_the_trained_one(tmp_path, tokenizer):
     model, probe = tiny_model(), random_ids()
-    size = finish(tmp_path, model, tokenizer, probe, probe_logits(model, probe))
+    size = save_model(tmp_path, model, tokenizer, probe, probe_logits(model, probe))
     weights = tmp_path / "model.safetensors"
     assert size == weights.stat().st_size >= 4 * model.num_parameters()
     reloaded = FactorizedGPT2.from_pretrained(tmp_path)
@@ -533,14 +535,14 @@ def test_a_saved_model_that_is_not_the_trained_one_is_an_error(tmp_path, tokeniz
     expected = probe_logits(model, probe)
     expected[0, 3, 7] += change * 1e-4 * max(1.0, expected.abs().max().item())
     with pytest.raises(RuntimeError, match="does not equal the model in memory: logits differ by"):
-        finish(tmp_path, model, tokenizer, probe, expected)
+        save_model(tmp_path, model, tokenizer, probe, expected)
     assert not list(tmp_path.glob(".*"))
 
 
 def test_rounding_is_no_difference(tmp_path, tokenizer):
     model, probe = tiny_model(), random_ids()
     expected = probe_logits(model, probe)
-    assert finish(tmp_path, model, tokenizer, probe, expected + 5e-5) > 0
+    assert save_model(tmp_path, model, tokenizer, probe, expected + 5e-5) > 0
 
 
 def test_a_save_that_fails_leaves_nothing(tmp_path, tokenizer, monkeypatch):
@@ -549,5 +551,5 @@ def test_a_save_that_fails_leaves_nothing(tmp_path, tokenizer, monkeypatch):
 
     monkeypatch.setattr(type(tokenizer), "save_pretrained", fail)
     with pytest.raises(OSError, match="disk full"):
-        finish(tmp_path, tiny_model(), tokenizer, random_ids(), torch.zeros(1))
+        save_model(tmp_path, tiny_model(), tokenizer, random_ids(), torch.zeros(1))
     assert not list(tmp_path.iterdir())

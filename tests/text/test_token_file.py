@@ -168,7 +168,7 @@ def test_what_uint16_does_not_hold_is_not_written(tmp_path):
     with pytest.raises(UserError, match="uint16, which allows 65,536 tokens; the tokenizer has 65,537"):
         write_token_file(path, [np.zeros(3, np.int32)], 65_537)
     for wrong in (-1, 300):
-        with pytest.raises(UserError, match="lies outside of the tokenizer's 300"):
+        with pytest.raises(UserError, match="has a token id beyond the tokenizer's 300"):
             write_token_file(path, [np.arange(9), np.array([5, wrong])], 300)
     assert not list(tmp_path.iterdir())
     assert write_token_file(path, [np.array([65_535]), np.empty(0, np.int32)], 65_536) == 1

@@ -1,4 +1,4 @@
-"""What a run reads, identified by content. Nothing is imported here that computes: a grid asks before it runs any."""
+"""Fingerprints of the files that a run reads. They need no torch, because a grid asks for them before it runs."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -8,14 +8,16 @@ from ..common.fingerprints import files_fingerprint, model_content, tokenizer_co
 from ..models.record import teacher_of
 
 
-def contents_of(settings: Mapping[str, Any]) -> dict[str, str]:
-    """Identify what a run with these settings would read now, a dataset of the Hub left out, and what cannot be told.
+def input_fingerprints(settings: Mapping[str, Any]) -> dict[str, str]:
+    """Return the fingerprints of what a run with these settings reads: start, teacher, tokenizer and texts.
+
+    Datasets of the Hub, and whatever cannot be identified, are left out.
 
     Args:
-        settings: As `Run.settings` has them, or a record of them.
+        settings: Those of `Run.settings`, or a record of them.
 
     Raises:
-        UserError: A record of a compressed model cannot be read.
+        UserError: The record of a compressed model cannot be read.
     """
     start = settings.get("compressed") or settings.get("baseline")
     tokenizer = settings.get("tokenizer") or start
@@ -31,7 +33,7 @@ def contents_of(settings: Mapping[str, Any]) -> dict[str, str]:
 
 
 def teacher_asked(settings: Mapping[str, Any]) -> str | None:
-    """Name the teacher of a run with these settings; `None` for a run without one."""
+    """Return the teacher of a run with these settings; `None` for a run without one."""
     if not (settings.get("do_train") and settings.get("distillation_weight")):
         return None
     return teacher_of(*(settings.get(name) for name in ("teacher", "baseline", "compressed")))
