@@ -11,11 +11,12 @@ from pathlib import Path
 
 import torch
 from side_by_side import DEVICE, machine, measure_in_turns, now, print_table, ratios
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-import factorized_gpt2  # noqa: F401  # the Auto classes know its models from here on
 from factorized_gpt2.cli.shell import run_command
+from factorized_gpt2.models.loading import load_causal_lm
 from factorized_gpt2.settings.parsing import ManualParser
+from factorized_gpt2.text.tokenizers import load_tokenizer
 
 QUESTIONS = [
     "What is the capital of France?",
@@ -40,8 +41,8 @@ def main(argv: list[str]) -> None:
     """Print a table of speeds and sizes, then every answer."""
     arguments = ManualParser(AnswersArguments, prog="answers.py", description=__doc__).parse(argv)[0]
     print(f"{machine(device=arguments.device)}; {arguments.tokens} new tokens, batch 1\n", flush=True)
-    tokenizers = {name: AutoTokenizer.from_pretrained(name) for name in arguments.models}
-    models = {name: AutoModelForCausalLM.from_pretrained(name).eval().to(arguments.device) for name in tokenizers}
+    models = {name: load_causal_lm(name).eval().to(arguments.device) for name in arguments.models}
+    tokenizers = {name: load_tokenizer(name) for name in models}
     timed = {name: _timed(models[name], tokenizers[name], arguments) for name in models}
     seconds = measure_in_turns(timed, arguments.rounds)
     first = seconds[arguments.models[0]]
