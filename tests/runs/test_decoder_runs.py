@@ -112,7 +112,7 @@ def test_one_config_heals_any_decoder(kind, workshop, tmp_path, caplog):
     row = json.loads((tmp_path / "row.json").read_text())["rows"][0]
     whole = shop.run("measured", "--compressed", tmp_path / "healed", *ONLY_MEASURED)
     assert row["loss"] == pytest.approx(whole.eval_loss, abs=1e-5)
-    with pytest.raises(UserError, match=r"adapter is an adapter, .*the folder above it"):
+    with pytest.raises(UserError, match=r"adapter is an adapter, no model by itself.*the folder above it"):
         evaluate(["--models", str(tmp_path / "healed/adapter"), *measure])
     assert shop.run("healed", *start) == results  # known to be finished
 
