@@ -105,6 +105,16 @@ def test_generation_with_every_cache_and_without(kind, ids):
     assert torch.equal(*beams)
 
 
+def test_what_is_set_in_a_config_is_set_in_the_decoders_where_it_is_from_there():
+    config = factorized("llama").config
+    assert config.use_cache
+    config.use_cache = config.tie_word_embeddings = False
+    again = FactorizedCausalLMConfig(**config.to_dict())
+    for each in (config, again):
+        assert (each.use_cache, each.base_config.use_cache, each.tie_word_embeddings) == (False, False, False)
+    assert "use_cache" not in config.to_diff_dict()
+
+
 def test_gpt2_is_factorized_gpt2(ids):
     model = tiny_decoder("gpt2")
     factors = random_factors(model)
