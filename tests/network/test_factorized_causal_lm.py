@@ -105,6 +105,14 @@ def test_generation_with_every_cache_and_without(kind, ids):
     assert torch.equal(*beams)
 
 
+def test_no_plan_ties_or_shards_what_the_decoder_has_no_longer():
+    model = factorized("llama")
+    assert {"model.lm_head", "model.model.embed_tokens"}.isdisjoint(model.tp_plan)
+    assert model.tp_plan["model.model.layers.*.self_attn.q_proj"] == "colwise"
+    assert model.all_tied_weights_keys == {"lm_head.weight": "wte.weight"}
+    assert not model.model._tied_weights_keys
+
+
 def test_gpt2_is_factorized_gpt2(ids):
     model = tiny_decoder("gpt2")
     factors = random_factors(model)
