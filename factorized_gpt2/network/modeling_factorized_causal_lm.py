@@ -20,7 +20,7 @@ from transformers.utils import can_return_tuple
 from .blockwise_loss import RowLoss, causal_lm_loss, sum_row_loss
 from .coded_vocabulary import CodedEmbedding, CodedHead
 from .configuration_factorized_causal_lm import FactorizedCausalLMConfig
-from .decoder_slots import EmbeddingSlot, HeadSlot, vocabulary_of
+from .decoder_slots import EmbeddingSlot, HeadSlot, Slot, vocabulary_of
 from .head import FactorizedHead, bare, share_matrix
 from .stored_vocabulary import StoresVocabulary
 
@@ -56,6 +56,7 @@ class FactorizedCausalLM(FactorizedHead, StoresVocabulary, PreTrainedModel, Gene
         (vocab_size, width), rank = embedding.weight.shape, config.n_embd_wte
         self.model.set_input_embeddings(EmbeddingSlot(self))
         self.model.set_output_embeddings(HeadSlot(self))
+        self._take_slots_from_plans()
         self.wte = (CodedEmbedding if config.is_coded else nn.Embedding)(vocab_size, rank)
         self.scale_up = nn.Linear(rank, width, bias=config.scale_up_bias)
         self.scale_down = nn.Linear(width, rank, bias=False)
@@ -68,6 +69,13 @@ class FactorizedCausalLM(FactorizedHead, StoresVocabulary, PreTrainedModel, Gene
         takes = inspect.signature(self.model.forward).parameters.values()
         self.accepts_loss_kwargs = any(parameter.kind is parameter.VAR_KEYWORD for parameter in takes)
         self.post_init()
+
+    def _take_slots_from_plans(self) -> None:
+        """Have the decoder neither tie nor shard what it has no longer: every device holds the vocabulary whole."""
+        slots = {name for name, module in self.model.named_modules() if isinstance(module, Slot)}
+        self.model._tied_weights_keys = None
+        plan = getattr(self.model, "_tp_plan", None) or {}
+        self.model._tp_plan = {name: way for name, way in plan.items() if name not in slots}
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:

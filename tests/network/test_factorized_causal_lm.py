@@ -115,6 +115,14 @@ def test_what_is_set_in_a_config_is_set_in_the_decoders_where_it_is_from_there()
     assert "use_cache" not in config.to_diff_dict()
 
 
+def test_no_plan_ties_or_shards_what_the_decoder_has_no_longer():
+    model = factorized("llama")
+    assert {"model.lm_head", "model.model.embed_tokens"}.isdisjoint(model.tp_plan)
+    assert model.tp_plan["model.model.layers.*.self_attn.q_proj"] == "colwise"
+    assert model.all_tied_weights_keys == {"lm_head.weight": "wte.weight"}
+    assert not model.model._tied_weights_keys
+
+
 def test_gpt2_is_factorized_gpt2(ids):
     model = tiny_decoder("gpt2")
     factors = random_factors(model)
