@@ -184,7 +184,7 @@ def _first_blocks(plan: Plan, folder: Path) -> None:
     folder.mkdir()
     for name in ("train.bin", "tokenizer"):
         (folder / name).symlink_to((plan.bundle / name).resolve())
-    ids = np.fromfile(plan.bundle / "validation.bin", np.uint16, HELD_OUT * plan.sizes.block_size)
+    ids = np.frombuffer((plan.bundle / "validation.bin").read_bytes(), "<u2")[: HELD_OUT * plan.sizes.block_size]
     write_token_file(folder / "validation.bin", [ids], plan.sizes.vocab_size)
 
 

@@ -18,6 +18,7 @@ from factorized_gpt2 import FactorizedGPT2, FactorizedGPT2Config
 from factorized_gpt2.cli.compress import compress
 from factorized_gpt2.common.files import write_json
 from factorized_gpt2.common.fingerprints import weights_fingerprint
+from factorized_gpt2.compress.methods import METHODS
 from factorized_gpt2.runs.run import run_experiment
 from factorized_gpt2.runs.settings import parse_run
 from factorized_gpt2.settings.flags import as_flags
@@ -61,7 +62,7 @@ def train(name: str, **settings) -> str:
 def compress_by(method: str, *words: str) -> str:
     """Compress the baseline."""
     folder = Path(f"by_{method}")
-    text = [] if method == "pca" else ["--calibration_file", "train.jsonl", "--calibration_tokens", "1024"]
+    text = ["--calibration_file", "train.jsonl", "--calibration_tokens", "1024"] if METHODS[method].needs_text else []
     options = ["--ranks", str(RANK), "--method", method, "--output_dir", str(folder), *text, *words]
     compress(["--baseline", "baseline", *options])
     return weights_fingerprint(str(next(folder.glob(f"gpt_*_k{RANK}"))))

@@ -67,6 +67,8 @@ class Method:
         summary: What it is, to stand after "by".
         source: Its formula or paper, in the letters of docs/factorization.md.
         share: What its models' share is called.
+        markers: How pictures mark its models, and those that were refined after it.
+        color: In which colour.
         fitted_by: "module:function", which is in this package and takes and returns what `fit` does.
         needs_text: Whether it learns from text.
         by: What its models are asked for by: a rank, or the bytes that the vocabulary may take.
@@ -79,6 +81,8 @@ class Method:
     summary: str
     source: str
     share: Share
+    markers: tuple[str, str]
+    color: str
     fitted_by: str
     needs_text: bool = True
     by: Literal["rank", "bytes"] = "rank"
@@ -109,6 +113,8 @@ METHODS = {
             summary="principal component analysis of the token embedding",
             source="least sum e e^T (Eckart & Young, 1936)",
             share=VARIANCE,
+            markers=("o", "X"),
+            color="tab:blue",
             fitted_by="pca:PCAFit",
             needs_text=False,
             keeps_factors=True,
@@ -119,6 +125,8 @@ METHODS = {
             summary="a low-rank fit of the token embedding that counts each token as often as it occurs",
             source="least sum q e e^T",
             share=_LOSS,
+            markers=("<", ">"),
+            color="tab:olive",
             fitted_by="data_aware:weighted",
         ),
         Method(
@@ -127,6 +135,8 @@ METHODS = {
             summary="a fit of the loss to second order, on the embedding's side and on the head's",
             source="least sum q e C e^T, C = E[g g^T] + E[h h^T]",
             share=_LOSS,
+            markers=("p", "*"),
+            color="tab:pink",
             fitted_by="data_aware:joint",
         ),
         Method(
@@ -135,6 +145,8 @@ METHODS = {
             summary="a fit of the loss to second order, then of every token's row to that token's own use",
             source="joint, then a Bayesian regression for every row",
             share=_LOSS,
+            markers=("^", "v"),
+            color="tab:green",
             fitted_by="data_aware:tokenwise",
             compensates_head=True,
         ),
@@ -144,6 +156,8 @@ METHODS = {
             summary="rounding the vocabulary to integers as exact as the loss needs, and entropy coding them",
             source="joint's directions, steps ~ q^(-1/4), rANS (Duda, 2013)",
             share=_BITS,
+            markers=("D", "d"),
+            color="tab:red",
             fitted_by="quantizer:TableFit",
             by="bytes",
         ),

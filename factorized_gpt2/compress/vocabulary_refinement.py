@@ -19,7 +19,7 @@ from ..network.coded_table import BIAS_NAT, GAIN_OCTAVE, CodedTable
 from ..trainer.distillation import divergence_rows
 
 LEAST_RATE = 0.05  # of the largest, at the end of the cosine
-_WARMUP = 5  # steps
+_WARMUP = 5  # steps, or a tenth of them if those are fewer
 _ROWS_AT_ONCE = 512  # of logits, (rows, V)
 
 Trunk = Callable[[torch.Tensor], torch.Tensor]  # embeddings (B, T, d) to what the head is given, (B, T, d)
@@ -259,4 +259,5 @@ def _measure(vocabulary: TrainableVocabulary, trunk: Trunk, held_out: Teacher) -
 
 def _share(step: int, steps: int) -> float:
     cosine = 0.5 * (1 + math.cos(math.pi * step / steps))
-    return min(1.0, (step + 1) / min(_WARMUP, steps)) * (LEAST_RATE + (1 - LEAST_RATE) * cosine)
+    warmup = max(1, min(_WARMUP, steps // 10))
+    return min(1.0, (step + 1) / warmup) * (LEAST_RATE + (1 - LEAST_RATE) * cosine)

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from ..common.errors import blaming, one_line
 from ..common.files import replacing_file
-from ..runs.families import FAMILIES, TREATMENTS
+from ..compress.methods import METHODS
+from ..runs.families import FAMILIES, REFINED, TREATMENTS, UNKNOWN_METHOD
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -23,20 +24,15 @@ _PANEL = (5.2, 3.6)  # inches
 _ALONE = (6.4, 4.4)
 _LEGEND_WIDTH = 13.0  # letters of the legend in an inch of picture
 
-_METHODS = {  # marker and colour of a way to make a model
+_MADE = {  # marker and colour of a way to make a model
     "lowrank-scratch": ("s", "0.45"),
     "evaluation": ("1", "0.3"),
-    "pca": ("o", "tab:blue"),
-    "pca-refined": ("8", "tab:blue"),
-    "weighted": ("<", "tab:olive"),
-    "weighted-refined": (">", "tab:olive"),
-    "joint": ("p", "tab:pink"),
-    "joint-refined": ("H", "tab:pink"),
-    "tokenwise": ("^", "tab:green"),
-    "tokenwise-refined": ("v", "tab:green"),
-    "coded": ("D", "tab:red"),
-    "coded-refined": ("d", "tab:red"),
-    "compressed": ("P", "tab:purple"),
+    **{
+        method.name + refined: (marker, method.color)
+        for method in METHODS.values()
+        for refined, marker in zip(("", REFINED), method.markers, strict=True)
+    },
+    UNKNOWN_METHOD: ("P", "tab:purple"),
     "lora": ("+", "0.3"),
     "finetune": ("x", "0.3"),
 }
@@ -50,10 +46,10 @@ _SCRATCH = {"linestyle": "--"}
 
 def _style(family: str) -> dict[str, Any]:
     made, _, treatment = family.rpartition("-")
-    if treatment in TREATMENTS and made in _METHODS:
-        marker, color = _METHODS[made]
+    if treatment in TREATMENTS and made in _MADE:
+        marker, color = _MADE[made]
         return {"marker": marker, "color": color, **_TREATED[treatment]}
-    marker, color = _METHODS[family]
+    marker, color = _MADE[family]
     treated = _TREATED.get("nofinetune" if family == "evaluation" else family, _SCRATCH)
     return {"marker": marker, "color": color, "linestyle": treated["linestyle"]}
 

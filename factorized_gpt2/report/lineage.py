@@ -11,6 +11,8 @@ _SHAPE = ("n_layer", "n_head", "n_embd")
 _UNTOLD = ("seed", "output_dir", "run_name", "baseline")  # in what runs of other seeds differ
 _BY_CONTENT = ("tokenizer", "train_file", "validation_file")
 _FOLDERS = ("compressed", "teacher")
+NOT_TREATMENT = frozenset((*_UNTOLD, *_BY_CONTENT, *_FOLDERS, "n_embd_wte"))
+"""Settings that do not say what was done to a model: where it is, what it came from, and its size."""
 
 
 def baselines_of(row: Results, baselines: Sequence[Results]) -> list[Results]:

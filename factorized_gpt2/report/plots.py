@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..compress.methods import METHODS, VARIANCE
 from ..runs.families import FAMILIES
 from .drawing import LOSS_LABEL, RANK_LABEL, RANK_MARKERS, STYLES, plain, saved_axes
 from .studies import Entry, Study, distinctions, front
@@ -48,6 +49,8 @@ def plot_loss_against_rank(studies: Sequence[Study], path: Path) -> None:
             draw_level(axes, study.baseline)
             ranks = sorted({entry.run.n_embd_wte or 0 for entry in entries})
             axes.set_xscale("log", base=2)
+            beside = 2 ** (0.2 + 0.05 * math.log2(ranks[-1] / ranks[0]))
+            axes.set_xlim(ranks[0] / beside, ranks[-1] * beside)  # even where every loss has diverged
             axes.set_xticks(ranks, labels=map(str, ranks), rotation=45 if len(ranks) > 8 else 0)
             axes.set_xlabel(RANK_LABEL)
             axes.set_ylabel(LOSS_LABEL)
@@ -56,7 +59,8 @@ def plot_loss_against_rank(studies: Sequence[Study], path: Path) -> None:
 
 def has_rank(entry: Entry) -> bool:
     """Tell whether a model's size is told by its rank."""
-    return entry.run.n_embd_wte is not None and not entry.run.family.startswith("coded")
+    by_bytes = tuple(f"{method.name}-" for method in METHODS.values() if method.by == "bytes")
+    return entry.run.n_embd_wte is not None and not entry.run.family.startswith(by_bytes)
 
 
 def plot_loss_against_size(studies: Sequence[Study], path: Path) -> None:
@@ -103,10 +107,11 @@ def _draw_sizes(axes: Axes, entries: Sequence[Entry], measure: str, has_bits: bo
     axes.margins(x=0.18 if labelled else 0.08, y=0.1)
     _label_ranks(axes, {megabytes[entry]: entry.run.n_embd_wte or 0 for entry in entries if has_rank(entry)})
     for bits, entry in labelled.items():
+        side, aside = ("left", 4) if bits == max(labelled) else ("right", -4)  # where the line comes from is no room
         axes.annotate(
-                f"{bits:.2g} bits", (megabytes[entry], entry.loss), xytext=(-4, -3), textcoords="offset points",
-                ha="right", va="top", fontsize=8, bbox={"boxstyle": "square,pad=0", "color": "white", "alpha": 0.7},
-            )  # fmt: skip
+            f"{bits:.2g} bits", (megabytes[entry], entry.loss), xytext=(aside, -3), textcoords="offset points",
+            ha=side, va="top", fontsize=8, bbox={"boxstyle": "square,pad=0", "color": "white", "alpha": 0.7},
+        )  # fmt: skip
 
 
 def _label_ranks(axes: Axes, ranks: dict[float, int]) -> None:
@@ -149,7 +154,8 @@ def plot_spectrum(shares: Sequence[float], ranks: Sequence[int], method: str, pa
     """
     with saved_axes(path) as (axes,):
         marked = dict(zip(ranks, itertools.cycle(RANK_MARKERS), strict=False))
-        _draw_spectrum(axes, [shares], marked, "variance" if method == "pca" else "objective", with_shares=True)
+        quantity = "variance" if METHODS[method].share is VARIANCE else "objective"
+        _draw_spectrum(axes, [shares], marked, quantity, with_shares=True)
 
 
 def _draw_spectrum(
@@ -192,7 +198,7 @@ def plot_loss_against_bytes(
         axes.axvline(baseline_bytes / 1e6, color="black", linewidth=1, label="size of the baseline")
         axes.set_yscale("log")
         axes.margins(0.1)
-        axes.set_xlabel("parameters [MB]")
+        axes.set_xlabel("weights [MB]")  # in memory, or coded, as they are on disk
         axes.set_ylabel("loss beyond the baseline's [nats / token]")
 
 

@@ -4,14 +4,13 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 from ..common.errors import one_line
 from ..runs.families import run_name
 from ..runs.results import Results, megabytes
-from .lineage import baselines_of, has_random_start, kind_of, origin_of
+from .lineage import NOT_TREATMENT, baselines_of, has_random_start, kind_of, origin_of
 
 LABEL_LENGTH = 40  # of a name in a label
 
@@ -112,21 +111,32 @@ def front(points: Sequence[tuple[float, float]]) -> list[int]:
 def distinctions(entries: Sequence[Entry]) -> list[str]:
     """Say of entries of a family in what they differ beside their size; empty strings where sizes alone do."""
     sizes = [(entry.run.n_embd_wte, entry.run.bits_per_weight) for entry in entries]
-    if len(set(sizes)) == len(sizes):
-        return [""] * len(entries)
-    told = [(words, [entry.run.settings.get(name) for entry in entries]) for name, words in _TREATED_BY.items()]
-    differing = [(words, values) for words, values in told if len(set(map(str, values))) > 1]
-    return [
-        ", ".join(words.format(values[place]) for words, values in differing if values[place] is not None)
-        for place in range(len(entries))
-    ]
+    settings = [entry.run.settings for entry in entries]
+    others = {name: f"{name} = {{}}" for name in sorted({name for one in settings for name in one} - NOT_TREATMENT)}
+    labels = [""] * len(entries)
+    for words in ({}, _TREATED_BY, others | _TREATED_BY):
+        differing = [name for name in words if _differs(name, sizes, settings)]
+        labels = [", ".join(words[name].format(_figure(one.get(name))) for name in differing) for one in settings]
+        if len(set(zip(sizes, labels, strict=True))) == len(entries):
+            break
+    return labels
+
+
+def _differs(name: str, sizes: Sequence[object], settings: Sequence[dict[str, Any]]) -> bool:
+    """Tell whether a setting differs between runs of one size."""
+    pairs = {(size, str(one.get(name))) for size, one in zip(sizes, settings, strict=True)}
+    return len(pairs) > len(set(sizes))
+
+
+def _figure(value: object) -> str:
+    return f"{value:g}" if isinstance(value, float) else shortened(value)
 
 
 _TREATED_BY = {
     "lora_rank": "r = {}",
     "max_steps": "{} steps",
-    "learning_rate": "learning rate {:g}",
-    "distillation_weight": "distilled by {:g}",
+    "learning_rate": "learning rate {}",
+    "distillation_weight": "distilled by {}",
 }
 
 
@@ -218,7 +228,10 @@ _FACTS: Sequence[tuple[str, Callable[[Results], object]]] = (  # that tell basel
 def _labels(baselines: Sequence[Results]) -> list[str]:
     """Say of every baseline in what it differs from the others, and in which folder it is where that does not tell."""
     differing = [(words, of) for words, of in _FACTS if len({str(of(row)) for row in baselines}) > 1]
-    labels = [", ".join(words.format(shortened(of(row))) for words, of in differing) for row in baselines]
+    labels = [
+        ", ".join(words.format(_figure(of(row))) for words, of in differing if of(row) not in (None, ""))
+        for row in baselines
+    ]
     if len(set(labels)) == len(labels) and all(labels):
         return labels
     folders = [f"baseline {shortened(row.settings.get('output_dir') or row.run_name)}" for row in baselines]
@@ -231,9 +244,10 @@ def _names(orphans: Iterable[Sequence[Results]]) -> list[str]:
     for row, *_ in orphans:
         start = row.baseline or row.settings.get("compressed")
         if has_random_start(row):
-            made = f"from scratch, d = {row.settings.get('n_embd')}"
+            width = row.settings.get("n_embd")
+            made = f"from scratch, d = {width}" if width else "from scratch"
         else:
-            made = f"from {shortened(Path(str(start)))}"
+            made = f"from {shortened(start)}"
         labels.append(f"{made}, no baseline with this text here")
     return labels
 

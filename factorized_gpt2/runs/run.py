@@ -23,8 +23,6 @@ from ..models.record import compression_record, recorded_spectrum
 from ..models.sizes import model_size
 from ..models.verification import probe_logits
 from ..network.attention_loss import LARGEST_WIDTH, attention_runs
-from ..network.modeling_factorized_causal_lm import FactorizedCausalLM
-from ..network.modeling_factorized_gpt2 import FactorizedGPT2
 from ..text.blocks import Blocks, collate_blocks, load_blocks, some_of, stream_blocks
 from ..text.loss import perplexity
 from ..text.tokenizers import load_tokenizer
@@ -39,7 +37,7 @@ from .provenance import device_name, git_commit, peak_memory_bytes, versions
 from .rehearsal import rehearse
 from .results import Results
 from .settings import Run
-from .start import adapted_modules, block_size_of, build_model, distillation_of
+from .start import Start, adapted_modules, block_size_of, build_model, distillation_of
 from .tracking import finish_tracking, start_tracking
 
 logger = logging.getLogger(__name__)
@@ -96,7 +94,7 @@ def _run_alone(run: Run, may_sweep: bool = False) -> Results:
     family = run.family(start.config.is_factorized, made.get("method"), bool(made.get("refine_steps")))
     bits = _budget(made) if start.config.is_coded else None
     run.training.run_name = run.training.run_name or run_name(family, rank, run.adapter.lora_rank, bits)
-    model: FactorizedGPT2 | FactorizedCausalLM | PeftModel = start
+    model: Start | PeftModel = start
     if run.adapter.lora_rank:
         lora = run.adapter
         targets = adapted_modules(run, start)  # before anything is written
@@ -189,7 +187,7 @@ def _lineage(run: Run, output_dir: Path) -> dict[str, str]:
     return {kind: content for kind, content in found.items() if isinstance(content, str)}
 
 
-def _check_loss_backend(run: Run, model: FactorizedGPT2 | FactorizedCausalLM) -> None:
+def _check_loss_backend(run: Run, model: Start) -> None:
     device, width = run.training.device.type, model.config.n_embd_wte or model.config.hidden_size
     dtype = torch.float16 if run.training.fp16 or run.training.bf16 else torch.float32
     if model.loss_backend == "attention" and not attention_runs(device, dtype, width):
@@ -202,7 +200,7 @@ def _check_loss_backend(run: Run, model: FactorizedGPT2 | FactorizedCausalLM) ->
 
 
 @torch.no_grad()
-def _try_loss(model: FactorizedGPT2 | FactorizedCausalLM) -> None:
+def _try_loss(model: Start) -> None:
     """Compute a loss, by which a decoder finds out what follows its head, before random numbers count."""
     asked, ids = model.loss_backend, torch.zeros(1, 2, dtype=torch.long)
     if asked == "cut_cross_entropy":  # not on a CPU; the other needs the same of a head
@@ -217,7 +215,7 @@ def _try_loss(model: FactorizedGPT2 | FactorizedCausalLM) -> None:
         model.loss_backend = asked
 
 
-def _keep_base(run: Run, model: FactorizedGPT2 | FactorizedCausalLM) -> None:
+def _keep_base(run: Run, model: Start) -> None:
     """Save the model under an adapter where no folder holds it yet, so that the adapter can name what it adapts."""
     if model.name_or_path:
         return

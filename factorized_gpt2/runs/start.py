@@ -2,10 +2,11 @@
 
 import logging
 from pathlib import Path
+from typing import cast
 
 import psutil
 from huggingface_hub.errors import StrictDataclassError
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..common.errors import UserError
 from ..common.folder_lock import compress_alone
@@ -27,10 +28,12 @@ from .settings import Run
 
 logger = logging.getLogger(__name__)
 
+Start = FactorizedGPT2 | FactorizedCausalLM
+
 _POSITIONS = 1024  # of a model from scratch for which no block size is set
 
 
-def build_model(run: Run, tokenizer: PreTrainedTokenizerBase) -> FactorizedGPT2 | FactorizedCausalLM:
+def build_model(run: Run, tokenizer: PreTrainedTokenizerBase) -> Start:
     """Make the model that a run starts from.
 
     That is a compressed model, the baseline, or, when `n_embd_wte` is smaller than its width, the model that PCA makes
@@ -43,7 +46,7 @@ def build_model(run: Run, tokenizer: PreTrainedTokenizerBase) -> FactorizedGPT2 
         UserError: Settings that contradict the baseline or the tokenizer.
     """
     arguments = run.model
-    model: FactorizedGPT2 | FactorizedCausalLM
+    model: Start
     if run.is_from_scratch:
         block_size = run.data.block_size or _POSITIONS
         model = FactorizedGPT2(_scratch_config(arguments, tokenizer, block_size))
@@ -59,7 +62,7 @@ def build_model(run: Run, tokenizer: PreTrainedTokenizerBase) -> FactorizedGPT2 
     return model.float() if run.training.do_train else model  # optimizers and merges need more than half precision
 
 
-def block_size_of(run: Run, model: FactorizedGPT2 | FactorizedCausalLM) -> int:
+def block_size_of(run: Run, model: PreTrainedModel) -> int:
     """Say how many tokens a block has: as asked, else as many as the model has positions, unless they are very many.
 
     Raises:
@@ -68,7 +71,7 @@ def block_size_of(run: Run, model: FactorizedGPT2 | FactorizedCausalLM) -> int:
     return block_size_for(run.data.block_size, positions_of(model.config), run.start or "The model")
 
 
-def adapted_modules(run: Run, model: FactorizedGPT2 | FactorizedCausalLM) -> list[str]:
+def adapted_modules(run: Run, model: Start) -> list[str]:
     """Name the modules that get adapters, if they all can have them; see `lora_targets`."""
     asked = run.adapter.lora_target_modules
     if not isinstance(model, FactorizedGPT2) and set(asked) == set(LORA_TARGETS):
@@ -79,7 +82,7 @@ def adapted_modules(run: Run, model: FactorizedGPT2 | FactorizedCausalLM) -> lis
     return targets
 
 
-def _set_dropout(model: FactorizedGPT2 | FactorizedCausalLM, probability: float) -> None:
+def _set_dropout(model: Start, probability: float) -> None:
     names = set_dropout(model, probability)
     if not names:
         logger.warning("dropout=%g is ignored: the model's config has none.", probability)
@@ -87,14 +90,14 @@ def _set_dropout(model: FactorizedGPT2 | FactorizedCausalLM, probability: float)
         logger.info("dropout=%g sets %s; the model has no other.", probability, ", ".join(names))
 
 
-def _trained_start(run: Run, tokenizer: PreTrainedTokenizerBase) -> FactorizedGPT2 | FactorizedCausalLM:
+def _trained_start(run: Run, tokenizer: PreTrainedTokenizerBase) -> Start:
     arguments, training = run.model, run.training
     baseline = None if arguments.compressed else load_baseline(arguments.baseline)
-    model = baseline.model if baseline else load_compressed(arguments.compressed)
+    model: PreTrainedModel = baseline.model if baseline else load_compressed(arguments.compressed)
     check_tokenizer(model, tokenizer)
     if run.data.block_size is not None:
         block_size_of(run, model)
-    if arguments.n_embd_wte is None and not isinstance(model, FactorizedGPT2 | FactorizedCausalLM):
+    if arguments.n_embd_wte is None and not isinstance(model, Start):
         raise UserError(
             f"{arguments.baseline} is a {type(model).__name__}: set n_embd_wte, the rank to factorize it at; "
             "unfactorized, train_hf.py trains GPT-2s alone."
@@ -102,7 +105,7 @@ def _trained_start(run: Run, tokenizer: PreTrainedTokenizerBase) -> FactorizedGP
     if arguments.dequantize:
         if not model.config.is_coded:
             raise UserError(f"dequantize: the vocabulary of {arguments.compressed} is of floats already.")
-        model = model.dequantize()
+        model = cast(Start, model).dequantize()
         model.name_or_path = ""
     elif baseline is not None and arguments.n_embd_wte is None:
         model.name_or_path = ""
@@ -116,7 +119,7 @@ def _trained_start(run: Run, tokenizer: PreTrainedTokenizerBase) -> FactorizedGP
             logger.info("The compressed baseline is beside the run's folder, for other runs to start from: %s", folder)
         model = made
         model.name_or_path = str(folder)
-    return model
+    return cast(Start, model)
 
 
 def _scratch_config(

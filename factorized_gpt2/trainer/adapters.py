@@ -4,11 +4,13 @@ import math
 import re
 import warnings
 from collections.abc import Iterator, Sequence
+from typing import cast
 
 import torch
 from peft import LoraConfig, PeftModel, TaskType, get_peft_model
 from peft.tuners.lora.layer import Embedding as LoraEmbedding
 from torch import nn
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from ..common.errors import UserError
@@ -113,13 +115,13 @@ def lora_targets(model: FactorizedGPT2 | FactorizedCausalLM, rank: int, target_m
     return targets
 
 
-def _linear_layers(trunk: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+def _linear_layers(trunk: nn.Module) -> Iterator[tuple[str, nn.Linear | Conv1D]]:
     return ((name, module) for name, module in trunk.named_modules() if isinstance(module, nn.Linear | Conv1D))
 
 
 def _short(name: str) -> str:
     """Shorten a module's name to what it has in common with those of the other layers: a number alone says nothing."""
-    return re.search(r"[^.]*(\.\d+)*$", name)[0]
+    return cast(re.Match, re.search(r"[^.]*(\.\d+)*$", name))[0]
 
 
 def merge(adapted: PeftModel) -> FactorizedGPT2 | FactorizedCausalLM:
@@ -135,7 +137,8 @@ def untie_head(model: FactorizedGPT2 | FactorizedCausalLM) -> None:
     """Give the head a matrix of its own, a copy of `wte`, in place."""
     if model.config.tie_word_embeddings:
         model.config.tie_word_embeddings = False
-        model.lm_head.weight = nn.Parameter(model.get_input_embeddings().weight.detach().clone())
+        wte = cast(nn.Embedding, model.get_input_embeddings())
+        model.lm_head.weight = nn.Parameter(wte.weight.detach().clone())
         model.all_tied_weights_keys = {}
 
 
@@ -159,7 +162,7 @@ def set_dropout(model: FactorizedGPT2 | FactorizedCausalLM, probability: float) 
     chosen = dict.fromkeys(names, probability)
     model.config.get_text_config().update(chosen)
     with torch.device("meta"):
-        rebuilt = type(model)(model.config)
+        rebuilt = cast(type[PreTrainedModel], type(model))(model.config)
     # Some modules read the configuration as they compute, others kept its numbers when they were built.
     for module, made in zip(model.modules(), rebuilt.modules(), strict=True):
         vars(module).update({name: value for name, value in vars(made).items() if isinstance(value, float)})

@@ -55,7 +55,7 @@ class FactorizedTrainer(CheckpointingTrainer):
         self.evaluation_seconds = 0.0
         self.distillation = distillation
         if distillation is not None:
-            distillation.teacher.to(self.args.device, torch.float32)
+            nn.Module.to(distillation.teacher, self.args.device, torch.float32)
 
     def _compile_blocks(self) -> None:
         """Compile block by block, in place, instead of the model as a whole.

@@ -18,6 +18,7 @@ from factorized_gpt2.compress.coded import Budget
 from factorized_gpt2.compress.methods import CODED, METHODS
 from factorized_gpt2.hub.model_card import History, model_card
 from factorized_gpt2.models.sizes import stored_bytes
+from factorized_gpt2.runs.fields import LORA_TARGETS
 from factorized_gpt2.runs.results import Results
 from factorized_gpt2.runs.run import run_experiment
 from factorized_gpt2.runs.settings import parse_run
@@ -131,11 +132,14 @@ def test_a_run_adapts_the_trunk_and_floats_on_demand(words, tmp_path, corpus):  
 
     before = FactorizedGPT2.from_pretrained(folder)
     adapted, results = run("adapted", *lora)
-    assert results.family == "coded-lora"
+    assert (results.family, results.run_name, results.bits_per_weight) == ("coded-lora", "coded-lora-b6-r2", 6)
     assert torch.equal(adapted.transformer.wte.codes, before.transformer.wte.codes)
     assert not torch.equal(adapted.transformer.scale_up.weight, before.transformer.scale_up.weight)
     trained, _ = run("trained")
     assert not torch.equal(trained.transformer.wte.steps, before.transformer.wte.steps)
+    run("healed", "--lora_rank", 2, "--lora_target_modules", "all-linear")
+    targets = json.loads((tmp_path / "healed/adapter/adapter_config.json").read_text())["target_modules"]
+    assert set(targets) == set(LORA_TARGETS) - {"wte"}
     floats, _ = run("floats", *lora, "wte", "--dequantize", True)
     assert not floats.config.is_coded
     for rest, complaint in (

@@ -270,6 +270,14 @@ def compressed(words, tmp_path):
     return tmp_path / "gpt_tokenwise_nofinetune_k6"
 
 
+def test_a_run_is_named_after_the_refinement_of_its_start(words, tmp_path, corpus):
+    compress(words("--ranks", 3, "--method", "tokenwise", "--refine", 2))
+    start = ["--compressed", tmp_path / "gpt_tokenwise_refined_k3", "--do_train", False]
+    results = run_experiment(parse_run(train_words(corpus, tmp_path / "run", *start)))
+    assert (results.family, results.run_name) == ("tokenwise-refined-nofinetune", "tokenwise-refined-nofinetune-k3")
+    assert results.bits_per_weight is None
+
+
 def test_training_starts_from_a_compressed_model_and_learns_from_its_baseline(
     baseline, compressed, words, tmp_path, corpus, capsys
 ):

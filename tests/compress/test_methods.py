@@ -51,6 +51,8 @@ def test_names_that_are_meant_are_there():
     assert not METHODS[DEFAULT].needs_text
     assert METHODS[CODED].by == "bytes"
     assert all(name == method.name for name, method in METHODS.items())
+    markers = [marker for method in METHODS.values() for marker in method.markers]
+    assert len(set(markers)) == len(markers)
 
 
 def test_an_entry_and_a_function_are_all_that_a_method_takes(monkeypatch, tmp_path):

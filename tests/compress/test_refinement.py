@@ -157,7 +157,7 @@ def test_a_model_that_cannot_be_compared_is_not_refined():
 
 def test_nan_on_the_way_is_an_error(monkeypatch):
     model, baseline = pair()
-    monkeypatch.setattr(module, "LARGEST_LEARNING_RATE", 1e38)
+    monkeypatch.setattr(module, "LARGEST_LEARNING_RATE", 1e36)
     with pytest.raises(UserError, match="divergence from the original model is nan after 1 steps"):
         refine(model, baseline, blocks(), STEPS)
 

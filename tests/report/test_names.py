@@ -22,6 +22,7 @@ from factorized_gpt2.common.markdown import code, escaped
 from factorized_gpt2.hub.model_card import Figures, History, Measurement, adapter_card, model_card
 from factorized_gpt2.report import reporting
 from factorized_gpt2.report.reporting import write_report
+from factorized_gpt2.report.studies import shortened
 from factorized_gpt2.runs.folder import write_identity
 from factorized_gpt2.runs.settings import parse_run
 from factorized_gpt2.text.source import TextSource
@@ -81,6 +82,21 @@ def test_a_report_shows_names_as_they_are(text, tmp_path, monkeypatch):
     page = (tmp_path / "report.html").read_text()
     assert {name.split()[0] for name in re.findall(r"<([^>]*)>", page)} <= TAGS
     assert html.escape(one_line(text)) in page.replace("&#39;", "&#x27;")
+
+
+@pytest.mark.parametrize("text", MARKUP)
+def test_a_report_of_several_baselines_shows_their_names_as_they_are(text, tmp_path, monkeypatch):
+    monkeypatch.setattr(reporting, "_draw", lambda *args: {})
+    folders = [f"/data/{text}", f"{text}/b"]
+    write_report(
+        [replace(RESULTS, family="baseline", settings=RESULTS.settings | {"output_dir": name}) for name in folders],
+        tmp_path,
+    )
+    lines = [texts(token) for token in MARKDOWN.parse((tmp_path / "report.md").read_text()) if token.type == "inline"]
+    headings = [one_line(f"baseline {shortened(name)}") for name in folders]
+    assert [line for line in lines if line.startswith("baseline ")] == headings
+    page = (tmp_path / "report.html").read_text()
+    assert {name.split()[0] for name in re.findall(r"<([^>]*)>", page)} <= TAGS | {"h3", "/h3"}
 
 
 TAGS = {

@@ -220,3 +220,22 @@ def test_runs_of_one_family_and_size_are_lines_of_their_own(tmp_path):
 
 def test_a_rank_beyond_the_spectrum_is_not_marked(tmp_path):
     assert write_report([replace(UNTRAINED, spectrum=[0.5, 1.0])], tmp_path).exists()
+
+
+def test_what_tells_lines_apart_is_said_in_words_before_names_of_settings(tmp_path):
+    lora = [row for row in PROTOCOL if row.family == "pca-lora"]
+    steps = {5: {"max_steps": 5, "warmup_steps": 1}, 9: {"max_steps": 9, "warmup_steps": 2}}
+    both = [replace(row, settings=row.settings | steps[count]) for row in lora for count in steps]
+    (axes,) = draw([BASELINE, *both], tmp_path / "steps")["loss_against_rank"]
+    assert {"PCA + LoRA, 5 steps", "PCA + LoRA, 9 steps"} <= lines(axes).keys()
+    both = [replace(row, settings=row.settings | {"dropout": rate}) for row in lora for rate in (0.0, 0.25)]
+    (axes,) = draw([BASELINE, *both], tmp_path / "dropout")["loss_against_rank"]
+    assert {"PCA + LoRA, dropout = 0", "PCA + LoRA, dropout = 0.25"} <= lines(axes).keys()
+
+
+def test_runs_that_diverged_are_no_defect(tmp_path):
+    lost = [replace(row, eval_loss=float("nan"), perplexity=float("nan")) for row in PROTOCOL]
+    coded_too = coded(2, float("nan"))
+    draw([*lost, coded_too], tmp_path / "all")
+    axes = draw([*seeds(3.0, float("nan")), *PROTOCOL[1:], lost[3], coded_too], tmp_path / "some")
+    assert len(axes["loss_against_size"]) == 2

@@ -99,6 +99,19 @@ def test_runs_without_a_baseline_are_shown_by_where_they_come_from():
     assert shape(studies_of(rows[:2])) == [(None, [["one", "two"]])]
 
 
+def test_what_is_not_known_is_in_no_label():
+    rows = [
+        run(BASELINE, "one", n_embd=None),
+        run(BASELINE, "two"),
+        run(PROTOCOL[1], "scratch", n_embd=None, n_head=1),
+    ]
+    assert [study.label for study in studies_of(rows)] == [
+        "baseline r/one",
+        "d = 768, baseline r/two",
+        "from scratch, no baseline with this text here",
+    ]
+
+
 def test_the_same_run_twice_is_two():
     studies = studies_of([run(BASELINE, "one"), run(BASELINE, "two")])
     assert shape(studies) == [(["one"], []), (["two"], [])]

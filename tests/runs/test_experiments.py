@@ -21,6 +21,7 @@ from factorized_gpt2.runs.run import FactorizedTrainer, Results, _training_block
 from factorized_gpt2.runs.settings import parse_run
 from factorized_gpt2.settings.flags import as_flags
 from factorized_gpt2.text.tokenizers import load_tokenizer
+from factorized_gpt2.trainer.adapters import add_lora, lora_targets
 from factorized_gpt2.trainer.checkpoints import damage
 
 TINY = {"n_layer": 2, "n_head": 2, "n_embd": 24, "activation_function": "gelu"}
@@ -195,8 +196,6 @@ def test_lora_trains_the_protocols_modules(lora):
 
 def test_lora_starts_as_the_compressed_model(workshop):
     """A is Kaiming-uniform and B zero, on wte too, so that no logit moves before the first step."""
-    from factorized_gpt2.trainer.adapters import add_lora
-
     model = FactorizedGPT2.from_pretrained(workshop.root / "gpt_pca_nofinetune_k6")
     before = logits(model, random_ids())
     adapted = add_lora(model, 4, 8, 0.0, LORA_TARGETS)
@@ -206,6 +205,12 @@ def test_lora_starts_as_the_compressed_model(workshop):
             is_a = "lora_A" in name or "lora_embedding_A" in name
             bound = weight.shape[1] ** -0.5
             assert (weight.abs().max() <= bound and weight.std() > 0.4 * bound) if is_a else (weight == 0).all(), name
+
+
+def test_all_linear_names_the_protocols_modules(workshop):
+    for folder, absent in (("gpt_pca_nofinetune_k6", set()), ("gpt_baseline", {"scale_up", "scale_down"})):
+        model = FactorizedGPT2.from_pretrained(workshop.root / folder)
+        assert set(lora_targets(model, 4, ["all-linear"])) == set(LORA_TARGETS) - absent
 
 
 def test_mixed_precision_ends_in_a_verified_float32_model(workshop):
