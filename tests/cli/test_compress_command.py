@@ -376,7 +376,7 @@ def test_where_calibration_text_comes_from():
     own = CalibrationArguments(calibration_dataset_name="d", calibration_text_column="content").source(evaluation)
     assert (own.dataset_name, own.dataset_config_name, own.text_column) == ("d", None, "content")
     assert own.document_start is None
-    with pytest.raises(UserError, match=r"^calibration_document_start='\(' is no regular expression"):
+    with pytest.raises(UserError, match=r"^calibration_document_start='\(' is not a regular expression"):
         CalibrationArguments(calibration_document_start="(")
 
 

@@ -71,7 +71,7 @@ def test_what_else_is_beside_the_model_stays(tmp_path):
         (["--checkpoint", "x", "--output_dir", "full/file", "--overwrite", "True"], "output_dir=full/file is a file"),
         (
             ["--checkpoint", "x", "--output_dir", "full", "--overwrite", "True"],
-            "full holds something else than a model",
+            "full contains other things than a model",
         ),
         (["--checkpoint", "x", "--output_dir", "m", "--cut_vocabulary", "True"], "cut_vocabulary needs a tokenizer"),
         (["--checkpoint", "x", "--output_dir", "m", "--tokenizer", "nowhere"], "There is no folder nowhere"),
