@@ -6,7 +6,9 @@ import numpy as np
 
 from ..network.coded_table import CodedTable
 from ..network.prediction import OCTAVE, RowRelations, find_parents, measure_spreads
+from ..network.trellis import on_path
 from .data_aware import FREQUENCY_EXPONENT, VocabularyUse
+from .trellis_rounding import FARTHEST, round_on_trellis
 
 STEP_EXPONENT = 0.25  # steps are row weights to the power of minus this; docs/coding.md measures others
 INPUT_SIDE = 3  # times the head's in the metric; docs/coding.md measures others
@@ -166,32 +168,52 @@ def _plain_bits(scores: np.ndarray, steps: np.ndarray) -> tuple[float, float]:
 def _code(
     rotation: _Rotation, step: float, step_index: np.ndarray, parent: np.ndarray, share: np.ndarray
 ) -> CodedTable:
+    """Code with twice the step that codes are apart: on the trellis, every second of them may come next."""
     steps = (step * np.exp2(step_index / OCTAVE)).astype(np.float32)
-    codes, column, unit = _digits(np.rint(rotation.scores / steps[:, None]).astype(np.int32))
-    scale_steps = (unit * rotation.steps[column]).astype(np.float16)
-    row_spread, column_spread = measure_spreads(codes, step_index, parent, share)
+    targets = rotation.scores / (steps / 2)[:, None]
+    plain = 2 * np.rint(targets / 2).astype(np.int32)
+    used = plain.any(0)
+    targets, plain = targets[:, used], plain[:, used]
+    column, unit = _columns(np.abs(plain).max(0, initial=0))
+    row_spread, column_spread = measure_spreads(_digits(plain, column, unit), step_index, parent, share)
+    column_spread[unit == 1] = np.maximum(column_spread[unit == 1] - OCTAVE, -127)  # of the halves of codes
     relations = RowRelations(step_index, parent, share, row_spread, column_spread)
-    first_step = float(np.float32(step))
-    return CodedTable.quantized(codes, relations, first_step, rotation.codes[column], scale_steps, rotation.mean)
+    classes = relations.classes(np.arange(len(targets)))[:, : targets.shape[1]]
+    codes = _digits(round_on_trellis(targets, on_path(classes)), column, unit)
+    scale_codes, scale_steps = (of_all[used][column] for of_all in (rotation.codes, rotation.steps))
+    scale_steps = (unit * scale_steps).astype(np.float16)
+    first_step = float(np.float32(step / 2))
+    scales = scale_codes, scale_steps, rotation.mean
+    return CodedTable.quantized(codes, relations, first_step, *scales, trellis_columns=targets.shape[1])
 
 
-def _digits(wide: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Write integers (V, d) as int8 columns: one a component, more where eight bits do not hold it, none if all are 0.
+def _columns(largest: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Choose int8 columns for integers: one a component, more where eight bits do not hold it.
+
+    Args:
+        largest: (d,) of the integers' magnitudes, when each is rounded by itself.
 
     Returns:
-        The columns (V, k); of each the component, (k,), and what its 1 stands for, (k,).
+        Of each column, first all that hold ones, the component, (k,), and what its 1 stands for, (k,).
     """
-    columns, components, units = [], [], []
-    component, unit = np.arange(wide.shape[1]), 1
+    components, units = [], []
+    component, unit = np.arange(len(largest)), 1
     while len(component):
-        wide = wide[:, used] if not (used := np.abs(wide).max(0) > 0).all() else wide
-        component = component[used]
-        carried = np.abs(wide).max(0, initial=0) > 127
+        components.append(component)
+        units.append(np.full(len(component), unit))
+        carried = largest > 127 - FARTHEST
+        component, largest, unit = component[carried], (largest[carried] + _DIGIT // 2) // _DIGIT, unit * _DIGIT
+    return np.concatenate(components or [np.arange(0)]), np.concatenate(units or [np.arange(0)])
+
+
+def _digits(wide: np.ndarray, column: np.ndarray, unit: np.ndarray) -> np.ndarray:
+    """Write integers (V, d) into the columns that `_columns` chose, (V, k) int8."""
+    columns = []
+    for digit in np.unique(unit):
+        carried = np.isin(column[unit == digit], column[unit == digit * _DIGIT])
         carry = (wide[:, carried] + _DIGIT // 2) // _DIGIT
         low = wide.copy()
         low[:, carried] -= carry * _DIGIT
         columns.append(low.astype(np.int8))
-        components.append(component)
-        units.append(np.full(len(component), unit))
-        wide, component, unit = carry, component[carried], unit * _DIGIT
-    return np.concatenate(columns, axis=-1), np.concatenate(components), np.concatenate(units)
+        wide = carry
+    return np.concatenate(columns, axis=-1) if columns else wide.astype(np.int8)

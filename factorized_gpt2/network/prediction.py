@@ -5,7 +5,6 @@ may name " dog", and how much of it it shares. The expectation, rounded, is subt
 the class of its spread (component, row and step each add a part), and how the expectation was rounded.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,7 +16,7 @@ SPREADS = 40
 CONTEXTS = SPREADS * ROUNDINGS
 _FIRST_BLOCK, _BLOCK = 64, 1024  # rows
 _SPREAD_OF_CLASS_ZERO = -4 * OCTAVE  # a standard deviation of 1/16 of a step: all is zero
-_WIDE = 5 * OCTAVE  # a class of two steps, and those above, do not feel how an expectation was rounded
+WIDE = 5 * OCTAVE  # a class of two steps, and those above, do not feel how an expectation was rounded
 _ROWS_AT_ONCE = 256
 
 
@@ -53,21 +52,21 @@ class RowRelations:
         Returns:
             The expected codes, (n, k) int32 in [-127, 127], and contexts, (n, k) uint8.
         """
-        parents = self.parent[rows]
-        ratio = np.exp2((self.step_index[parents] - self.step_index[rows]) / OCTAVE) * self.share[rows] / SHARE
-        exact = codes[parents] * np.rint(ratio * 2**16).astype(np.int32)[:, None]  # in 2^-16
+        exact, spread = codes[self.parent[rows]] * self.ratio(rows)[:, None], self.classes(rows)
         expected = (exact + 2**15) >> 16
         rounding = (exact - (expected << 16) + 2**15) * ROUNDINGS >> 16
-        spread = self.column_spread + (self.row_spread[rows] - self.step_index[rows] - _SPREAD_OF_CLASS_ZERO)[:, None]
-        spread = np.clip(spread, 0, SPREADS - 1).astype(np.int32)
-        contexts = spread * ROUNDINGS + np.where(spread < _WIDE, rounding, ROUNDINGS // 2)
+        contexts = spread * ROUNDINGS + np.where(spread < WIDE, rounding, ROUNDINGS // 2)
         return np.clip(expected, -127, 127), contexts.astype(np.uint8)
 
-    def residuals(self, codes: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """Yield every block's residuals, int8 modulo 256, and contexts."""
-        for rows in self.blocks():
-            expected, contexts = self.expectation(rows, codes)
-            yield (codes[rows] - expected).astype(np.int8), contexts
+    def ratio(self, rows: np.ndarray) -> np.ndarray:
+        """Return by what the codes of their parents are multiplied, (n,) int32 in 2^-16."""
+        octaves = (self.step_index[self.parent[rows]] - self.step_index[rows]) / OCTAVE
+        return np.rint(np.exp2(octaves) * self.share[rows] / SHARE * 2**16).astype(np.int32)
+
+    def classes(self, rows: np.ndarray) -> np.ndarray:
+        """Return classes of spread, (n, k) uint8 below SPREADS."""
+        of_rows = (self.row_spread[rows] - self.step_index[rows] - _SPREAD_OF_CLASS_ZERO).astype(np.int16)
+        return np.clip(self.column_spread.astype(np.int16) + of_rows[:, None], 0, SPREADS - 1).astype(np.uint8)
 
 
 def decoding_blocks(step_index: np.ndarray) -> list[np.ndarray]:

@@ -64,6 +64,7 @@ class Decoder:
 
     Attributes:
         left: How many symbols have not been read yet.
+        lowest: The smallest symbol of each context, (C,) int32.
 
     Raises:
         ValueError: The stream is damaged.
@@ -80,8 +81,7 @@ class Decoder:
         self._states = np.frombuffer(stream, "<u4", lanes, _HEAD.size + table_bytes).astype(np.uint32)
         self._words = np.frombuffer(stream, "<u2", offset=first_word).astype(np.uint32)
         self._at = 0
-        self._lowest = tables.lowest.astype(np.int32)
-        self._number = len(tables.lowest)
+        self.lowest = tables.lowest.astype(np.int32)
         starts = np.cumsum(tables.frequencies, axis=1) - tables.frequencies
         self._pairs = (tables.frequencies << 16 | starts).astype(np.uint32).ravel()
         symbols = np.arange(MAX_SYMBOLS, dtype=np.uint8)
@@ -100,13 +100,26 @@ class Decoder:
             ValueError: The stream ends before, or knows no such context.
         """
         flat = np.ravel(contexts)
-        if flat.size > self.left or flat.max(initial=0) >= self._number or flat.min(initial=0) < 0:
+        if flat.max(initial=0) >= len(self.lowest) or flat.min(initial=0) < 0:
             raise ValueError("The coded stream holds something else than what is read from it.")
-        self.left -= flat.size
-        decoded = np.empty(flat.size, np.uint8)
+        return (self.offsets(flat) + self.lowest[flat]).reshape(np.shape(contexts))
+
+    def offsets(self, contexts: np.ndarray) -> np.ndarray:
+        """Decode the next part, in contexts (n,) that are known to be there.
+
+        Returns:
+            How far the symbols are above the `lowest` of their context, (n,) uint8.
+
+        Raises:
+            ValueError: The stream ends before.
+        """
+        if contexts.size > self.left:
+            raise ValueError("The coded stream holds something else than what is read from it.")
+        self.left -= contexts.size
+        decoded = np.empty(contexts.size, np.uint8)
         lanes, mask = len(self._states), np.uint32((1 << PRECISION) - 1)
-        for first in range(0, flat.size, lanes):
-            context = flat[first : first + lanes].astype(np.intp)
+        for first in range(0, contexts.size, lanes):
+            context = contexts[first : first + lanes].astype(np.intp)
             x = self._states[: len(context)]
             slot = x & mask
             symbol = self._symbol_of_slot.take((context << PRECISION) + slot, mode="clip")
@@ -124,7 +137,7 @@ class Decoder:
             decoded[first : first + lanes] = symbol
         if not self.left and (self._at < len(self._words) or (self._states != _SMALLEST_STATE).any()):
             raise ValueError("The coded stream does not end where its symbols do.")
-        return (decoded + self._lowest[flat]).reshape(np.shape(contexts))
+        return decoded
 
 
 def decode(stream: bytes, contexts: np.ndarray) -> np.ndarray:

@@ -270,6 +270,7 @@ def test_what_is_published(published, hub, run):
         "prediction.py",
         "rans.py",
         "stored_vocabulary.py",
+        "trellis.py",
     }
     assert {path.name for path in code_files("factorized_gpt2")} == code
     always = {".gitattributes", "README.md", "config.json", "generation_config.json", "model.safetensors"}
