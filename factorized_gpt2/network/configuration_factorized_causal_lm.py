@@ -65,6 +65,13 @@ class FactorizedCausalLMConfig(PreTrainedConfig):
         """Return the configuration of the decoder, which caches and the vocabulary's size are made by."""
         return cast(PreTrainedConfig, self.base_config)
 
+    def to_dict(self) -> dict[str, Any]:
+        """Return all fields, without the place where the decoder's own config was found, which may be a local path."""
+        fields = super().to_dict()
+        if isinstance(fields.get("base_config"), dict):
+            fields["base_config"].pop("_name_or_path", None)
+        return fields
+
     @property
     def is_coded(self) -> bool:
         """Whether the vocabulary is of integers."""

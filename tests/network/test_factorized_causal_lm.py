@@ -115,6 +115,14 @@ def test_what_is_set_in_a_config_is_set_in_the_decoders_where_it_is_from_there()
     assert "use_cache" not in config.to_diff_dict()
 
 
+def test_no_local_path_is_saved(tmp_path):
+    model = factorized("llama")
+    model.config.base_config._name_or_path = "/home/me/llama"
+    model.save_pretrained(tmp_path)
+    assert "/home/me" not in (tmp_path / "config.json").read_text()
+    assert "/home/me" not in model.config.to_json_string()
+
+
 def test_no_plan_ties_or_shards_what_the_decoder_has_no_longer():
     model = factorized("llama")
     assert {"model.lm_head", "model.model.embed_tokens"}.isdisjoint(model.tp_plan)
