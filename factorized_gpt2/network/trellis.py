@@ -86,8 +86,8 @@ def read_codes(decoder: Decoder, relations: RowRelations, codes: np.ndarray, col
             np.bitwise_or(read << 1, parity, out=decoded[group])
             state = _follow(state, passes[group], read)
         codes[rows, :columns] = decoded.view(np.int8).T
-        expected, contexts = others.expectation(rows, rest)
-        rest[rows] = (decoder.read(contexts) + expected).astype(np.int8)
+        alone, their_contexts = others.expectation(rows, rest)
+        rest[rows] = (decoder.read(their_contexts) + alone).astype(np.int8)
 
 
 def _groups(columns: int) -> Iterator[slice]:
