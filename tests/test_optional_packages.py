@@ -145,16 +145,36 @@ def test_versions_are_of_what_is_installed(monkeypatch):
     assert found["torch"] == version("torch")
 
 
-@pytest.mark.parametrize("package", ["peft", "sklearn", "accelerate"])
-def test_a_command_that_needs_what_is_not_there_says_which_extra_brings_it(package, tmp_path):
-    code = WITHOUT.format(packages=[package]) + (
-        "from factorized_gpt2.cli.compress import compress\n"
-        "from factorized_gpt2.cli.shell import run_command\n"
-        "sys.exit(run_command(compress, ['--baseline', 'models', '--ranks', '4']))\n"
-    )
+COMPRESS = """
+from factorized_gpt2.cli.compress import compress
+from factorized_gpt2.cli.shell import run_command
+
+sys.exit(run_command(compress, ['--baseline', 'models', '--ranks', '4'] + more))
+"""
+
+
+def test_a_command_that_needs_what_is_not_there_says_which_extra_brings_it(tmp_path):
+    code = WITHOUT.format(packages=["sklearn"]) + "more = []" + COMPRESS
     model = FactorizedGPT2(FactorizedGPT2Config(vocab_size=19, n_positions=8, n_embd=8, n_layer=1, n_head=2))
     model.save_pretrained(tmp_path / "models")
     done = python(code, folder=tmp_path)
     assert done.returncode == 2, done.stderr
-    expected = f"This needs the package {package}.*pip install 'factorized-gpt2\\[compress\\]'"
+    expected = "This needs the package sklearn.*pip install 'factorized-gpt2\\[compress\\]'"
     assert re.search(expected, done.stderr.splitlines()[-1]), done.stderr
+
+
+def test_compressing_and_refining_do_without_what_training_needs(corpus, tokenizer, tmp_path):
+    more = [
+        "--refine",
+        "1",
+        "--calibration_file",
+        str(corpus / "train.jsonl"),
+        "--tokenizer",
+        str(corpus / "tokenizer"),
+    ]
+    shape = {"n_positions": 8, "n_embd": 8, "n_layer": 1, "n_head": 2}
+    model = FactorizedGPT2(FactorizedGPT2Config(vocab_size=vocabulary_size(tokenizer), **shape))
+    model.save_pretrained(tmp_path / "models")
+    done = python(f"{WITHOUT.format(packages=['peft', 'accelerate'])}more = {more}{COMPRESS}", folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "model_weights/gpt_pca_refined_k4/model.safetensors").is_file()

@@ -21,7 +21,8 @@ from ..settings.flags import take_debug
 
 # Packages that not every installation has, and the extra of this package that brings them.
 _EXTRAS = {
-    **dict.fromkeys(("accelerate", "datasets", "peft", "scipy", "sklearn"), "compress"),
+    **dict.fromkeys(("datasets", "scipy", "sklearn"), "compress"),
+    **dict.fromkeys(("accelerate", "peft"), "train"),
     "wandb": "train",
     "matplotlib": "report",
 }

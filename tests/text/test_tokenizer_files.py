@@ -6,6 +6,7 @@ import pytest
 from texts import chapters
 from transformers import AutoTokenizer, GPT2Tokenizer
 
+from factorized_gpt2 import FactorizedGPT2, FactorizedGPT2Config
 from factorized_gpt2.hub.repository import _model_files
 from factorized_gpt2.text.tokenizer_files import portable_config, save_tokenizer
 
@@ -62,8 +63,7 @@ def test_what_is_portable_stays(config):
 
 def test_what_an_older_folder_holds_is_published_in_the_same_way(tokenizer, tmp_path):
     tokenizer.save_pretrained(tmp_path)
-    (tmp_path / "config.json").write_text("{}")
-    assert (
-        json.loads(_model_files(tmp_path, tmp_path)["tokenizer_config.json"])["tokenizer_class"]
-        == "PreTrainedTokenizerFast"
-    )
+    model = FactorizedGPT2(FactorizedGPT2Config(vocab_size=19, n_positions=8, n_embd=8, n_layer=1, n_head=2))
+    model.save_pretrained(tmp_path)
+    stored = json.loads(_model_files(tmp_path, tmp_path, model)["tokenizer_config.json"])
+    assert stored["tokenizer_class"] == "PreTrainedTokenizerFast"
