@@ -357,8 +357,8 @@ def _table_of(codes: np.ndarray, state: Mapping[str, torch.Tensor], names: Vocab
     parent, width = np.zeros_like(index), state[names.scale_up].shape[0]
     relations = RowRelations(index, parent, parent, *measure_spreads(codes, index, parent, parent))
     scale_codes = np.zeros((codes.shape[1], width), np.int8)
-    nothing = (np.zeros(size, np.float16) for size in (codes.shape[1], width))
-    return CodedTable.quantized(codes, relations, first, scale_codes, *nothing)
+    scale_steps, mean = (np.zeros(size, np.float16) for size in (codes.shape[1], width))
+    return CodedTable.quantized(codes, relations, first, scale_codes, scale_steps, mean)
 
 
 def _as_types(relations: RowRelations, of_parents: type, of_others: type) -> RowRelations:
