@@ -9,7 +9,7 @@ OFFLINE := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 WANDB_MODE=offline
 # What needs neither launched processes nor tools outside this package.
 FAST := arguments blockwise_loss calibration classification coded_command coded_vocabulary compress_command compression \
 	configuration conversion data decoder_refinement distillation evaluation experiments factorization factorized_causal_lm forward generation \
-	modeling peft progress refinement reporting results run_folder token_file training vocabulary_refinement
+	modeling peft progress refinement reporting results fingerprints finished_model run_folder token_file training vocabulary_refinement
 
 .PHONY: demo gpu-bundle test test-slow test-oldest soak lint format clean conformance
 

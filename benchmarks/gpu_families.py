@@ -16,6 +16,7 @@ from bench_run import BenchRun
 from gpu_parts import Plan
 
 from factorized_gpt2.common.files import read_json
+from factorized_gpt2.runs.fields import LORA_TARGETS
 from factorized_gpt2.runs.grid import Experiment
 from factorized_gpt2.runs.run import run_experiment
 from factorized_gpt2.runs.settings import parse_run
@@ -25,7 +26,7 @@ AT_ONCE = 2  # processes that compress
 CALIBRATION_TOKENS = 32768
 KEPT = "ways.json"
 LEAST_STEP = 0.05  # seconds that one takes at least
-CODED_LORA = ["scale_up", "scale_down", "q_proj", "k_proj", "v_proj", "c_proj", "mlp_up", "mlp_down"]
+CODED_LORA = [target for target in LORA_TARGETS if target != "wte"]  # integers take no adapter
 
 
 @dataclass(frozen=True)
