@@ -54,6 +54,9 @@ class BaselineArguments:
     baseline_steps: int | None = field(
         default=None, metadata={"help": "For a quicker baseline. None: the text's own."}
     )
+    baselines: list[str] | None = field(
+        default=None, metadata={"help": "Folders of trained baselines, one for each seed, instead of training some."}
+    )
 
 
 @dataclass(frozen=True)
@@ -122,7 +125,7 @@ class Bench:
     def ranks(self) -> list[int]:
         """d/12, d/6, d/3 and 2d/3."""
         width = self.baseline.model.config.n_embd
-        return [width // 12, width // 6, width // 3, 2 * width // 3]
+        return [round(width * twelfths / 12) for twelfths in (1, 2, 4, 8)]
 
 
 def benches(arguments: BaselineArguments) -> Iterator[Bench]:
@@ -131,8 +134,11 @@ def benches(arguments: BaselineArguments) -> Iterator[Bench]:
     logging.disable_progress_bar()
     texts = prepare_texts(arguments)
     tokenizer = load_tokenizer(texts.tokenizer)
-    for seed in arguments.seeds:
-        baseline = load_baseline(str(prepare_baseline(arguments, texts, seed)))
+    if arguments.baselines and len(arguments.baselines) != len(arguments.seeds):
+        raise UserError(f"--baselines names {len(arguments.baselines)} folders for {len(arguments.seeds)} seeds.")
+    for number, seed in enumerate(arguments.seeds):
+        trained = arguments.baselines[number] if arguments.baselines else prepare_baseline(arguments, texts, seed)
+        baseline = load_baseline(str(trained))
         training, validation = (
             load_blocks(
                 TextSource(files=(name,), document_start=texts.document_start), tokenizer, BLOCK_SIZE, keep_tail=False

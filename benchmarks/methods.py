@@ -56,23 +56,16 @@ def _measure(bench: Bench, method: str, steps: int, baseline: float, rows: dict)
 
 
 def print_table(rows: dict) -> None:
-    """Print means over seeds; of the gap closed the range too."""
-    table = []
-    for (rank, method, steps), measured in sorted(rows.items(), key=lambda item: item[0][0]):
-        mean = {name: statistics.mean(row[name] for row in measured) for name in measured[0]}
-        closed = [row["closed"] for row in measured]
-        table.append(
-            {
-                "k": rank,
-                "method": method + (f", refined {steps}" if steps else ""),
-                "MB": f"{mean['bytes'] / 1e6:.2f}",
-                "loss": f"{mean['loss']:.3f}",
-                "gap closed": f"{mean['closed']:.1%}",
-                "range": f"{min(closed):.1%} to {max(closed):.1%}",
-                "seconds": f"{mean['seconds']:.1f}",
-            }
-        )
-    print(tabulate(table, headers="keys", tablefmt="github", disable_numparse=True))
+    """Print a row for each method: mean loss over seeds, and what share of PCA's gap it closes, with the range."""
+    table: dict[str, dict[str, str]] = {}
+    for (rank, method, steps), measured in rows.items():
+        name = method + (f", refined {steps}" if steps else "")
+        loss = statistics.mean(row["loss"] for row in measured)
+        least, most = (f"{bound(row['closed'] for row in measured):.0%}" for bound in (min, max))
+        row = table.setdefault(name, {"method": name})
+        row[f"k = {rank}"] = f"{loss:.3f} ({least if least == most else f'{least} to {most}'})"
+        row["seconds"] = f"{statistics.mean(row['seconds'] for row in measured):.1f}"
+    print(tabulate(table.values(), headers="keys", tablefmt="github", disable_numparse=True))
 
 
 if __name__ == "__main__":

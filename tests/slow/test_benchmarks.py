@@ -52,11 +52,9 @@ def table(capsys) -> list[list[str]]:
 def test_methods(words, capsys):
     methods.main([*words, "--refine_steps", "2", "--seeds", "0", "1"])
     head, *rows = table(capsys)
-    assert head == ["k", "method", "MB", "loss", "gap closed", "range", "seconds"]
-    names = ["pca", "weighted", "joint", "tokenwise", "tokenwise, refined 2"]
-    assert [row[:2] for row in rows] == [[str(rank), name] for rank in (16, 32, 64, 128) for name in names]
-    assert {row[4] for row in rows if row[1] == "pca"} == {"0.0%"}
-    assert len({row[2] for row in rows if row[0] == "32"}) == 1
+    assert head == ["method", *(f"k = {rank}" for rank in (16, 32, 64, 128)), "seconds"]
+    assert [row[0] for row in rows] == ["pca", "weighted", "joint", "tokenwise", "tokenwise, refined 2"]
+    assert all(cell.endswith("(0%)") for cell in rows[0][1:-1])
 
 
 def test_ablation(words, capsys):
