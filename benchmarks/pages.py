@@ -68,7 +68,11 @@ def main(argv: list[str]) -> None:
         with replacing_file(record) as path:
             path.write_text(f"    python {command}\n\n{origin()}\n\n{printed}", encoding="utf-8")
     for page in pages():
-        renew(page)
+        text = page.read_text(encoding="utf-8")
+        new = renewed(text, f"results/{arguments.page}/")
+        if new != text:
+            with replacing_file(page) as path:
+                path.write_text(new, encoding="utf-8")
 
 
 def run(command: str, places: dict[str, str | None]) -> str:
@@ -106,23 +110,20 @@ def pages() -> Iterator[Path]:
     yield from sorted(DOCS.glob("results/*.md"))
 
 
-def renew(page: Path) -> None:
-    """Replace the tables of a page by those of the records that it names."""
-    text = page.read_text(encoding="utf-8")
-    new = renewed(text)
-    if new != text:
-        with replacing_file(page) as path:
-            path.write_text(new, encoding="utf-8")
-
-
-def renewed(text: str) -> str:
+def renewed(text: str, records: str = "") -> str:
     """Return a page's text with the tables of the records that it names.
+
+    Args:
+        text: The page.
+        records: How the names begin of the records that matter.
 
     Raises:
         UserError: There is no such record or table, or no table below the line that names it.
     """
     parts, at = [], 0
     for mark in MARK.finditer(text):
+        if not mark[2].startswith(records):
+            continue
         below = TABLE.match(text, mark.end())
         if below is None:
             raise UserError(f"No table stands below {mark[0].strip()}.")

@@ -11,22 +11,28 @@ import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from baselines import BLOCK_SIZE, BaselineArguments, Texts, prepare_texts, text_words
 
 from factorized_gpt2.cli.shell import run_command
 from factorized_gpt2.common.errors import UserError
+from factorized_gpt2.common.files import replacing_file
 from factorized_gpt2.report.reporting import read_results, write_report
+from factorized_gpt2.report.tables import results_table
 from factorized_gpt2.runs.fields import LORA_TARGETS
-from factorized_gpt2.runs.grid import Experiment, Scale, load_grid
+from factorized_gpt2.runs.grid import Scale, load_grid
+from factorized_gpt2.runs.results import RESULTS_NAME
+from factorized_gpt2.settings.flags import as_flags
 from factorized_gpt2.settings.parsing import ManualParser
 
-PROTOCOL_STEPS, PROTOCOL_BLOCK = 10_000, 2048
-NO_TRAINING = {"do_train": False, "eval_strategy": "no", "save_strategy": "no", "load_best_model_at_end": False}
+SHARE = 1 / 6  # of the protocol's layers and width
+PROTOCOL_STEPS, PROTOCOL_BLOCK, PROTOCOL_RANKS = 10_000, 2048, (64, 128, 256, 512)
 ON_A_CPU = ["--fp16=False", "--bf16=True", "--use_cpu=True", "--torch_compile=False", "--report_to=none"]
 WHOLE_BATCH = ["--per_device_train_batch_size=16", "--per_device_eval_batch_size=16", "--max_eval_samples=256"]
-BITS = (1 / 3, 2 / 3, 4 / 3, 8 / 3)  # a weight; the last two are the bytes of the two lowest ranks in half precision
+BITS = (0.333, 0.667, 1.333, 2.667)  # a weight; the last two are the bytes of the two lowest ranks in half precision
 HEALED_BITS = BITS[1:3]
+CODED_TARGETS = [target for target in LORA_TARGETS if target != "wte"]  # integers take no adapter
 
 
 @dataclass
@@ -34,7 +40,11 @@ class SmallGridArguments(BaselineArguments):
     """Which texts and seeds, and how much at once."""
 
     text: str = "books"
-    output_dir: str = field(default="small_grid", metadata={"help": "Gets a folder for each seed, and the report."})
+    output_dir: str = field(default="small_grid", metadata={"help": "Gets a folder for each seed."})
+    records: str | None = field(
+        default=None,
+        metadata={"help": "Folder for a copy of every results.json and the report. Default: in output_dir."},
+    )
     steps: int = field(
         default=2500, metadata={"help": "Of 4,096 tokens, for training from scratch; LoRA takes half as many."}
     )
@@ -57,75 +67,112 @@ def main(argv: list[str]) -> None:
     arguments = ManualParser(SmallGridArguments, prog="small_grid.py", description=__doc__).parse(argv)[0]
     root = Path(arguments.output_dir)
     texts = prepare_texts(replace(arguments, work_dir=str(root)))
-    failed = run_jobs(
-        [job for seed in arguments.seeds for job in jobs_of(arguments, texts, seed)], arguments.jobs, root
-    )
-    runs = [results for seed in arguments.seeds for results in read_results(root / f"seed{seed}", missing_ok=True)]
-    if runs:
-        print(f"Report: {write_report(runs, root / 'report')}")
+    jobs = [job for seed in arguments.seeds for job in SeedJobs(arguments, texts, seed)]
+    failed = run_jobs(jobs, arguments.jobs, root)
+    records = Path(arguments.records or root / "records")
+    if copy_records(arguments, records):
+        results = read_results(records)
+        write_report(results, records / "report")
+        print(results_table(results, "github"), flush=True)
     if failed:
         raise UserError(
             f"{len(failed)} jobs did not end well: {', '.join(failed)}. Their logs are in {root / 'logs'}."
         )
 
 
-def jobs_of(arguments: SmallGridArguments, texts: Texts, seed: int) -> Iterator[Job]:
-    """List the jobs of a seed, those first that others need."""
-    root = Path(arguments.output_dir) / f"seed{seed}"
-    scale = Scale(1 / 6, 1 / 6, BLOCK_SIZE / PROTOCOL_BLOCK, arguments.steps / PROTOCOL_STEPS, arguments.learning_rate)
-    experiments = {experiment.name: experiment for experiment in load_grid("experiments.json", scale, root)}
-    flags = [*text_words(texts), "--tokenizer", texts.tokenizer, f"--seed={seed}", *ON_A_CPU, *WHOLE_BATCH]
-
-    def train(experiment: Experiment, needs: Sequence[str] = ()) -> Job:
-        tenth = max(1, experiment.config.get("max_steps", 0) // 10)
-        evaluations = [f"--{name}={tenth}" for name in ("eval_steps", "save_steps") if experiment.config["do_train"]]
-        command = ("train_hf.py", *experiment.flags, *flags, *evaluations)
-        return Job(f"seed {seed}, {experiment.folder.name}", command, tuple(f"seed {seed}, {name}" for name in needs))
-
-    needed = {name: [experiments[e.needs].folder.name] if e.needs else [] for name, e in experiments.items()}
-    baseline, ranks = experiments["baseline"], sorted({e.compressed_rank for e in experiments.values()} - {None})
-    own = {
-        "pca": ["--ranks", *map(str, ranks)],
-        "tokenwise": ["--method=tokenwise", "--ranks", *map(str, ranks)],
-        "tokenwise_refined": ["--method=tokenwise", f"--refine={arguments.refine_steps}", "--ranks", *map(str, ranks)],
-        "coded": ["--bits_per_weight", *(f"{bits:.3f}" for bits in BITS)],
-    }
-    common = [f"--baseline={baseline.folder}", f"--output_dir={root}", f"--block_size={BLOCK_SIZE}", "--device=cpu"]
-    text = [f"--calibration_file={texts.train_file}", f"--calibration_tokens={arguments.calibration_tokens}"]
-    text += [f"--calibration_document_start={texts.document_start}"] if texts.document_start else []
-    yield train(baseline)
-    for way, words in own.items():
-        command = ("compress.py", *common, *words, *(() if way == "pca" else text), f"--seed={seed}")
-        yield Job(f"seed {seed}, {way}", command, (f"seed {seed}, {baseline.folder.name}",))
-    starts = {
-        "tokenwise": [f"gpt_tokenwise_nofinetune_k{rank}" for rank in ranks],
-        "tokenwise_refined": [f"gpt_tokenwise_refined_k{rank}" for rank in ranks],
-    }
-    starts["coded"] = [f"gpt_coded_nofinetune_b{bits:.3f}" for bits in BITS]
-    lora, evaluation = experiments["pca_lora_k64"], experiments["pca_nofinetune_k64"]
-    for name, experiment in experiments.items():
-        if experiment != baseline and not (name.startswith("pca_lora") or name.startswith("lowrank")):
-            yield train(experiment, [*needed[name], "pca"])
-    for way, folders in starts.items():
-        for folder in folders:
-            yield train(_from_start(evaluation, root / folder, root / folder, NO_TRAINING), [way])
-    pairs = [
-        experiments[f"{kind}_k{rank}"] for rank in (64, 128, 256, 512) for kind in ("pca_lora", "lowrank_scratch")
+def copy_records(arguments: SmallGridArguments, folder: Path) -> int:
+    """Copy the results of every run, with DATA and SMALL for the folders of this machine; return how many."""
+    found = [
+        path for seed in arguments.seeds for path in Path(arguments.output_dir).glob(f"seed{seed}/*/{RESULTS_NAME}")
     ]
-    for experiment in pairs:
-        yield train(experiment, [*needed[experiment.name], "pca"] if experiment.compressed_rank else [])
-    for folder in starts["tokenwise"]:
-        yield train(_from_start(lora, root / folder, root / folder.replace("nofinetune", "lora"), {}), ["tokenwise"])
-    coded = {"lora_target_modules": [target for target in LORA_TARGETS if target != "wte"]}  # integers take no adapter
-    for folder in (f"gpt_coded_nofinetune_b{bits:.3f}" for bits in HEALED_BITS):
-        yield train(_from_start(lora, root / folder, root / folder.replace("nofinetune", "lora"), coded), ["coded"])
+    for path in found:
+        text = (
+            path.read_text(encoding="utf-8").replace(arguments.data_dir, "DATA").replace(arguments.output_dir, "SMALL")
+        )
+        record = folder / f"{path.parts[-3]}-{path.parts[-2]}" / RESULTS_NAME
+        record.parent.mkdir(parents=True, exist_ok=True)
+        with replacing_file(record) as temporary:
+            temporary.write_text(text, encoding="utf-8")
+    return len(found)
 
 
-def _from_start(pattern: Experiment, start: Path, folder: Path, changes: dict) -> Experiment:
-    """Make an experiment like another one, from a compressed model."""
-    config = {name: value for name, value in pattern.config.items() if name not in ("baseline", "n_embd_wte")}
-    name = folder.name.removeprefix("gpt_").replace("_", "-")
-    return Experiment(name, config | {"compressed": str(start), "output_dir": str(folder), "run_name": name} | changes)
+class SeedJobs:
+    """Lists the jobs of one seed, those first that others need, and low ranks before high ones.
+
+    Args:
+        arguments: Sizes and folders.
+        texts: What is trained and measured on.
+        seed: Of everything that is drawn.
+    """
+
+    def __init__(self, arguments: SmallGridArguments, texts: Texts, seed: int):
+        steps, block = arguments.steps / PROTOCOL_STEPS, BLOCK_SIZE / PROTOCOL_BLOCK
+        scale = Scale(SHARE, SHARE, block, steps, arguments.learning_rate)
+        self._arguments, self._texts, self._seed = arguments, texts, seed
+        self._root = Path(arguments.output_dir) / f"seed{seed}"
+        self._experiments = {one.name: one for one in load_grid("experiments.json", scale, self._root)}
+        self._flags = [*text_words(texts), "--tokenizer", texts.tokenizer, f"--seed={seed}", *ON_A_CPU, *WHOLE_BATCH]
+
+    def __iter__(self) -> Iterator[Job]:
+        """List them."""
+        ranks = {rank: self._experiments[f"pca_lora_k{rank}"].compressed_rank for rank in PROTOCOL_RANKS}
+        yield self._run("baseline")
+        yield from self._compressions([str(rank) for rank in ranks.values()])
+        for protocol_rank, rank in ranks.items():
+            yield self._run(f"pca_nofinetune_k{protocol_rank}", "pca")
+            yield self._evaluation("tokenwise", f"gpt_tokenwise_nofinetune_k{rank}")
+            yield self._evaluation("tokenwise_refined", f"gpt_tokenwise_refined_k{rank}")
+        for bits in BITS:
+            yield self._evaluation("coded", f"gpt_coded_nofinetune_b{bits}")
+        for protocol_rank, rank in ranks.items():
+            yield self._run(f"lowrank_scratch_k{protocol_rank}")
+            yield self._run(f"pca_lora_k{protocol_rank}", "pca")
+            yield self._healing("tokenwise", f"gpt_tokenwise_nofinetune_k{rank}", LORA_TARGETS)
+        for bits in HEALED_BITS:
+            yield self._healing("coded", f"gpt_coded_nofinetune_b{bits}", CODED_TARGETS)
+
+    def _job(self, name: str, command: Sequence[str], after: Sequence[str]) -> Job:
+        return Job(f"seed {self._seed}, {name}", tuple(command), tuple(f"seed {self._seed}, {one}" for one in after))
+
+    def _compressions(self, ranks: Sequence[str]) -> Iterator[Job]:
+        baseline, texts = self._experiments["baseline"].folder, self._texts
+        common = [f"--baseline={baseline}", f"--output_dir={self._root}", f"--seed={self._seed}", "--device=cpu"]
+        text = [f"--calibration_file={texts.train_file}", f"--block_size={BLOCK_SIZE}"]
+        text += [f"--calibration_tokens={self._arguments.calibration_tokens}"]
+        text += [f"--calibration_document_start={texts.document_start}"] if texts.document_start else []
+        tokenwise = ["--method=tokenwise", "--ranks", *ranks, *text]
+        for name, words in {
+            "pca": ["--ranks", *ranks],
+            "tokenwise": tokenwise,
+            "tokenwise_refined": [*tokenwise, f"--refine={self._arguments.refine_steps}"],
+            "coded": ["--bits_per_weight", *map(str, BITS), *text],
+        }.items():
+            yield self._job(name, ["compress.py", *common, *words], [baseline.name])
+
+    def _run(self, name: str, *after: str) -> Job:
+        experiment = self._experiments[name]
+        needs = [self._experiments[experiment.needs].folder.name] if experiment.needs else []
+        return self._training(experiment.config, [*needs, *after])
+
+    def _evaluation(self, way: str, folder: str) -> Job:
+        return self._from_start("pca_nofinetune_k64", way, folder, {"output_dir": str(self._root / folder)})
+
+    def _healing(self, way: str, folder: str, targets: Sequence[str]) -> Job:
+        healed = self._root / folder.replace("nofinetune", "lora")
+        return self._from_start(
+            "pca_lora_k64", way, folder, {"output_dir": str(healed), "lora_target_modules": list(targets)}
+        )
+
+    def _from_start(self, pattern: str, way: str, folder: str, changes: dict[str, Any]) -> Job:
+        config = self._experiments[pattern].config
+        config = {name: value for name, value in config.items() if name not in ("baseline", "n_embd_wte", "run_name")}
+        return self._training(config | {"compressed": str(self._root / folder)} | changes, [way])
+
+    def _training(self, config: dict[str, Any], after: Sequence[str]) -> Job:
+        tenth = max(1, config.get("max_steps", 0) // 10)
+        evaluations = [f"--{name}={tenth}" for name in ("eval_steps", "save_steps") if config["do_train"]]
+        command = ["train_hf.py", *as_flags(config), *self._flags, *evaluations]
+        return self._job(Path(config["output_dir"]).name, command, after)
 
 
 def run_jobs(jobs: Sequence[Job], at_once: int, root: Path) -> list[str]:
@@ -155,7 +202,7 @@ def run_jobs(jobs: Sequence[Job], at_once: int, root: Path) -> list[str]:
             code = _run(job, max(1, (os.cpu_count() or 1) // at_once), root)
             with change:
                 ended.add(job.name) if code == 0 else failed.append(job.name)
-                print(f"{job.name}: {'done' if code == 0 else f'failed, exit code {code}'}", flush=True)
+                print(f"{job.name}: {'done' if code == 0 else f'failed, exit code {code}'}", file=sys.stderr)
                 change.notify_all()
 
     workers = [threading.Thread(target=work) for _ in range(at_once)]

@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -18,20 +19,27 @@ def grid(request) -> Path:
     return request.param
 
 
+def cells(text: str) -> set[tuple[str, ...]]:
+    """List the rows of the tables of a page."""
+    lines = [line for line in text.splitlines() if line.startswith("|") and not line.startswith("|-")]
+    return {tuple(cell.strip() for cell in line.strip("|").split("|")) for line in lines}
+
+
 def test_there_is_one():
     assert GRIDS
 
 
 def test_all_are_there_that_the_page_has(grid):
     results, is_whole = read_results(grid), grid.name != "full"  # there the time for the thirteenth was over
-    families = ["baseline", *["lowrank-scratch"] * 4, *["pca-nofinetune"] * 4, *["pca-lora"] * (3 + is_whole)]
-    assert [row.family for row in results] == families
-    assert len({row.git_commit for row in results}) == 1
-    commit, _, changes = results[0].git_commit.partition("-")
-    assert re.fullmatch("[0-9a-f]{40}", commit)
-    if changes:  # then the page says which they were
-        assert f"commit {commit[:7]} with changes" in (DOCS / "results" / f"{grid.name}.md").read_text()
-    assert len({row.settings["seed"] for row in results}) == 1
+    first = min(row.settings["seed"] for row in results)
+    families = Counter(row.family for row in results if row.settings["seed"] == first)
+    kinds = {"baseline": 1, "lowrank-scratch": 4, "pca-nofinetune": 4, "pca-lora": 3 + is_whole}
+    assert {kind: families[kind] for kind in kinds} == kinds
+    page = (DOCS / "results" / f"{grid.name}.md").read_text()
+    for commit, _, changes in {row.git_commit.partition("-") for row in results}:
+        assert re.fullmatch("[0-9a-f]{40}", commit)
+        if changes:  # then the page says which they were
+            assert f"commit {commit[:7]} with changes" in page
 
 
 def test_the_report_follows_from_the_results(grid, tmp_path):
@@ -44,22 +52,11 @@ def test_the_report_follows_from_the_results(grid, tmp_path):
 
 
 def test_the_page_shows_the_table(grid):
-    assert results_table(read_results(grid), "github") in (DOCS / "results" / f"{grid.name}.md").read_text()
+    page = (DOCS / "results" / f"{grid.name}.md").read_text()
+    assert cells(results_table(read_results(grid), "github")) <= cells(page)
 
 
 def test_no_local_path_is_published(grid):
     for path in grid.glob("*/results.json"):
         texts = re.findall(r'"([^"]*)"', json.dumps(json.loads(path.read_text())))
         assert not [text for text in texts if text.startswith("/") or "=/" in text]
-
-
-def test_the_page_of_experiments_rounds_what_the_results_say():
-    results = {(row.family, row.n_embd_wte): row for row in read_results(DOCS / "results/quarter")}
-    baseline = results["baseline", None]
-    page = (DOCS / "experiments.md").read_text()
-    families = ("pca-nofinetune", "pca-lora", "lowrank-scratch")
-    for rank in (16, 32, 64, 128):
-        gaps = [f"{results[family, rank].eval_loss - baseline.eval_loss:.3f}" for family in families]
-        size = f"{results['pca-lora', rank].bytes / 1e6:.1f}"
-        assert f"| {rank} | {' | '.join(gaps)} | {size} |" in page
-    assert f"{baseline.eval_loss:.3f} nats" in page

@@ -12,7 +12,6 @@ import gpu
 import gpu_experiments
 import gpu_families
 import gpu_parts
-import lora
 import loss
 import methods
 import pytest
@@ -65,21 +64,6 @@ def test_ablation(words, capsys):
     assert all(re.fullmatch(r"-?[\d.]+%", cell) for _, cell in rows)
     figures = dict(rows)
     assert figures["tokenwise"] != figures["tokenwise, head not compensated"] != figures["joint"]
-
-
-def test_lora(words, capsys):
-    lora.main([*words, "--steps", "2", "--refine_steps", "1", "--rank_index", "0"])
-    head, *rows = table(capsys)
-    assert head == ["k", "start", "KL weight", "step 0", "1", "2"]
-    assert [row[1] for row in rows] == [
-        "pca",
-        "pca",
-        "joint",
-        "tokenwise",
-        "tokenwise, refined 1",
-        "tokenwise, refined 1",
-    ]
-    assert rows[0][3] == rows[1][3] != rows[3][3]
 
 
 def test_speed(capsys, monkeypatch):
