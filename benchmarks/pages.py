@@ -98,9 +98,13 @@ def run(command: str, places: dict[str, str | None]) -> str:
 
 def origin() -> str:
     """Say when, from what code and on which machine a record is."""
-    describe = ["git", "describe", "--always", "--dirty"]
-    commit = subprocess.run(describe, cwd=ROOT, capture_output=True, text=True).stdout
-    return f"{datetime.date.today()}, commit {commit.strip() or 'unknown'}; {machine()}"
+
+    def git(*words: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True)
+
+    commit = git("rev-parse", "--short", "HEAD").stdout.strip() or "unknown"
+    changes = " with changes" if git("diff", "--quiet", "HEAD", "--", "factorized_gpt2", "benchmarks").returncode else ""
+    return f"{datetime.date.today()}, commit {commit}{changes}; {machine()}"
 
 
 def pages() -> Iterator[Path]:

@@ -11,11 +11,10 @@ import numpy as np
 import torch
 from torch import nn
 
+from .code_products import TimesCodes, rows_of_a_block
 from .coded_table import CodedTable
 from .prediction import OCTAVE, RowRelations, measure_spreads
 
-BLOCK_CODES = {"cpu": 2**20}  # that are floats at once: on a CPU they stay in the cache
-BLOCK_CODES_ELSEWHERE = 2**24
 _LARGEST_STEP_INDEX = 60
 _SPREAD_AT_START = 32  # of the codes of a network that starts at random
 _WAY_OUT = "int8 codes can be neither adapted nor trained; `dequantize()` of the model makes floats of them."
@@ -111,7 +110,7 @@ class CodedHead(_Coded):
             hidden = hidden.to(torch.get_autocast_dtype(device))
         rows, steps = hidden.reshape(-1, self.codes.shape[1]), self.steps.to(hidden.dtype)
         with torch.autocast(device, enabled=False):
-            logits = _TimesCodes.apply(rows, self.codes, False)
+            logits = TimesCodes.apply(rows, self.codes, False)
             takes_gradient = torch.is_grad_enabled() and (rows.requires_grad or self.steps.requires_grad)
             logits = logits * steps if takes_gradient else logits.mul_(steps)
             if self.bias is not None:
@@ -174,7 +173,7 @@ def sum_rows(
     if hidden.dtype == torch.float16 and hidden.device.type == "cpu":
         hidden = hidden.float()
     steps, largest = steps.float(), steps.float().abs().max()
-    parts = codes.split(_rows_of_a_block(codes))
+    parts = codes.split(rows_of_a_block(codes))
     logits = hidden.new_empty(rows_at_once, len(codes), dtype=torch.float32)
     unscaled = torch.empty_like(logits) if steps_wanted else logits
     total = hidden.new_zeros((), dtype=torch.float32)
@@ -207,42 +206,6 @@ def sum_rows(
                 for part, columns in zip(parts, of_block.split([len(part) for part in parts], dim=1), strict=True):
                     by_hidden[rows] += columns.to(block.dtype) @ part.to(block.dtype)
     return total, by_hidden.mul_(largest), by_steps, by_bias
-
-
-class _TimesCodes(torch.autograd.Function):
-    """`inputs @ codes.T`, (N, k) to (N, V), or where `back` is true `inputs @ codes`, (N, V) to (N, k)."""
-
-    @staticmethod
-    def forward(ctx, inputs: torch.Tensor, codes: torch.Tensor, back: bool) -> torch.Tensor:
-        ctx.back = back
-        ctx.save_for_backward(codes)
-        return _times_codes(inputs, codes, back)
-
-    @staticmethod
-    def backward(ctx, upstream: torch.Tensor):
-        (codes,) = ctx.saved_tensors
-        return _TimesCodes.apply(upstream, codes, not ctx.back), None, None
-
-
-def _times_codes(inputs: torch.Tensor, codes: torch.Tensor, back: bool) -> torch.Tensor:
-    on_cpu = inputs.device.type == "cpu"
-    # A CPU casts integers to float32 fastest, which decides where a row is all there is to multiply, and multiplies
-    # float16 slowly.
-    in_float32 = on_cpu and (inputs.dtype == torch.float16 or len(inputs) == 1)
-    factors = inputs.float() if in_float32 else inputs
-    size = _rows_of_a_block(codes)
-    blocks = codes.split(size)
-    if not back:
-        return torch.cat([(factors @ block.to(factors.dtype).T).to(inputs.dtype) for block in blocks], dim=1)
-    # Sums over the vocabulary stay in float32: added up in half precision, block after block, they would round.
-    total = inputs.new_zeros(len(inputs), codes.shape[1], dtype=torch.promote_types(inputs.dtype, torch.float32))
-    for part, block in zip(factors.split(size, dim=1), blocks, strict=True):
-        total += part @ block.to(factors.dtype)
-    return total.to(inputs.dtype)
-
-
-def _rows_of_a_block(codes: torch.Tensor) -> int:
-    return max(1, BLOCK_CODES.get(codes.device.type, BLOCK_CODES_ELSEWHERE) // codes.shape[1])
 
 
 @dataclass(frozen=True)

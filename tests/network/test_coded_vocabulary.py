@@ -31,7 +31,7 @@ from factorized_gpt2.compress.quantizer import encode_table
 from factorized_gpt2.models.loading import load_baseline, load_complete, load_compressed
 from factorized_gpt2.models.onnx_export import export_onnx
 from factorized_gpt2.models.sizes import model_size
-from factorized_gpt2.network import blockwise_loss, coded_vocabulary
+from factorized_gpt2.network import blockwise_loss, code_products
 from factorized_gpt2.network.coded_table import CodedTable
 from factorized_gpt2.network.coded_vocabulary import CodedEmbedding, CodedHead
 
@@ -88,13 +88,13 @@ def test_it_is_the_network_with_the_tables_matrix(baseline, table, coded, ids):
     assert coded(ids, labels=ids).loss.item() == pytest.approx(baseline(ids, labels=ids).loss.item(), abs=0.1)
 
 
-@pytest.mark.parametrize("rows", [1, 7])
+@pytest.mark.parametrize("rows", [1, 7, 20])
 @pytest.mark.parametrize(
     ("dtype", "tolerance"), [(torch.float32, 2e-6), (torch.bfloat16, 2e-2), (torch.float16, 2.5e-3)], ids=str
 )
 def test_numbers_are_those_of_float64(monkeypatch, dtype, tolerance, rows):
     """Errors are relative to the largest number; a dtype's own rounding is 6e-8, 4e-3 and 5e-4."""
-    monkeypatch.setitem(coded_vocabulary.BLOCK_CODES, "cpu", 64 * 10)  # several blocks, the last of them smaller
+    monkeypatch.setitem(code_products.BLOCK_CODES, "cpu", 64 * 10)  # several blocks, the last of them smaller
     embedding, head = CodedEmbedding(200, 64).to(dtype), CodedHead(200, 64, bias=True).to(dtype)
     embedding.start_at_random(0.02)
     head.codes, head.steps = embedding.codes, embedding.steps
@@ -133,7 +133,7 @@ def test_any_number_of_dimensions():
 
 
 def test_no_more_than_a_block_is_there_in_floats(monkeypatch):
-    monkeypatch.setitem(coded_vocabulary.BLOCK_CODES, "cpu", 64 * 10)
+    monkeypatch.setitem(code_products.BLOCK_CODES, "cpu", 64 * 10)
     head = CodedHead(200, 64)
     largest, cast = [], torch.Tensor.to
 
@@ -171,7 +171,7 @@ def test_the_loss_without_logits_trains_all_but_codes(coded, ids, backend):
 )
 def test_a_summed_loss_is_that_of_float64(monkeypatch, dtype, tolerance):
     """Errors are relative to the largest number, as above."""
-    monkeypatch.setitem(coded_vocabulary.BLOCK_CODES, "cpu", 64 * 10)
+    monkeypatch.setitem(code_products.BLOCK_CODES, "cpu", 64 * 10)
     monkeypatch.setitem(blockwise_loss.BLOCK_LOGITS, "cpu", 3 * 200)
     head = CodedHead(200, 64, bias=True)
     head.start_at_random(0.2)
