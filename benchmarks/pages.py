@@ -103,7 +103,9 @@ def origin() -> str:
         return subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True)
 
     commit = git("rev-parse", "--short", "HEAD").stdout.strip() or "unknown"
-    changes = " with changes" if git("diff", "--quiet", "HEAD", "--", "factorized_gpt2", "benchmarks").returncode else ""
+    changes = (
+        " with changes" if git("diff", "--quiet", "HEAD", "--", "factorized_gpt2", "benchmarks").returncode else ""
+    )
     return f"{datetime.date.today()}, commit {commit}{changes}; {machine()}"
 
 

@@ -31,7 +31,7 @@ PROTOCOL_STEPS, PROTOCOL_BLOCK, PROTOCOL_RANKS = 10_000, 2048, (64, 128, 256, 51
 ON_A_CPU = ["--fp16=False", "--bf16=True", "--use_cpu=True", "--torch_compile=False", "--report_to=none"]
 WHOLE_BATCH = ["--per_device_train_batch_size=16", "--per_device_eval_batch_size=16", "--max_eval_samples=256"]
 BITS = (0.333, 0.667, 1.333, 2.667)  # a weight; the last two are the bytes of the two lowest ranks in half precision
-HEALED_BITS = BITS[1:3]
+HEALED_RANKS, HEALED_BITS = PROTOCOL_RANKS[:2], BITS[1:3]  # of better starts: above, nothing is left to heal
 CODED_TARGETS = [target for target in LORA_TARGETS if target != "wte"]  # integers take no adapter
 
 
@@ -124,10 +124,11 @@ class SeedJobs:
             yield self._evaluation("tokenwise_refined", f"gpt_tokenwise_refined_k{rank}")
         for bits in BITS:
             yield self._evaluation("coded", f"gpt_coded_nofinetune_b{bits}")
-        for protocol_rank, rank in ranks.items():
+        for protocol_rank in PROTOCOL_RANKS:
             yield self._run(f"lowrank_scratch_k{protocol_rank}")
             yield self._run(f"pca_lora_k{protocol_rank}", "pca")
-            yield self._healing("tokenwise", f"gpt_tokenwise_nofinetune_k{rank}", LORA_TARGETS)
+        for protocol_rank in HEALED_RANKS:
+            yield self._healing("tokenwise", f"gpt_tokenwise_nofinetune_k{ranks[protocol_rank]}", LORA_TARGETS)
         for bits in HEALED_BITS:
             yield self._healing("coded", f"gpt_coded_nofinetune_b{bits}", CODED_TARGETS)
 
