@@ -31,7 +31,8 @@ PROTOCOL_STEPS, PROTOCOL_BLOCK, PROTOCOL_RANKS = 10_000, 2048, (64, 128, 256, 51
 ON_A_CPU = ["--fp16=False", "--bf16=True", "--use_cpu=True", "--torch_compile=False", "--report_to=none"]
 WHOLE_BATCH = ["--per_device_train_batch_size=16", "--per_device_eval_batch_size=16", "--max_eval_samples=256"]
 BITS = (0.333, 0.667, 1.333, 2.667)  # a weight; the last two are the bytes of the two lowest ranks in half precision
-HEALED_RANKS, HEALED_BITS = PROTOCOL_RANKS[:2], BITS[1:3]  # of better starts: above, nothing is left to heal
+HEALED_RANKS = PROTOCOL_RANKS[:2]  # of better starts; above, little is left to heal
+HEALED_BITS = (BITS[2], BITS[1])  # the first loses next to nothing, so that it shows what LoRA brings to any model
 CODED_TARGETS = [target for target in LORA_TARGETS if target != "wte"]  # integers take no adapter
 
 
@@ -142,13 +143,15 @@ class SeedJobs:
         text += [f"--calibration_tokens={self._arguments.calibration_tokens}"]
         text += [f"--calibration_document_start={texts.document_start}"] if texts.document_start else []
         tokenwise = ["--method=tokenwise", "--ranks", *ranks, *text]
-        for name, words in {
+        after = baseline.name
+        for name, words in {  # one after the other: only one process may write compressed models into a folder
             "pca": ["--ranks", *ranks],
             "tokenwise": tokenwise,
             "tokenwise_refined": [*tokenwise, f"--refine={self._arguments.refine_steps}"],
             "coded": ["--bits_per_weight", *map(str, BITS), *text],
         }.items():
-            yield self._job(name, ["compress.py", *common, *words], [baseline.name])
+            yield self._job(name, ["compress.py", *common, *words], [after])
+            after = name
 
     def _run(self, name: str, *after: str) -> Job:
         experiment = self._experiments[name]

@@ -1,6 +1,7 @@
 """Tables of the docs are those of the records that they name, and the commands behind them can be given."""
 
 import importlib
+import json
 import re
 import shlex
 import sys
@@ -38,6 +39,18 @@ def test_commands_can_be_given(command):
         if re.fullmatch(r"\w+Arguments", name) and value.__module__ == module.__name__
     ]
     ManualParser(arguments).parse(words)
+
+
+def test_the_readme_rounds_what_the_record_says():
+    record = json.loads((pages.DOCS / "results/coding/budgets/pretrained.json").read_text())
+    rows = {(row["name"].split(",")[0], f"{row['bits_per_weight']:.2f}"): row["increase"][0] for row in record["ways"]}
+    readme = (pages.ROOT / "README.md").read_text().replace("*", "")
+    shown = re.findall(r"^\| (coded|int\d|GPTQ int\d|PCA)\W.* \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \|$", readme, re.M)
+    assert len(shown) == 7
+    for name, megabytes, bits, increase in shown:
+        digits = len(increase.partition(".")[2])
+        assert f"{rows[name, bits]:.{digits}f}" == increase
+        assert float(megabytes) == pytest.approx(float(bits) * 49152 * 576 / 8e6, abs=0.06)
 
 
 @pytest.fixture
