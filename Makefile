@@ -7,7 +7,7 @@ OLDEST := .venv-oldest/bin
 PIP := pip install --quiet --disable-pip-version-check
 OFFLINE := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 WANDB_MODE=offline
 # What needs neither launched processes nor tools outside this package.
-FAST := arguments blockwise_loss calibration classification code_products coded_command coded_vocabulary compress_command compression \
+FAST := arguments blockwise_loss calibration classification code_products coded_command coded_head coded_vocabulary compress_command compression \
 	configuration conversion data decoder_refinement distillation evaluation experiments factorization factorized_causal_lm forward generation \
 	modeling peft progress refinement reporting results fingerprints finished_model run_folder token_file training vocabulary_refinement
 

@@ -2,6 +2,7 @@
 
 import baselines
 import healing
+import pages
 import pytest
 import small_grid
 from baselines import Texts
@@ -93,3 +94,12 @@ def test_losses_are_read_off_a_curve():
     curve = [(0.0, 6.0), (10.0, 5.0), (20.0, 5.5)]
     assert [healing.at(curve, tokens) for tokens in (0, 5, 10, 15, 21)] == [6.0, 5.5, 5.0, 5.25, None]
     assert [healing.reached(curve, loss) for loss in (7, 6, 5.5, 5, 4.9)] == [0.0, 0.0, 5.0, 10.0, None]
+
+
+def test_healing_of_the_published_runs(capsys):
+    healing.main(["--results", str(pages.DOCS / "results/full"), "--rivals", "lowrank-scratch"])
+    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in capsys.readouterr().out.splitlines()]
+    rows = {line[0]: line[1:] for line in lines if line}
+    assert rows["run"] == ["before", "0.5 M", "1 M", "2 M", "4 M", "at the end", "reaches lowrank-scratch"]
+    assert rows["pca-lora-k64-r32"][0] == "+0.380"
+    assert [rows[f"pca-lora-k{rank}-r32"][-1] for rank in (64, 128, 256)] == ["0.67 M", "not reached", "not reached"]

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import ablation
 import baselines
+import coded_table
 import decoding
 import gpu
 import gpu_experiments
@@ -273,3 +274,11 @@ def test_without_cuda_gpu_is_a_line_and_exit_code_2(tmp_path, capsys, monkeypatc
         "error: There is no CUDA here, and nothing was measured; --device cpu --small True rehearses it.\n"
     )
     assert not (tmp_path / "out").exists()
+
+
+def test_coded_table(capsys):
+    coded_table.main(["--vocab_size", "300", "--width", "64", "--n_layer", "1", "--bits", "3", "--rounds", "1"])
+    lines = table(capsys)
+    assert lines[0][:3] == ["bits a weight", "MB", "columns"]
+    assert float(lines[1][0]) == pytest.approx(3, abs=0.1)
+    assert lines[3][0] == lines[1][2]
