@@ -12,7 +12,7 @@ from factorized_gpt2.cli.compress import check
 from factorized_gpt2.cli.compress_settings import CalibrationArguments, CompressArguments
 from factorized_gpt2.common.errors import UserError
 from factorized_gpt2.runs.settings import parse_run
-from factorized_gpt2.settings.outputs import PublishArguments
+from factorized_gpt2.settings.devices import DeviceArguments
 from factorized_gpt2.settings.parsing import ManualParser
 from factorized_gpt2.settings.text_arguments import EvaluationArguments
 
@@ -45,9 +45,9 @@ def test_runs_can_be_asked_for(jobs):
 
 
 def test_compressions_can_be_asked_for(jobs):
-    parts = (CompressArguments, CalibrationArguments, EvaluationArguments, PublishArguments)
+    parts = (CompressArguments, CalibrationArguments, EvaluationArguments, DeviceArguments)
     for job in (job for job in jobs if job.command[0] == "compress.py"):
-        settings, *others, _ = ManualParser(parts).parse(list(job.command[1:]))
+        settings, *others = ManualParser(parts).parse(list(job.command[1:]))[:3]
         check(settings, *others)
         assert settings.output_dir == "small/seed3"
 
