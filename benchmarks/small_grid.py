@@ -1,4 +1,4 @@
-"""The thirteen experiments and better ways at a sixth of the width, on two seeds: what docs/results/small.md shows.
+"""The thirteen experiments and better ways at a sixth of the width, on any seeds: what docs/results/small.md shows.
 
 `python benchmarks/small_grid.py --data_dir DATA --output_dir small --seeds 0 1`. Every job is a call of `train_hf.py`
 or `compress.py` that stands by itself. The same command again goes on where it was stopped, and repeats nothing.
