@@ -35,7 +35,7 @@ class HealingArguments:
         default_factory=lambda: [0.5, 1.0, 2.0, 4.0], metadata={"help": "Millions of training tokens."}
     )
     rivals: list[str] = field(
-        default_factory=lambda: ["tokenwise-nofinetune", "lowrank-scratch"],
+        default_factory=lambda: ["tokenwise-nofinetune", "tokenwise-refined-nofinetune", "lowrank-scratch"],
         metadata={"help": "Families whose final loss at the same rank is to be reached."},
     )
 
