@@ -265,6 +265,7 @@ def test_what_is_published(published, hub, run):
     code |= {"configuration_factorized_gpt2.py", "modeling_factorized_gpt2.py"}
     code |= {
         "coded_table.py",
+        "code_products.py",
         "coded_vocabulary.py",
         "frequencies.py",
         "prediction.py",

@@ -113,12 +113,13 @@ def ids(tmp_path) -> list[str]:
 
 
 def test_a_run_keeps_its_id_until_it_is_done(run, tmp_path):
+    found = []
     for words in ([], ["--overwrite"]):
         with cut_off_at(3):
             run(*words)
         wandb.finish(exit_code=1)  # as at the end of a process that was cut off
-    cut, begun_anew = ids(tmp_path)
-    assert cut != begun_anew
+        found.append(set(ids(tmp_path)))
+    (cut,), (begun_anew,) = found[0], found[1] - found[0]
     run()
     assert sorted(ids(tmp_path)) == sorted([cut, begun_anew, begun_anew])
     assert Results.read(tmp_path / "run").best_step == 4
