@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 from side_by_side import machine, measure_in_turns, print_table, ratios, seconds_cell, timed
+from speed import random_weight
 from torch import nn
 
 from factorized_gpt2 import FactorizedGPT2, FactorizedGPT2Config, from_gpt2
@@ -50,15 +51,13 @@ def main(argv: list[str]) -> None:
 
 def _problem(arguments: CodedTableArguments) -> tuple[FactorizedGPT2, np.ndarray, np.ndarray]:
     """Make a model that is not factorized, its matrix, and what its rows weigh."""
-    rng = np.random.default_rng(0)
     torch.manual_seed(0)
     width = arguments.width
     heads = max(1, width // 64)
     shape = {"vocab_size": arguments.vocab_size, "n_embd": width, "n_layer": arguments.n_layer, "n_head": heads}
     baseline = FactorizedGPT2(FactorizedGPT2Config(**shape))
-    weight = rng.standard_normal((arguments.vocab_size, width), np.float32)
-    weight *= np.geomspace(1, 0.1, width, dtype=np.float32)
     frequencies = 1e7 / np.arange(1, arguments.vocab_size + 1)
+    weight = random_weight(arguments.vocab_size, width, np.random.default_rng(0))
     return baseline, weight, coding_weights(frequencies.astype(np.int64), frequencies)
 
 

@@ -58,14 +58,15 @@ def table(study: Study, millions: Sequence[float], rivals: Sequence[str]) -> lis
     for entry in study.others:
         family = entry.run.family
         start = finals.get((family.replace("-lora", "-nofinetune"), _size(entry)))
-        if study.baseline is None or not family.endswith("-lora") or start is None:
+        if entry.gap is None or not family.endswith("-lora") or start is None:
             continue
+        baseline = entry.loss - entry.gap  # of its own seeds
         curve = [(0.0, start.loss), *mean_curve(entry)]
-        row = {"run": entry.name, "before": f"{start.loss - study.baseline.loss:+.3f}"}
+        row = {"run": entry.name, "before": f"{start.loss - baseline:+.3f}"}
         for tokens in millions:
             loss = at(curve, tokens * MILLION)
-            row[f"{tokens:g} M"] = "" if loss is None else f"{loss - study.baseline.loss:+.3f}"
-        row["at the end"] = f"{entry.loss - study.baseline.loss:+.3f}"
+            row[f"{tokens:g} M"] = "" if loss is None else f"{loss - baseline:+.3f}"
+        row["at the end"] = f"{entry.gap:+.3f}"
         for rival in rivals:
             other = finals.get((rival, _size(entry)))
             row[f"reaches {rival}"] = "" if other is None or rival == start.run.family else _when(curve, other.loss)

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from baselines import BLOCK_SIZE, BaselineArguments, Texts, prepare_texts, text_words
+from gpu_families import CODED_LORA
 
 from factorized_gpt2.cli.shell import run_command
 from factorized_gpt2.common.errors import UserError
@@ -33,7 +34,6 @@ WHOLE_BATCH = ["--per_device_train_batch_size=16", "--per_device_eval_batch_size
 BITS = (0.333, 0.667, 1.333, 2.667)  # a weight; the last two are the bytes of the two lowest ranks in half precision
 HEALED_RANKS = PROTOCOL_RANKS[:2]  # of better starts; above, little is left to heal
 HEALED_BITS = 1.333  # loses next to nothing, so that it shows what LoRA brings to any model
-CODED_TARGETS = [target for target in LORA_TARGETS if target != "wte"]  # integers take no adapter
 
 
 @dataclass
@@ -130,7 +130,7 @@ class SeedJobs:
             yield self._run(f"pca_lora_k{protocol_rank}", "pca")
         for protocol_rank in HEALED_RANKS:
             yield self._healing("tokenwise", f"gpt_tokenwise_nofinetune_k{ranks[protocol_rank]}", LORA_TARGETS)
-        yield self._healing("coded", f"gpt_coded_nofinetune_b{HEALED_BITS}", CODED_TARGETS)
+        yield self._healing("coded", f"gpt_coded_nofinetune_b{HEALED_BITS}", CODED_LORA)
 
     def _job(self, name: str, command: Sequence[str], after: Sequence[str]) -> Job:
         return Job(f"seed {self._seed}, {name}", tuple(command), tuple(f"seed {self._seed}, {one}" for one in after))

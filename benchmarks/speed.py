@@ -48,7 +48,7 @@ def main(argv: list[str]) -> None:
 
 def _print_sharing(arguments: SpeedArguments) -> None:
     """Compare one decomposition for all ranks with one for each."""
-    weight = _random_weight(arguments, np.random.default_rng(0))
+    weight = random_weight(arguments.vocab_size, arguments.width, np.random.default_rng(0))
     ways = {
         "one": timed(lambda: factorize_ranks(weight, arguments.ranks)),
         "each": timed(lambda: [factorize_ranks(weight, [rank]) for rank in arguments.ranks]),
@@ -66,14 +66,15 @@ def _print_sharing(arguments: SpeedArguments) -> None:
     )
 
 
-def _random_weight(arguments: SpeedArguments, rng: np.random.Generator) -> np.ndarray:
-    weight = rng.standard_normal((arguments.vocab_size, arguments.width), np.float32)
-    return weight * np.geomspace(1, 0.1, arguments.width, dtype=np.float32)
+def random_weight(vocab_size: int, width: int, rng: np.random.Generator) -> np.ndarray:
+    """Draw a matrix whose spectrum falls, (V, d) float32."""
+    weight = rng.standard_normal((vocab_size, width), np.float32)
+    return weight * np.geomspace(1, 0.1, width, dtype=np.float32)
 
 
 def _measure(method: str, arguments: SpeedArguments) -> dict[str, float]:
     rng = np.random.default_rng(0)
-    weight = _random_weight(arguments, rng)
+    weight = random_weight(arguments.vocab_size, arguments.width, rng)
     use = _random_use(arguments, rng)
     before = _peak_memory()
     began = time.perf_counter()
